@@ -1,0 +1,65 @@
+# `make` prints this help. The two lines that a newcomer needs: `make demo` and `make test`.
+.DEFAULT_GOAL := help
+SHELL := /usr/bin/env bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+.NOTPARALLEL:
+
+VENV    ?= .venv
+DEMO    ?= demo_out
+BIN     := $(VENV)/bin
+STAMP   := $(VENV)/.setup-done
+# The first of these that is Python 3.11 or newer makes the environment; `make setup PYTHON=...` names another one.
+PYTHONS := $(or $(PYTHON),python3 python3.13 python3.12 python3.11 python)
+# Notebooks tested side by side: one a core, at most four (each loads torch).
+CORES   := $(shell getconf _NPROCESSORS_ONLN 2>/dev/null || echo 1)
+WORKERS ?= $(shell n=$(CORES); echo $$((n > 4 ? 4 : n)))
+# nbdev-test forks: with more than one thread each, torch's workers fight for the cores. IN_TEST would silence nbdev-export.
+QUIET   := env -u IN_TEST OMP_NUM_THREADS=1 MPLBACKEND=agg
+
+.PHONY: help setup demo test test-full nbtest pytest instep prepare readme
+
+help: ## print this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(STAMP) ## make .venv with the versions of constraints.txt (nothing to do the second time)
+
+$(STAMP): settings.ini setup.py pyproject.toml constraints.txt
+	@python=; \
+	for candidate in $(PYTHONS); do \
+	  if "$$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then python=$$candidate; break; fi; \
+	done; \
+	if [ -z "$$python" ]; then \
+	  echo "make setup: Python 3.11 or newer is needed; looked for: $(PYTHONS). Name one with: make setup PYTHON=/path/to/python3.12" >&2; exit 1; \
+	fi; \
+	if ! "$(BIN)/python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
+	  echo "make setup: new environment $(VENV) with $$("$$python" --version)"; \
+	  "$$python" -m venv --clear "$(VENV)"; \
+	fi
+	"$(BIN)/python" -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch "$@"
+
+demo: setup ## train the curriculum on generated eyes, register a pair; results in demo_out/ (minutes)
+	$(BIN)/loftr-curriculum demo --out $(DEMO)
+
+test: instep nbtest pytest ## what CI runs: the in-step gate, the notebooks, pytest
+
+nbtest: setup
+	$(QUIET) $(BIN)/nbdev-test --n-workers $(WORKERS) --do-print --timing
+
+pytest: setup
+	$(QUIET) $(BIN)/python -m pytest -q
+
+test-full: test ## make test, then everything slow; results recorded in tests/last_full_run.md
+	$(QUIET) $(BIN)/python tools/full_run.py tests/last_full_run.md
+
+instep: setup ## are notebooks, package and README in step? (works on a copy, changes nothing)
+	@$(QUIET) $(BIN)/python tools/instep.py
+
+prepare: setup ## before a commit: clean the notebooks, export the package, make the README
+	$(QUIET) $(BIN)/nbdev-clean
+	$(QUIET) $(BIN)/nbdev-export
+	$(QUIET) $(BIN)/python tools/readme.py
+
+readme: setup ## README.md from nbs/index.ipynb
+	$(QUIET) $(BIN)/python tools/readme.py
