@@ -162,10 +162,9 @@ def split_sources(
         val.append((generated_source(config, "validation"), shares["generated"] or 1.0))
     return [(source, share) for source, share in train if share > 0], val
 
-# %% ../../nbs/04_data/06_module.ipynb #9b8b2744
+# %% ../../nbs/04_data/06_module.ipynb #9f01a921
 def _one_thread(_):
     "Loader workers do not multiply threads."
-    cv2.setNumThreads(0)
     torch.set_num_threads(1)
 
 
@@ -198,6 +197,8 @@ class PairDataModule(L.LightningDataModule):
 
     def _loader(self, dataset, sampler=None):
         workers = self.config.workers
+        if workers:
+            cv2.setNumThreads(1)  # before the fork: OpenCV's pool of threads does not survive it
         return DataLoader(
             dataset, self.config.batch_size, sampler=sampler, num_workers=workers, persistent_workers=workers > 0,
             worker_init_fn=_one_thread, pin_memory=torch.cuda.is_available(),

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['FREE', 'claim_folder', 'computes_bf16', 'precision_of', 'Run', 'callbacks_of', 'loggers_of', 'facts_of', 'train',
-           'best_matcher']
+           'best_matcher', 'read_epochs']
 
-# %% ../../nbs/09_training/06_run.ipynb #d8a9c07a
+# %% ../../nbs/09_training/06_run.ipynb #b13f0ff1
+import csv
 import json
 import platform
 import time
@@ -128,3 +129,15 @@ def best_matcher(out,    # Path of a run
                 ):
     "The matcher of `best.ckpt`, or the last one where no epoch was eligible."
     return load_matcher(out / "best.ckpt") if (out / "best.ckpt").is_file() else module.matcher
+
+# %% ../../nbs/09_training/06_run.ipynb #938b9675
+def read_epochs(out # folder of a run
+               ) -> list:
+    "One dict of numbers per epoch, in order; a later session's value replaces an earlier one's."
+    epochs = {}
+    for path in sorted(Path(out).glob("logs/session_*/metrics.csv")):
+        with open(path, newline="") as f:
+            for row in csv.DictReader(f):
+                values = {k: float(v) for k, v in row.items() if v not in ("", None)}
+                epochs.setdefault(int(values["epoch"]), {}).update(values)
+    return [epochs[e] for e in sorted(epochs)]

@@ -13,7 +13,7 @@ import torch
 from ..geometry import apply_transform
 from ..model.coarse import COARSE, cell_centres, cell_index
 
-# %% ../../nbs/09_training/02_supervision.ipynb #f69ab067
+# %% ../../nbs/09_training/02_supervision.ipynb #78df3574
 NEAR = 1.5  # cells of the coarser image within which a pair is no negative
 
 
@@ -23,6 +23,7 @@ class Targets:
     forward: torch.Tensor   # (B, L) int64: the cell of image 1 in which the centre of cell i lies, -1 where it is not seen
     backward: torch.Tensor  # (B, S) int64: the cell of image 0 in which the centre of cell j lies, -1 where it is not seen
     points1: torch.Tensor   # (B, L, 2) where the centre of cell i truly lies in image 1, pixels
+    points0: torch.Tensor   # (B, S, 2) where the centre of cell j truly lies in image 0, pixels
     positive: torch.Tensor  # (B, L, S) bool
     negative: torch.Tensor  # (B, L, S) bool; what is neither is ignored
 
@@ -54,4 +55,4 @@ def supervise(T_0to1, # (B, 3, 3) true map from image 0 to image 1, pixels
     b, j = (backward >= 0).nonzero(as_tuple=True)
     positive[b, backward[b, j], j] = True
     negative = ~near & ~positive & seen0[:, :, None] & seen1[:, None, :]
-    return Targets(forward, backward, p1, positive, negative)
+    return Targets(forward, backward, p1, p0, positive, negative)
