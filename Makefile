@@ -17,10 +17,10 @@ WORKERS ?= $(shell n=$(CORES); echo $$((n > 4 ? 4 : n)))
 # nbdev-test forks: with more than one thread each, torch's workers fight for the cores. IN_TEST would silence nbdev-export.
 QUIET   := env -u IN_TEST OMP_NUM_THREADS=1 MPLBACKEND=agg
 
-.PHONY: help setup demo test test-full nbtest pytest instep prepare readme
+.PHONY: help setup demo test test-full nbtest pytest instep prepare readme train-weights
 
 help: ## print this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(STAMP) ## make .venv with the versions of constraints.txt (nothing to do the second time)
 
@@ -41,6 +41,10 @@ $(STAMP): settings.ini setup.py pyproject.toml constraints.txt
 
 demo: setup ## train the curriculum on generated eyes, register a pair; results in demo_out/ (minutes)
 	$(BIN)/loftr-curriculum demo --out $(DEMO)
+
+train-weights: setup ## train what configs/weights.yaml says (hours; stop and go on at will), then put it into the package
+	$(BIN)/loftr-curriculum train --config configs/weights.yaml --out runs/weights
+	mkdir -p loftr_curriculum/weights && cp runs/weights/weights.safetensors loftr_curriculum/weights/fast.safetensors
 
 test: instep nbtest pytest ## what CI runs: the in-step gate, the notebooks, pytest
 

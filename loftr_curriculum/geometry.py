@@ -5,13 +5,12 @@
 # %% auto #0
 __all__ = ['STILL', 'apply_transform', 'compose', 'invert', 'centre', 'corners', 'translation', 'affine', 'similarity',
            'jacobian', 'decompose', 'fit_affine', 'fit_similarity', 'fit_homography', 'resize_matrix', 'fit_size',
-           'resize_image', 'warp_image', 'warp_tensor', 'overlap', 'Motion', 'random_transform', 'Limits',
+           'resize_image', 'warp_image', 'warp_tensor', 'resample', 'overlap', 'Motion', 'random_transform', 'Limits',
            'check_transform']
 
-# %% ../nbs/01_geometry/00_geometry.ipynb #4daf5864
+# %% ../nbs/01_geometry/00_geometry.ipynb #197244ed
 from dataclasses import dataclass
 
-import cv2
 import numpy as np
 
 # %% ../nbs/01_geometry/00_geometry.ipynb #c93b686c
@@ -155,7 +154,7 @@ def fit_homography(src, # (N, 2) points, N >= 4
     H = np.linalg.inv(N1) @ np.linalg.svd(rows)[2][-1].reshape(3, 3) @ N0
     return H / H[2, 2] if abs(H[2, 2]) > 1e-12 else H
 
-# %% ../nbs/01_geometry/00_geometry.ipynb #08bd78c2
+# %% ../nbs/01_geometry/00_geometry.ipynb #92b5e995
 def resize_matrix(size_from, # (height, width)
                   size_to,   # (height, width)
                  ) -> np.ndarray:
@@ -176,15 +175,13 @@ def resize_image(image, # (H, W) or (H, W, C), any dtype of OpenCV or bool
                  size,  # (height, width) of the answer
                 ) -> np.ndarray:
     "The image at another size, same dtype. A bool image is true where at least half of the pixel's area was."
+    import cv2
     if tuple(size) == image.shape[:2]: return image
     if image.dtype == bool: return resize_image(image.astype(np.float32), size) >= 0.5
     shrinks = size[0] <= image.shape[0] and size[1] <= image.shape[1]
     return cv2.resize(image, (size[1], size[0]), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
 
-# %% ../nbs/01_geometry/00_geometry.ipynb #ecbd9a93
-_MODES = {"linear": cv2.INTER_LINEAR, "nearest": cv2.INTER_NEAREST, "cubic": cv2.INTER_CUBIC}
-
-
+# %% ../nbs/01_geometry/00_geometry.ipynb #01c45681
 def warp_image(image,         # (H, W) or (H, W, C), any dtype of OpenCV or bool
                T,             # (3, 3) maps source points to output points
                size,          # (height, width) of the output
@@ -192,12 +189,14 @@ def warp_image(image,         # (H, W) or (H, W, C), any dtype of OpenCV or bool
                fill=0,        # value outside the source
               ) -> np.ndarray:
     "The image seen in another frame, same dtype and channels. Interpolates, does not average: shrink with `resize_image` first."
+    import cv2
     if mode not in ("linear", "nearest", "cubic"): raise ValueError(f"mode {mode!r}: expected linear, nearest or cubic")
     if image.dtype == bool: return warp_image(image.astype(np.uint8), T, size, "nearest", int(fill)).astype(bool)
     T = np.asarray(T, float)
-    border = dict(borderMode=cv2.BORDER_CONSTANT, borderValue=(float(fill),) * 4)
-    if np.array_equal(T[2], (0, 0, 1)): return cv2.warpAffine(image, T[:2], (size[1], size[0]), flags=_MODES[mode], **border)
-    return cv2.warpPerspective(image, T, (size[1], size[0]), flags=_MODES[mode], **border)
+    flags = {"linear": cv2.INTER_LINEAR, "nearest": cv2.INTER_NEAREST, "cubic": cv2.INTER_CUBIC}[mode]
+    how = dict(flags=flags, borderMode=cv2.BORDER_CONSTANT, borderValue=(float(fill),) * 4)
+    if np.array_equal(T[2], (0, 0, 1)): return cv2.warpAffine(image, T[:2], (size[1], size[0]), **how)
+    return cv2.warpPerspective(image, T, (size[1], size[0]), **how)
 
 
 def warp_tensor(images, # torch (B, C, H, W), floating
@@ -208,7 +207,21 @@ def warp_tensor(images, # torch (B, C, H, W), floating
     from kornia.geometry.transform import warp_perspective
     return warp_perspective(images, T.to(images.dtype), tuple(size), align_corners=True)
 
-# %% ../nbs/01_geometry/00_geometry.ipynb #b83c6757
+# %% ../nbs/01_geometry/00_geometry.ipynb #44099a61
+def resample(image,         # (H, W) or (H, W, C), any dtype of OpenCV or bool
+             T,             # (3, 3) maps source points to output points
+             size,          # (height, width) of the output
+             mode="linear", # "linear", "nearest" (labels), "cubic"
+            ) -> np.ndarray:
+    "The image seen in another frame, averaged where it shrinks by a quarter or more; labels are picked, not averaged. Zero outside the source."
+    source = image.shape[:2]
+    shrink = decompose(T, source)["scale"]
+    if mode != "nearest" and shrink < 0.75:
+        small = fit_size(source, max(1, round(shrink * max(source))))
+        image, T = resize_image(image, small), compose(resize_matrix(small, source), T)
+    return warp_image(image, T, size, mode)
+
+# %% ../nbs/01_geometry/00_geometry.ipynb #f09f87c4
 def overlap(T_0to1,    # (3, 3) fixed -> moving
             size0,     # (height, width) of the fixed image
             size1,     # (height, width) of the moving image
@@ -217,6 +230,7 @@ def overlap(T_0to1,    # (3, 3) fixed -> moving
            ) -> float:
     "Share in [0, 1] of the fixed field of view that the moving image sees."
     if fov0 is None and fov1 is None:
+        import cv2
         box = lambda size: (corners(size) + 0.5 * np.array([[-1, -1], [1, -1], [1, 1], [-1, 1]])).astype(np.float32)
         back = apply_transform(invert(T_0to1), box(size1).astype(float)).astype(np.float32)
         area = cv2.intersectConvexConvex(box(size0), back)[0]
@@ -225,7 +239,7 @@ def overlap(T_0to1,    # (3, 3) fixed -> moving
     seen = warp_image(np.ones(size1, bool) if fov1 is None else fov1, invert(T_0to1), size0)
     return float((seen & fov0).sum() / max(fov0.sum(), 1))
 
-# %% ../nbs/01_geometry/00_geometry.ipynb #51bc55b2
+# %% ../nbs/01_geometry/00_geometry.ipynb #3249fd11
 @dataclass(frozen=True)
 class Motion:
     "The range of relative motion between the two images of a pair."
@@ -253,7 +267,7 @@ def random_transform(rng,             # np.random.Generator
     usual = np.clip(rng.normal(0, m.usual_rotation_deg), -m.rotation_deg, m.rotation_deg)
     angle = rng.uniform(-m.rotation_deg, m.rotation_deg) if rng.random() < m.uniform_rotation else usual
     reach = min(np.log(1.05), np.log(m.scale)) if rng.random() < m.same_scale else np.log(m.scale)
-    scale = np.exp(rng.uniform(-reach, reach))
+    scale = np.exp(rng.uniform(-reach, reach)) * max(size1) / max(size0)
     aspect, shear = np.exp(rng.uniform(-m.shear, m.shear)), rng.uniform(-m.shear, m.shear)
     reach, side = m.shift, min(size1)
     for _ in range(24):

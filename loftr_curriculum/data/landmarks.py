@@ -6,7 +6,7 @@
 __all__ = ['LANDMARK_COLUMNS', 'GEOMETRY_COLUMNS', 'WORST_FIT', 'LEAST_OVERLAP', 'read_table', 'read_landmarks', 'LandmarkPair',
            'read_landmark_set', 'parse_matrix', 'TablePair', 'read_pairs', 'aligned', 'table_frame', 'PairTableSource']
 
-# %% ../../nbs/04_data/05_landmarks.ipynb #0d8753a8
+# %% ../../nbs/04_data/05_landmarks.ipynb #b8d375d9
 import csv
 import io
 import logging
@@ -20,7 +20,7 @@ from .pairs import cut_views, make_frame
 from .preprocess import to_gray
 from .triplets import FIELD, FrameStore, decode_all, frame_fov, load_plane, mask_plane, raise_faults, same_shape
 from loftr_curriculum.geometry import (
-    Motion, apply_transform, centre, compose, fit_affine, invert, jacobian, overlap, resize_image, resize_matrix, warp_image,
+    Motion, apply_transform, centre, compose, fit_affine, invert, jacobian, overlap, resample, resize_matrix, warp_image,
 )
 from ..io.files import FileError, read_bytes
 from ..io.images import image_size, read_image
@@ -227,18 +227,14 @@ def read_pairs(
     raise_faults(path, faults)
     return list(pairs.values())
 
-# %% ../../nbs/04_data/05_landmarks.ipynb #911a3269
+# %% ../../nbs/04_data/05_landmarks.ipynb #a101c53f
 def aligned(
     image,  # (H, W) float32
     T,  # (3, 3) maps its points to points of the frame
     size,  # (height, width) of the frame
 ) -> tuple:  # plane (h, w) float32, fov (h, w) bool
     "An image warped into a frame, reduced first where its pixels are finer, and what it saw there."
-    scale = np.sqrt(abs(np.linalg.det(jacobian(T, centre(image.shape)))))
-    if scale < 0.75:
-        small = tuple(max(8, round(n * scale)) for n in image.shape)
-        T, image = compose(resize_matrix(small, image.shape), T), resize_image(image, small)
-    return warp_image(image, T, size), warp_image(frame_fov(image), T, size, mode="nearest")
+    return resample(image, T, size), warp_image(frame_fov(image), T, size, mode="nearest")
 
 
 def table_frame(

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SHAPES', 'PairSample', 'PairSource', 'Frame', 'make_frame', 'cut', 'draw_fov', 'stamp', 'place_views', 'view_fov',
-           'cut_views', 'GeneratedSource', 'pairs_per_second']
+           'draw_views', 'cut_views', 'GeneratedSource', 'pairs_per_second']
 
 # %% ../../nbs/04_data/03_pairs.ipynb #e0ba7c3c
 import time
@@ -172,7 +172,27 @@ def view_fov(
         seen = cv2.warpAffine(frame_fov, A[:2], (size[1], size[0]), flags=cv2.INTER_NEAREST)
     return fov & (seen > 0)
 
-# %% ../../nbs/04_data/03_pairs.ipynb #19c3bcfc
+# %% ../../nbs/04_data/03_pairs.ipynb #d0e2edd2
+def draw_views(
+    rng: np.random.Generator,  # source of chance
+    frame_size,                # (height, width) of the frame
+    size,                      # (height, width) of both views
+    motion: Motion,            # range of relative motion
+    names,                     # modality of the fixed and of the moving view
+    field=(0.28, 0.9),         # side of a view as a share of the frame's shorter side
+    optics: bool = True,       # draw fields of view; False leaves the frame's own
+    frame_fovs=(None, None),   # (H, W) uint8 or None each: what the frame's images saw
+) -> tuple[np.ndarray, tuple, list]:  # T_0to1, frame -> view of both, fields of view of both
+    "Where two views lie and what they see."
+    for _ in range(6):
+        T = random_transform(rng, size, size, motion)
+        A = place_views(T, frame_size, size, rng, field)
+        fovs = [view_fov(rng, f, frame_size, a, size, SHAPES[n] if optics else (1, 0, 0, 0)) for f, a, n in zip(frame_fovs, A, names)]
+        if overlap(T, size, size, *fovs) >= motion.min_overlap and min(f.mean() for f in fovs) > 0.2:
+            break
+    return T, A, fovs
+
+# %% ../../nbs/04_data/03_pairs.ipynb #a89ac114
 def cut_views(
     frame: Frame,                      # aligned planes of one eye
     rng: np.random.Generator,          # source of chance
@@ -186,12 +206,7 @@ def cut_views(
 ) -> PairSample:
     "Two random views of one frame, each cut with one warp, randomised and normalised. `T_0to1` is exact."
     names = split_mode(mode)
-    for _ in range(6):
-        T = random_transform(rng, size, size, motion)
-        A = place_views(T, frame.mask.shape, size, rng, field)
-        fovs = [view_fov(rng, f, frame.mask.shape, a, size, SHAPES[n] if optics else (1, 0, 0, 0)) for f, a, n in zip((frame.fov0, frame.fov1), A, names)]
-        if overlap(T, size, size, *fovs) >= motion.min_overlap and min(f.mean() for f in fovs) > 0.2:
-            break
+    T, A, fovs = draw_views(rng, frame.mask.shape, size, motion, names, field, optics, (frame.fov0, frame.fov1))
     images, masks = [], []
     for a, plane, half, fov, name in zip(A, (frame.plane0, frame.plane1), frame.half[:2], fovs, names):
         view = cut(plane, half, a, size)

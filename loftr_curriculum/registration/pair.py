@@ -7,7 +7,7 @@ __all__ = ['check_image', 'open_image', 'Subject', 'View', 'warp_to_fixed', 'mak
            'warped_view', 'Look', 'look', 'nudge', 'distance', 'seen_by_both', 'gather_evidence', 'judge',
            'JudgedMatches', 'Registration', 'unusable', 'first_look', 'second_looks', 'register']
 
-# %% ../../nbs/06_registration/03_pair.ipynb #4c168bf4
+# %% ../../nbs/06_registration/03_pair.ipynb #e9c94e8b
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from ..data.preprocess import Prepared, normalise, prepare, to_gray
-from ..geometry import (apply_transform, centre, check_transform, compose, decompose, fit_similarity, fit_size, invert,
+from ..geometry import (apply_transform, centre, check_transform, compose, fit_similarity, invert, resample,
                                        resize_image, resize_matrix, similarity, warp_image)
 from ..io.images import ImageError, read_image
 from ..model.config import UNGUIDED, Matches
@@ -65,7 +65,7 @@ class View:
     mask: np.ndarray | None  # (h, w) float32 in [0, 1]
     T: np.ndarray            # (3, 3) working points -> points of the view
 
-# %% ../../nbs/06_registration/03_pair.ipynb #0fe7d523
+# %% ../../nbs/06_registration/03_pair.ipynb #a9cd92ef
 def warp_to_fixed(
     image,           # (H, W) or (H, W, 3), uint8, uint16, float32 or bool: the moving image or a mask of it
     moving_to_fixed, # (3, 3) original moving -> original fixed points
@@ -73,12 +73,7 @@ def warp_to_fixed(
     mode="linear",   # linear, nearest (labels) or cubic
 ) -> np.ndarray: # fixed_size, same dtype and channels, zero where the moving image saw nothing
     "The moving image in the frame of the fixed one, averaged where it shrinks."
-    T, size = np.asarray(moving_to_fixed, float), image.shape[:2]
-    shrink = decompose(T, size)["scale"]
-    if mode != "nearest" and shrink < 0.75:
-        small = fit_size(size, max(1, round(shrink * max(size))))
-        image, T = resize_image(image, small), compose(resize_matrix(small, size), T)
-    return warp_image(image, T, fixed_size, mode)
+    return resample(image, moving_to_fixed, fixed_size, mode)
 
 # %% ../../nbs/06_registration/03_pair.ipynb #b8058e22
 def make_subject(

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['world_for', 'photograph', 'case_name', 'synthesise']
 
-# %% ../../nbs/03_retina/05_synth.ipynb #28ad10fd
-from dataclasses import asdict
+# %% ../../nbs/03_retina/05_synth.ipynb #e281bbb2
+from dataclasses import asdict, replace
 from pathlib import Path
 import cv2
 import numpy as np
@@ -17,13 +17,16 @@ from .config import GENERATOR_VERSION, MODALITIES, EyeConfig, seeds_of
 from .render import scan_lines
 from .world import World, check_settings, make_world, run_jobs
 
-# %% ../../nbs/03_retina/05_synth.ipynb #5f44a46d
+# %% ../../nbs/03_retina/05_synth.ipynb #28934f35
 def world_for(
-    size: int,  # side of the pictures wanted, px
-) -> EyeConfig:  # settings of a world that holds them without enlarging
-    "The narrowest view is 40 of the world's 70 degrees."
-    side = int(np.ceil(size * 70 / 40 / 2)) * 2
-    return EyeConfig(size=max(1024, side))
+    size: int,                     # side of the pictures wanted, px
+    eye: EyeConfig = EyeConfig(),  # the eye wanted
+) -> EyeConfig:  # the same in a world that holds the pictures without enlarging
+    "Raises ValueError where the world is narrower than the narrowest view."
+    if eye.field_deg < 40:
+        raise ValueError(f'field_deg must be at least 40 degrees for pictures of 40 to 60, got {eye.field_deg}')
+    side = int(np.ceil(size * eye.field_deg / 40 / 2)) * 2
+    return replace(eye, size=max(eye.size, side))
 
 
 def photograph(
@@ -75,13 +78,14 @@ def _make_case(job):
     write_json(folder / f'{name}.json', facts)
     return name
 
-# %% ../../nbs/03_retina/05_synth.ipynb #d1b9fa62
+# %% ../../nbs/03_retina/05_synth.ipynb #0d0aa512
 def synthesise(
     out,                     # folder to fill; made when missing
     cases: int = 100,        # number of eyes
     seed: int = 0,           # number of the first eye in the training range; case i is eye `seed + i`
     size: int = 512,         # side of the pictures, px
     modalities=MODALITIES,   # renderings to write
+    eye: EyeConfig = EyeConfig(),  # what the eyes look like; its world grows where the pictures need it
     workers: int = 2,        # processes
     progress: bool = True,   # show a progress bar
 ) -> list[str]:              # names of all cases, those that were there already included
@@ -95,7 +99,7 @@ def synthesise(
         raise ValueError(f'size must be at least 64 px, got {size}')
     if not set(modalities) <= set(MODALITIES) or not modalities:
         raise ValueError(f"unknown modalities {', '.join(modalities)}: expected some of {', '.join(MODALITIES)}")
-    seeds, config = seeds_of('train', cases, seed), world_for(size)
+    seeds, config = seeds_of('train', cases, seed), world_for(size, eye)
     kinds = [m for m in MODALITIES if m in modalities]
     out.mkdir(parents=True, exist_ok=True)
     check_settings(out / 'synth.json', {'generator': GENERATOR_VERSION, 'seed': seed, 'size': size, 'modalities': kinds, 'eye': asdict(config)})

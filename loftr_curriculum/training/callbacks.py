@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['COLUMNS', 'BestWhenIndependent', 'PatientStopping', 'MatchRecorder', 'record_matches', 'RealPairs', 'epoch_line',
-           'EpochTable']
+           'EpochTable', 'Stopwatch']
 
-# %% ../../nbs/09_training/05_callbacks.ipynb #1f78a951
+# %% ../../nbs/09_training/05_callbacks.ipynb #67296d32
+import time
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -24,7 +25,7 @@ from ..registration.config import RegistrationConfig
 from ..registration.pair import register
 from ..report.plots import add_matches, new_figure, plot_pair, save_figure
 
-# %% ../../nbs/09_training/05_callbacks.ipynb #1b59b656
+# %% ../../nbs/09_training/05_callbacks.ipynb #0c2de0aa
 class BestWhenIndependent(ModelCheckpoint):
     "Keeps the checkpoint with the highest `val/auc` from epoch `eligible_from` on."
     def __init__(self,
@@ -53,7 +54,10 @@ class PatientStopping(EarlyStopping):
     def on_validation_end(self, trainer, pl_module):
         if trainer.current_epoch >= self.stop_from: super().on_validation_end(trainer, pl_module)
 
-# %% ../../nbs/09_training/05_callbacks.ipynb #4dd45aca
+    def on_train_epoch_end(self, trainer, pl_module):
+        if trainer.current_epoch >= self.stop_from: super().on_train_epoch_end(trainer, pl_module)
+
+# %% ../../nbs/09_training/05_callbacks.ipynb #c137e100
 class MatchRecorder(pl.Callback):
     "Writes matches and match lines of the first validation pairs after every validation."
     def __init__(self,
@@ -73,9 +77,9 @@ def record_matches(module, # PL_LoFTR
                    stem,   # path without suffix
                    epoch,  # for the title
                   ) -> None:
-    "Unguided matches of one pair as npz and PNG."
+    "Unguided matches of one pair, all mutual maxima, as npz and PNG."
     put = lambda a, *one: torch.from_numpy(np.ascontiguousarray(a)).reshape(*one, *a.shape).to(module.device)
-    m = module.matcher.match(put(sample.image0, 1, 1), put(sample.image1, 1, 1), put(sample.fov0, 1), put(sample.fov1, 1), guidance=UNGUIDED)[0]
+    m = module.matcher.match(put(sample.image0, 1, 1), put(sample.image1, 1, 1), put(sample.fov0, 1), put(sample.fov1, 1), guidance=UNGUIDED, threshold=0.0)[0]
     right = np.linalg.norm(apply_transform(sample.T_0to1, m.points0) - m.points1, axis=1) < 5
     stem.parent.mkdir(parents=True, exist_ok=True)
     save_matches(stem.with_suffix(".npz"), m.points0, m.points1, m.confidence, right)
@@ -109,7 +113,7 @@ class RealPairs(pl.Callback):
         pl_module.log("val_real/no_answer", float(len(errors) - len(answered)))
         pl_module.log("val_real/sr@10", float(np.mean(np.array(errors) < 10)))
 
-# %% ../../nbs/09_training/05_callbacks.ipynb #aa0b125c
+# %% ../../nbs/09_training/05_callbacks.ipynb #5dd64eb4
 COLUMNS = (("loss", "train/loss_epoch", "7.3f"), ("lambda", "sched/lambda", "6.2f"), ("loss_w", "sched/loss_w", "6.2f"), ("AUC", "val/auc", "5.3f"),
            ("SR@10", "val/sr@10", "5.2f"), ("cover0", "val/coverage0", "6.2f"), ("cover1", "val/coverage1", "6.2f"), ("entropy", "val/entropy", "7.2f"), ("many:1", "val/many_to_one", "6.2f"))
 
@@ -124,10 +128,25 @@ def epoch_line(epoch,   # number, or None for the header
 
 
 class EpochTable(pl.Callback):
-    "Prints the figures of every epoch."
+    "Prints the figures of every epoch, above the progress bar where there is one."
+    started = False
+
     def on_train_epoch_end(self, trainer, pl_module):
         if not trainer.is_global_zero: return
-        if trainer.current_epoch == 0 or not getattr(self, "started", False): trainer.progress_bar_callback.print(epoch_line(None, {})) if trainer.progress_bar_callback else print(epoch_line(None, {}))
+        lines = [epoch_line(trainer.current_epoch, trainer.callback_metrics)]
+        if not self.started: lines.insert(0, epoch_line(None, {}))
         self.started = True
-        line = epoch_line(trainer.current_epoch, trainer.callback_metrics)
-        trainer.progress_bar_callback.print(line) if trainer.progress_bar_callback else print(line, flush=True)
+        for line in lines: trainer.progress_bar_callback.print(line) if trainer.progress_bar_callback else print(line, flush=True)
+
+# %% ../../nbs/09_training/05_callbacks.ipynb #0f42dccf
+class Stopwatch(pl.Callback):
+    "Seconds of training over all sessions of a run."
+    seconds = 0.0
+
+    def on_train_epoch_start(self, trainer, pl_module): self.started = time.monotonic()
+
+    def on_train_epoch_end(self, trainer, pl_module): self.seconds += time.monotonic() - self.started
+
+    def state_dict(self): return {"seconds": self.seconds}
+
+    def load_state_dict(self, state_dict): self.seconds = state_dict["seconds"]

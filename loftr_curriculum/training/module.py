@@ -98,7 +98,7 @@ def training_step(module, # PL_LoFTR
         module.log(f"train/{k}", getattr(loss, k).detach(), on_step=False, on_epoch=True, batch_size=n)
     return loss.total
 
-# %% ../../nbs/09_training/04_module.ipynb #9332cc0b
+# %% ../../nbs/09_training/04_module.ipynb #94c9adc3
 COLLAPSE = ("matches", "coverage0", "coverage1", "entropy", "many_to_one", "thirds_excess", "vessel_share")
 
 
@@ -108,7 +108,7 @@ def validate(module,   # PL_LoFTR
             ) -> tuple:
     "Corner errors (B,) at 512 px, and the mean collapse figures of the batch."
     given = {k: batch[k] for k in ("fov0", "fov1", "mask0", "mask1")}
-    found = module.matcher.match(batch["image0"], batch["image1"], guidance=guidance, **given)
+    found = module.matcher.match(batch["image0"], batch["image1"], guidance=guidance, threshold=0.0, **given)
     T, fov0, fov1, mask0 = (batch[k].cpu().numpy() for k in ("T_0to1", "fov0", "fov1", "mask0"))
     T = T.astype(float)
     errors = [quick_error(m, fov0[k], T[k], fov1.shape[1:]) for k, m in enumerate(found)]

@@ -4,13 +4,12 @@
 
 # %% auto #0
 __all__ = ['FREE', 'claim_folder', 'computes_bf16', 'precision_of', 'Run', 'callbacks_of', 'loggers_of', 'facts_of', 'train',
-           'best_matcher', 'read_epochs']
+           'read_epochs']
 
-# %% ../../nbs/09_training/06_run.ipynb #b13f0ff1
+# %% ../../nbs/09_training/06_run.ipynb #b4cd1e50
 import csv
 import json
 import platform
-import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -22,12 +21,12 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from ..data.module import PairDataModule
 from ..io.files import read_json, write_json
 from ..model.weights import load_matcher, save_matcher
-from .callbacks import BestWhenIndependent, EpochTable, MatchRecorder, PatientStopping, RealPairs
+from .callbacks import BestWhenIndependent, EpochTable, MatchRecorder, PatientStopping, RealPairs, Stopwatch
 from .config import TrainConfig
 from .curriculum import CurriculumScheduler, independence_from
 from .module import PL_LoFTR
 
-# %% ../../nbs/09_training/06_run.ipynb #88a198dc
+# %% ../../nbs/09_training/06_run.ipynb #59d7dc87
 FREE = ("resume", "out", "val_real")  # fields that may differ when a run is resumed
 
 
@@ -36,11 +35,11 @@ def claim_folder(config # TrainConfig
     "Makes the folder of a run and writes `config.json`; ValueError names what differs where the folder holds another run."
     out = Path(config.out)
     mine = json.loads(json.dumps(asdict(config)))
-    if (out / "config.json").is_file():
+    if (out / "last.ckpt").is_file():
         theirs = read_json(out / "config.json")
         differ = [k for k in mine if k not in FREE and theirs.get(k) != mine[k]]
         if differ: raise ValueError(f"{out}: holds a run with another configuration ({', '.join(differ)}); choose another folder")
-        if not config.resume and (out / "last.ckpt").is_file(): raise ValueError(f"{out}: holds a run already and resume is off; choose another folder")
+        if not config.resume: raise ValueError(f"{out}: holds a run already and resume is off; choose another folder")
     else:
         out.mkdir(parents=True, exist_ok=True)
         write_json(out / "config.json", mine)
@@ -60,7 +59,7 @@ def precision_of(config # TrainConfig
     bf16 = config.precision == "bf16" or config.precision == "auto" and computes_bf16()
     return "bf16-mixed" if bf16 else "32-true"
 
-# %% ../../nbs/09_training/06_run.ipynb #e721ea3a
+# %% ../../nbs/09_training/06_run.ipynb #8e8c5e66
 @dataclass(frozen=True)
 class Run:
     "What a training run leaves behind."
@@ -76,7 +75,7 @@ def callbacks_of(config, # TrainConfig
     "Everything that watches the run. A folder of real pairs is checked here, before any work."
     free = independence_from(config.phases, config.epochs)
     last = ModelCheckpoint(dirpath=out, filename="last", save_on_train_epoch_end=True, enable_version_counter=False)
-    watch = [CurriculumScheduler(config.phases), MatchRecorder(out / "matches")]
+    watch = [Stopwatch(), CurriculumScheduler(config.phases), MatchRecorder(out / "matches")]
     if config.val_real: watch.append(RealPairs(config.val_real))
     if config.patience: watch.append(PatientStopping(config.patience, max(config.stop_from, free)))
     return [*watch, BestWhenIndependent(out, free), EpochTable(), last]
@@ -91,13 +90,15 @@ def loggers_of(out # Path
 
 def facts_of(config,  # TrainConfig
              trainer, # Trainer after the run
-             seconds, # of this session
+             epoch,   # whose weights are kept
             ) -> dict:
-    "What a weights file says about its training."
+    "What a weights file says about its training; the validation figures are those of the kept epoch."
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads, {platform.machine()}"
-    return dict(config=json.loads(json.dumps(asdict(config))), epochs=trainer.current_epoch, steps=trainer.global_step, precision=precision_of(config),
-                pairs=trainer.global_step * config.data.batch_size * trainer.world_size, session_seconds=round(seconds), hardware=device, torch=torch.__version__,
-                val={k: round(float(v), 4) for k, v in trainer.callback_metrics.items() if k.startswith("val/")})
+    seconds = next((c.seconds for c in trainer.callbacks if isinstance(c, Stopwatch)), 0.0)
+    row = next((r for r in read_epochs(config.out) if r["epoch"] == epoch), {})
+    return dict(config=json.loads(json.dumps(asdict(config))), epochs=trainer.current_epoch, kept_epoch=epoch, steps=trainer.global_step, precision=precision_of(config),
+                pairs=trainer.global_step * config.data.batch_size * trainer.world_size, seconds=round(seconds), hardware=device, torch=torch.__version__,
+                val={k: round(v, 4) for k, v in row.items() if k.startswith("val/")})
 
 
 def train(config,         # TrainConfig
@@ -115,20 +116,13 @@ def train(config,         # TrainConfig
     module = PL_LoFTR(config)
     if not torch.cuda.is_available(): module.matcher.to(memory_format=torch.channels_last)
     trainer = pl.Trainer(max_epochs=config.epochs, precision=precision_of(config), gradient_clip_val=config.clip, num_sanity_val_steps=0, use_distributed_sampler=False,
-                         log_every_n_steps=10, enable_model_summary=False, enable_progress_bar=progress, callbacks=[*watch, *callbacks],
+                         log_every_n_steps=min(10, max(1, config.data.pairs_per_epoch // config.data.batch_size)), enable_model_summary=False, enable_progress_bar=progress, callbacks=[*watch, *callbacks],
                          logger=loggers_of(out))
-    last, start = out / "last.ckpt", time.monotonic()
+    last = out / "last.ckpt"
     trainer.fit(module, data, ckpt_path=last if last.is_file() else None, weights_only=True)
-    facts = facts_of(config, trainer, time.monotonic() - start)
-    save_matcher(out / "weights.safetensors", best_matcher(out, module), facts)
+    kept = load_matcher(out / "best.ckpt" if (out / "best.ckpt").is_file() else last)
+    save_matcher(out / "weights.safetensors", kept, facts_of(config, trainer, kept.facts["epoch"]))
     return Run(out, out / "weights.safetensors", {k: float(v) for k, v in trainer.callback_metrics.items()}, module)
-
-# %% ../../nbs/09_training/06_run.ipynb #8ccd2baf
-def best_matcher(out,    # Path of a run
-                 module, # PL_LoFTR after the last epoch
-                ):
-    "The matcher of `best.ckpt`, or the last one where no epoch was eligible."
-    return load_matcher(out / "best.ckpt") if (out / "best.ckpt").is_file() else module.matcher
 
 # %% ../../nbs/09_training/06_run.ipynb #938b9675
 def read_epochs(out # folder of a run

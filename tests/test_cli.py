@@ -1,0 +1,394 @@
+"""Guards of the command line: what help costs, exit codes, one line for bad input, interruptions, and every command end to end."""
+import json
+import runpy
+import signal
+import subprocess
+import sys
+import types
+from dataclasses import asdict
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+from test_evaluation import SCORER, make_set, needs_scorer, predictions
+from test_registration import UprightSift, a_pair
+
+from loftr_curriculum.cli import COMMANDS, main, make_parser
+from loftr_curriculum.data.config import DataConfig
+from loftr_curriculum.io.files import read_json, write_json
+from loftr_curriculum.io.images import read_image, write_image
+from loftr_curriculum.model.config import MatcherConfig
+from loftr_curriculum.retina.config import MODES
+from loftr_curriculum.training.config import TrainConfig, find_curriculum
+
+ROOT = Path(__file__).resolve().parents[1]
+HEAVY = ("torch", "lightning", "kornia", "cv2", "scipy", "skimage", "matplotlib", "PIL", "pandas")
+PROGRAM = "import sys; from loftr_curriculum.cli import main; sys.exit(main())"
+TINY = "--data.size 64 --data.pairs-per-epoch 8 --data.val-pairs 4 --data.batch-size 4 --data.workers 0 --matcher.dims [8,16,32] --matcher.layers 1 --precision 32".split()
+
+
+def run(*words):
+    "Exit code of a command in this process; words may be paths."
+    return main([str(w) for w in words])
+
+
+@pytest.fixture
+def complains(capsys):
+    "Runs a command that must be refused: exit code 2, nothing on standard output, one line on standard error, which is returned."
+
+    def refused(*words):
+        assert run(*words) == 2
+        out, err = capsys.readouterr()
+        assert out == "" and err.count("\n") == 1 and err.startswith("loftr-curriculum")
+        return err.strip()
+
+    return refused
+
+
+# ---- help
+
+
+CHILD = f"""
+import contextlib, io, sys, time
+from loftr_curriculum.cli import main
+with contextlib.redirect_stdout(io.StringIO()) as said: code = main(sys.argv[1:])
+heavy = sorted(set(sys.modules) & set({HEAVY}))
+print(code, len(said.getvalue()), time.process_time(), *heavy)
+"""
+
+
+@pytest.mark.parametrize("command", ["", *COMMANDS])
+def test_help_answers_in_half_a_second_and_imports_nothing_heavy(command):
+    seconds = []
+    for _ in range(3):
+        done = subprocess.run([sys.executable, "-c", CHILD, *command.split(), "--help"], capture_output=True, text=True, check=True)
+        code, length, cpu, *heavy = done.stdout.split()
+        assert heavy == [] and code == "0" and int(length) > 200
+        seconds.append(float(cpu))
+        if min(seconds) < 0.5:
+            return
+    pytest.fail(f"--help took {seconds} seconds of processor time")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_flag_has_words(command):
+    parser = make_parser(command)
+    silent = [a.dest for a in parser._actions if not a.help]
+    assert silent == []
+    assert "%%" not in parser.format_help()
+
+
+def test_comments_are_the_help():
+    text = " ".join(make_parser("train").format_help().split())
+    assert "share of pairs with a scale ratio within 5 % of 1 (type: float, default: 0.3)" in text
+    assert "folder where rendered eyes are kept; null: in memory" in text
+
+
+# ---- names, values, files
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ("register a b --out c --treshold_px 3", "unknown flag --treshold_px, the nearest is --threshold_px"),
+        ("register a b --out c --limits.strech=2", "the nearest is --limits.stretch"),
+        ("register-many a --out c --long-sid 256", "the nearest is --long_side"),
+        ("synth a --eye.densty 2", "the nearest is --eye.density"),
+        ("evaluate --set a --perpair", "the nearest is --per_pair"),
+        ("train --data.worldz 3 --epoch 4", "--data.worldz, the nearest is --data.worlds; unknown flag --epoch, the nearest is --epochs"),
+        ("warp a b --out c --mod nearest", "the nearest is --mode"),
+        ("demo --aut x", "the nearest is --out"),
+        ("trian", "unknown command trian, the nearest is train"),
+        ("register a --out c", "moving"),
+        ("train something", "rguments: something"),
+        ("train --epochs 1.5", "epochs: expected int"),
+        ("train --data.size 100", "size must be a multiple of 32"),
+        ("train --val-real {tmp}/none", "{tmp}/none"),
+        ("train --config {tmp}/none.yaml", "{tmp}/none.yaml"),
+        ("synth {tmp}/s --size 3", "size must be at least 64"),
+        ("weights {tmp}/none.ckpt", "{tmp}/none.ckpt: no such weights file"),
+        ("evaluate --set {tmp} --pred a --weights b", "exclude each other"),
+    ],
+)
+def test_bad_words_are_refused_in_one_line(words, says, tmp_path, complains, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert says.format(tmp=tmp_path) in complains(*words.format(tmp=tmp_path).split())
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("command", "text", "says"),
+    [
+        ("train", "data:\n  motion: {rotaton_deg: 3}\n", "unknown key data.motion.rotaton_deg, the nearest is data.motion.rotation_deg"),
+        ("train", "sede: 1\n", "unknown key sede, the nearest is seed"),
+        ("register a b --out c", "long_side: 256\nlimits:\n  scales: 3\n", "unknown key limits.scales, the nearest is limits.scale"),
+        ("synth a", "eye: {dennsity: 3}\n", "unknown key eye.dennsity, the nearest is eye.density"),
+        ("train", "data: [\n", "settings.yaml"),
+        ("train", "data: {size: large}\n", "data.size: expected int"),
+    ],
+)
+def test_bad_files_are_refused_in_one_line(command, text, says, tmp_path, complains):
+    file = tmp_path / "settings.yaml"
+    file.write_text(text)
+    assert says in complains(*command.split(), "--config", file)
+
+
+def test_the_file_of_the_packaged_weights_is_read_as_meant():
+    from loftr_curriculum.cli import read_settings
+
+    data = DataConfig(modes=MODES, worlds=300, val_worlds=24, pairs_per_epoch=800, val_pairs=64, workers=1, seed=0)
+    c = read_settings(TrainConfig, ["--config", str(ROOT / "configs/weights.yaml"), "--out", "x"])
+    assert c == TrainConfig(out="x", epochs=34, warmup=200, curriculum="v2.2", data=data)
+    assert (c.phases.teach_until, c.phases.wean_until, c.phases.unit) == (0.25, 0.5, "fraction")
+
+
+# ---- registration
+
+
+@pytest.fixture
+def sees(monkeypatch):
+    "Registers with SIFT instead of weights."
+    monkeypatch.setattr("loftr_curriculum.model.weights.load_matcher", lambda path, device: UprightSift())
+
+
+@pytest.fixture
+def pair(tmp_path):
+    "Files of a fixed and a moving image, and the true transform."
+    fixed, moving, M = a_pair(angle=6, scale=1.1, shift=(12, -9))
+    write_image(tmp_path / "fixed.png", fixed)
+    write_image(tmp_path / "moving.tif", moving)
+    return tmp_path / "fixed.png", tmp_path / "moving.tif", M
+
+
+@pytest.fixture(scope="session")
+def untrained(tmp_path_factory):
+    "A weights file of a tiny matcher that has learned nothing."
+    import torch
+
+    from loftr_curriculum.model.matcher import Matcher
+    from loftr_curriculum.model.weights import save_matcher
+
+    path = tmp_path_factory.mktemp("weights") / "tiny.safetensors"
+    torch.manual_seed(0)
+    save_matcher(path, Matcher(MatcherConfig(dims=(8, 16, 32), layers=1)), {"note": "untrained"})
+    return path
+
+
+QUICK = ("--long-side", "256", "--first-long-side", "256")
+
+
+def test_register_writes_four_files_and_warp_repeats_the_picture(pair, sees, tmp_path, capsys):
+    fixed, moving, M = pair
+    out = tmp_path / "out"
+    assert run("register", fixed, moving, "--out", out, *QUICK) == 0
+    said = capsys.readouterr().out
+    assert said.startswith("ok: ") and f"look at {out}: transform.json, warped.png, checkerboard.png, matches.png\n" in said
+    assert sorted(p.name for p in out.iterdir()) == ["checkerboard.png", "matches.png", "transform.json", "warped.png"]
+    found = np.array(read_json(out / "transform.json")["moving_to_fixed"])
+    points = np.array([[100, 100, 1], [300, 120, 1], [200, 330, 1]]).T
+    assert np.abs((found @ points)[:2] - (M @ points)[:2]).max() < 3
+    assert run("warp", moving, out / "transform.json", "--out", tmp_path / "again.png") == 0
+    assert np.array_equal(read_image(tmp_path / "again.png"), read_image(out / "warped.png"))
+
+
+def test_the_verdict_is_the_exit_code(pair, sees, tmp_path, capsys):
+    fixed, moving, _ = pair
+    assert run("register", fixed, moving, "--out", tmp_path / "d", "--ok_inliers", "100000", *QUICK) == 3
+    assert "doubtful: " in (said := capsys.readouterr().out) and "because " in said
+    write_image(tmp_path / "black.png", np.zeros((200, 200), np.uint8))
+    assert run("register", fixed, tmp_path / "black.png", "--out", tmp_path / "f") == 4
+    assert "failed: no transform\n  because the moving image is black" in capsys.readouterr().out
+    assert read_json(tmp_path / "f/transform.json")["moving_to_fixed"] is None
+    assert run("warp", moving, tmp_path / "f/transform.json", "--out", tmp_path / "w.png") == 2
+    assert "the registration failed" in capsys.readouterr().err
+
+
+def test_register_takes_masks_and_hands_guidance_to_the_matcher(pair, tmp_path, complains, monkeypatch, capsys):
+    fixed, moving, _ = pair
+    heard = []
+
+    class Listens(UprightSift):
+        def match(self, image0, image1, mask0=None, mask1=None, guidance=None, **fields):
+            heard.append((mask0 is not None, mask1 is not None, guidance.vessel_soft_lambda))
+            return super().match(image0, image1, **fields)
+
+    monkeypatch.setattr("loftr_curriculum.model.weights.load_matcher", lambda path, device: Listens())
+    masks = []
+    for image in (fixed, moving):
+        masks.append(image.with_suffix(".mask.png"))
+        write_image(masks[-1], (read_image(image)[..., 1] > 150).astype(np.uint8) * 255)
+    words = ("register", fixed, moving, "--out", tmp_path / "o", "--fixed-mask", masks[0])
+    assert run(*words, "--moving-mask", masks[1], "--vessel-soft-lambda", "2", *QUICK) == 0
+    assert set(heard) == {(True, True, 2.0)}
+    capsys.readouterr()
+    assert "masks and guidance go together" in complains(*words)
+    assert "expected the size of the moving image" in complains(*words, "--moving-mask", masks[0], "--vessel-soft-lambda", "2")
+
+
+def test_a_process_of_its_own_fails_with_4_and_refuses_with_2(pair, untrained, tmp_path):
+    fixed, moving, _ = pair
+    command = [sys.executable, "-c", PROGRAM, "register", str(fixed)]
+    more = ["--out", str(tmp_path / "o"), "--weights", str(untrained)]
+    done = subprocess.run([*command, str(moving), *more, *QUICK], capture_output=True, text=True)
+    assert done.returncode == 4 and done.stdout.startswith("failed: "), done.stderr
+    (tmp_path / "text.png").write_text("no image")
+    done = subprocess.run([*command, str(tmp_path / "text.png"), *more], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == f"loftr-curriculum register: error: {tmp_path}/text.png: cannot be decoded, expected a whole PNG, JPEG or TIFF image\n"
+
+
+def test_input_that_cannot_be_used_is_refused_in_one_line(pair, untrained, tmp_path, complains):
+    fixed, moving, _ = pair
+    (tmp_path / "file").write_text("x")
+    out, weights = ("--out", tmp_path / "o"), ("--weights", untrained)
+    assert "missing.png: no such file" in complains("register", tmp_path / "missing.png", moving, *out, *weights)
+    assert str(tmp_path / "file") in complains("register", fixed, moving, *out, "--weights", tmp_path / "file")
+    assert "quantum" in complains("register", fixed, moving, *out, *weights, "--device", "quantum")
+    assert str(tmp_path / "file") in complains("register", fixed, moving, "--out", tmp_path / "file", *weights, *QUICK)
+    assert "columns" in complains("register-many", tmp_path / "file", *out, *weights)
+    assert "affine, similarity, homography" in complains("register", fixed, moving, *out, *weights, "--transform", "rigid")
+
+
+def test_warp_keeps_labels_and_refuses_another_size(pair, tmp_path, complains, capsys):
+    fixed, moving, M = pair
+    write_json(tmp_path / "t.json", {"moving_to_fixed": M, "fixed_size": [420, 480], "moving_size": [440, 400]})
+    labels = np.zeros((440, 400), np.uint8)
+    cv2.circle(labels, (200, 200), 60, 3, -1)
+    cv2.circle(labels, (200, 200), 30, 200, -1)
+    write_image(tmp_path / "labels.png", labels)
+    assert run("warp", tmp_path / "labels.png", tmp_path / "t.json", "--out", tmp_path / "w.png", "--mode", "nearest") == 0
+    assert set(np.unique(read_image(tmp_path / "w.png"))) == {0, 3, 200}
+    assert run("warp", tmp_path / "labels.png", tmp_path / "t.json", "--out", tmp_path / "l.png") == 0
+    assert len(np.unique(read_image(tmp_path / "l.png"))) > 3
+    capsys.readouterr()
+    assert "(440, 400) (height, width), got (420, 480)" in complains("warp", fixed, tmp_path / "t.json", "--out", tmp_path / "x.png")
+    write_json(tmp_path / "bare.json", {"moving_to_fixed": M})
+    assert "expected fixed_size" in complains("warp", moving, tmp_path / "bare.json", "--out", tmp_path / "x.png")
+    assert "expected a name that ends in" in complains("warp", moving, tmp_path / "t.json", "--out", tmp_path / "x.gif")
+    assert not (tmp_path / "x.png").exists()
+
+
+def test_register_many_goes_on_after_a_bad_pair_and_after_an_interruption(pair, tmp_path, capsys, monkeypatch):
+    (tmp_path / "pairs.csv").write_text("id,fixed,moving\na,fixed.png,moving.tif\nb,fixed.png,none.png\nc,fixed.png,fixed.png\n")
+    tired = UprightSift()
+    look = tired.match
+
+    def match(*images, **fields):
+        if tired.calls >= 3:
+            raise KeyboardInterrupt
+        return look(*images, **fields)
+
+    monkeypatch.setattr("loftr_curriculum.model.weights.load_matcher", lambda path, device: tired)
+    words = ("register-many", tmp_path / "pairs.csv", "--out", tmp_path / "many", *QUICK)
+    monkeypatch.setattr(tired, "match", match)
+    assert run(*words) == 130
+    assert "the same command goes on where it stopped: loftr-curriculum register-many " in capsys.readouterr().err
+    monkeypatch.setattr(tired, "match", look)
+    tired.calls = 0
+    assert run(*words) == 0
+    assert tired.calls == 3, "the first pair was registered twice"
+    assert capsys.readouterr().out.startswith("2 ok, 0 doubtful, 1 failed, 1 unreadable\nlook at ")
+    answers = read_json(tmp_path / "many/transforms.json")
+    assert list(answers) == ["a", "b", "c"] and answers["b"] is None and np.allclose(answers["c"], np.eye(3), atol=0.05)
+
+
+# ---- evaluation
+
+
+@needs_scorer
+def test_evaluate_prints_what_the_scorer_prints(tmp_path, capsys):
+    answers = predictions(make_set(tmp_path / "set"))["noisy"]
+    write_json(tmp_path / "pred.json", answers)
+    for more in ((), ("--per-pair",)):
+        theirs = subprocess.run([sys.executable, str(SCORER), "score", str(tmp_path / "pred.json"), "--set", str(tmp_path / "set"), *more], capture_output=True, text=True, check=True)
+        assert run("evaluate", "--set", tmp_path / "set", "--pred", tmp_path / "pred.json", *more) == 0
+        assert capsys.readouterr().out == theirs.stdout
+
+
+def test_evaluate_registers_with_weights_and_prints_nothing_but_json(untrained, tmp_path, capsys):
+    make_set(tmp_path / "set", n=2)
+    assert run("evaluate", "--set", tmp_path / "set", "--weights", untrained, "--long-side", "128", "--first-long-side", "128") == 0
+    figures = json.loads(capsys.readouterr().out)
+    assert figures["pairs"] == figures["no_answer"] == 2 and figures["wrong_ok"] == 0
+
+
+# ---- training
+
+
+@pytest.fixture(scope="session")
+def triplets(tmp_path_factory):
+    "A folder of triplets in the owner's layout, written by `synth`."
+    folder = tmp_path_factory.mktemp("synth") / "triplets"
+    assert run("synth", folder, "--cases", "3", "--size", "128", "--modalities", "[cf,fa,oct]", "--eye.gap", "0.5", "--eye.size", "320", "--workers", "1") == 0
+    return folder
+
+
+def test_synth_writes_the_owners_layout_with_the_eye_that_was_asked_for(triplets, complains):
+    case = triplets / "000002_G"
+    assert sorted(p.name for p in case.iterdir()) == [f"000002_G{end}" for end in (".json", "_cf.png", "_fa.png", "_oct.png", "_seg.png")]
+    assert len([p for p in triplets.iterdir() if p.is_dir()]) == 3
+    assert read_json(triplets / "synth.json")["eye"] == {"size": 320, "field_deg": 70.0, "density": 1.0, "disease": 0.6, "gap": 0.5}
+    assert read_image(case / "000002_G_cf.png").shape == (128, 128, 3)
+    assert "field_deg must be at least 40" in complains("synth", triplets.parent / "other", "--eye.field_deg", "35")
+
+
+def test_train_on_triplets_then_read_the_weights(triplets, tmp_path, capsys, complains):
+    words = ("train", "--out", tmp_path / "run", "--data.triplets", triplets, "--epochs", "2", *TINY)
+    assert run(*words) == 0
+    said = capsys.readouterr().out
+    assert "epoch" in said and f"{tmp_path}/run/weights.safetensors" in said
+    assert (tmp_path / "run/last.ckpt").is_file() and len(list((tmp_path / "run/matches").glob("*.png"))) == 2
+    assert run("weights", tmp_path / "run/weights.safetensors") == 0
+    card = json.loads(capsys.readouterr().out)
+    assert card["config"] == json.loads(json.dumps(asdict(MatcherConfig(dims=(8, 16, 32), layers=1))))
+    assert card["facts"]["config"]["data"]["triplets"] == str(triplets) and card["facts"]["epochs"] == 2
+    assert "another configuration (lr)" in complains(*words, "--lr", "0.5")
+
+
+def test_train_is_interrupted_with_130_and_goes_on(triplets, tmp_path, capsys, monkeypatch):
+    from loftr_curriculum.training.callbacks import EpochTable
+
+    def tired(self, trainer, module):
+        if trainer.current_epoch == 1:
+            raise KeyboardInterrupt
+
+    words = ("train", "--out", tmp_path / "run", "--data.triplets", triplets, "--epochs", "2", *TINY)
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(EpochTable, "on_train_epoch_end", tired)
+            assert run(*words) == 130
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    assert f"goes on where it stopped: loftr-curriculum train --out {tmp_path}/run" in capsys.readouterr().err
+    assert run(*words) == 0
+    said = capsys.readouterr().out
+    assert "\n    1 " in said and "\n    0 " not in said
+
+
+def test_the_example_runs_the_plan_on_the_users_triplets(triplets, tmp_path, capsys, monkeypatch):
+    script = ROOT / "examples/train_multimodal_onGen_v2_2.py"
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [str(script), str(triplets), "--epochs", "2", *TINY])
+    plan = runpy.run_path(str(script), run_name="__main__")["PLAN"]
+    assert "weights: runs/onGen_v2_2/weights.safetensors" in capsys.readouterr().out
+    assert plan.phases == find_curriculum("v2.2") and plan.phases.unit == "epochs"
+    config = read_json(tmp_path / "runs/onGen_v2_2/config.json")
+    assert (config["curriculum"], config["fractions"], config["epochs"], config["data"]["triplets"]) == ("v2.2", False, 2, str(triplets))
+
+
+def test_demo_calls_its_room(monkeypatch, tmp_path):
+    asked = []
+    monkeypatch.setitem(sys.modules, "loftr_curriculum.training.demo", types.SimpleNamespace(demo=asked.append))
+    assert run("demo", "--out", tmp_path / "demo") == 0
+    assert asked == [str(tmp_path / "demo")]
+
+
+def test_an_interrupted_command_that_cannot_go_on_says_no_more(monkeypatch, capsys):
+    def interrupted(path):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("loftr_curriculum.io.transforms.load_transform", interrupted)
+    assert run("warp", "a.png", "b.json", "--out", "c.png") == 130
+    assert capsys.readouterr().err == "\ninterrupted\n"
