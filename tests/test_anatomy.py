@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from loftr_curriculum.retina.anatomy import (
-    PUBLISHED, Disc, Fovea, branching_exponent, crossings, find_disc, junctions, loops, measure_eye, measure_eyes, tortuosity, trace, trunk_calibre, turns,
+    PUBLISHED, Disc, Fovea, branching_exponent, crossings, find_disc, junctions, loops, mass_dimension, measure_eye, measure_eyes, tortuosity, trace, trunk_calibre, turns,
 )
 from loftr_curriculum.retina.config import EyeConfig, seeds_of
 from loftr_curriculum.retina.world import make_world
@@ -119,3 +119,11 @@ def test_the_committed_figures_are_those_of_this_generator():
     from loftr_curriculum.retina.config import GENERATOR_VERSION
     committed = json.loads((Path(__file__).parents[1] / "nbs" / "03_retina" / "anatomy.json").read_text())
     assert committed["generator"] == GENERATOR_VERSION, "draw the eyes again: python -m loftr_curriculum.retina.anatomy --out nbs/03_retina/anatomy.json"
+
+
+def test_mass_dimension_needs_vessels_away_from_the_border():
+    bones = np.zeros((300, 300), bool)
+    bones[5] = True
+    assert np.isnan(mass_dimension(bones, 20))
+    bones[150] = True
+    assert mass_dimension(bones, 20) == pytest.approx(1, abs=0.1)

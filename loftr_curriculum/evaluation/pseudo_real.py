@@ -40,7 +40,7 @@ def evaluate_pseudo_real(
     out['all'] = summarise([v for e in errors.values() for v in e.values()])
     return out | ({'errors': {i: v for e in errors.values() for i, v in e.items()}} if per_pair else {})
 
-# %% ../../nbs/07_evaluation/03_pseudo_real.ipynb #6d5cf541
+# %% ../../nbs/07_evaluation/03_pseudo_real.ipynb #a7c18add
 def system_named(
     name: str,  # 'package.module.function'
 ):              # the function
@@ -83,7 +83,10 @@ def main() -> None:
     "`python -m loftr_curriculum.evaluation.pseudo_real --system package.module.function`"
     from jsonargparse import auto_cli
     from loftr_curriculum.evaluation import pseudo_real
-    print(lines_of(auto_cli(pseudo_real.score_system)))
+    try:
+        print(lines_of(auto_cli(pseudo_real.score_system)))
+    except ValueError as error:
+        raise SystemExit(str(error)) from None
 
 # %% ../../nbs/07_evaluation/03_pseudo_real.ipynb #9b01583b
 if __name__ == '__main__' and '__file__' in globals():

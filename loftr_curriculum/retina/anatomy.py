@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['GOLDENBERG', 'PUBLISHED', 'Disc', 'along_rays', 'find_disc', 'Fovea', 'darkness', 'find_fovea', 'Segment', 'in_order',
-           'trace', 'way_to_disc', 'leaving', 'junctions', 'branching_exponent', 'box_dimension', 'crossings', 'loops',
-           'turns', 'trunk_calibre', 'tortuosity', 'measure_landmarks', 'measure_vessels', 'measure_eye', 'Published',
-           'summarise_eyes', 'measure_eyes', 'table_of', 'main']
+           'trace', 'way_to_disc', 'leaving', 'junctions', 'branching_exponent', 'box_dimension', 'mass_dimension',
+           'crossings', 'loops', 'turns', 'trunk_calibre', 'tortuosity', 'measure_landmarks', 'measure_vessels',
+           'measure_eye', 'Published', 'summarise_eyes', 'measure_eyes', 'table_of', 'main']
 
 # %% ../../nbs/03_retina/06_anatomy.ipynb #77f1d35f
 from dataclasses import asdict, dataclass, replace
@@ -234,7 +234,7 @@ def branching_exponent(
     error = lambda x: np.square(d0 - (d1 ** x + d2 ** x) ** (1 / x)).sum()
     return float(minimize_scalar(error, bounds=(1, 8), method='bounded').x)
 
-# %% ../../nbs/03_retina/06_anatomy.ipynb #68da7da9
+# %% ../../nbs/03_retina/06_anatomy.ipynb #9f09f2c4
 def box_dimension(
     bones: np.ndarray,  # (H, W) bool
 ) -> float:
@@ -247,6 +247,24 @@ def box_dimension(
         counts.append(bones[:h, :w].reshape(h // side, side, w // side, side).any((1, 3)).sum())
         side *= 2
     return float(-np.polyfit(np.log(sides), np.log(np.maximum(counts, 1)), 1)[0])
+
+
+def mass_dimension(
+    bones: np.ndarray,  # (S, S) bool
+    px_per_mm: float,   # scale
+    centres: int = 250, # points of the skeleton around which circles are laid
+) -> float:
+    "Fractal dimension by mass and radius, circles of 0.3 to 4.5 mm that lie within the picture; nan where there is too little."
+    rng, size = np.random.default_rng(0), np.array(bones.shape[::-1])
+    points = np.stack(np.nonzero(bones)[::-1], 1).astype(float)
+    inner = points[((points > 4.5 * px_per_mm) & (points < size - 4.5 * px_per_mm)).all(1)]
+    if len(inner) < 10:
+        return np.nan
+    some = points[rng.integers(0, len(points), 6000)]
+    x, y = (some[None] - inner[rng.integers(0, len(inner), centres)][:, None]).transpose(2, 0, 1)
+    radii = np.geomspace(0.3, 4.5, 10) * px_per_mm
+    mass = np.searchsorted(np.sort(np.hypot(x, y).ravel()), radii)
+    return float(np.polyfit(np.log(radii), np.log(np.maximum(mass, 1)), 1)[0])
 
 
 def crossings(
@@ -330,7 +348,7 @@ def tortuosity(
     mean = lambda v: float(v.mean()) if len(v) else np.nan
     return {'tortuosity_wide': mean(all_[wide >= 60]), 'tortuosity_thin': mean(all_[wide < 60]), 'tortuosity_slow': mean(slow), 'tortuosity_fast': mean(fast)}
 
-# %% ../../nbs/03_retina/06_anatomy.ipynb #15118a1b
+# %% ../../nbs/03_retina/06_anatomy.ipynb #fb0efc18
 def measure_landmarks(
     disc: Disc,        # as found
     fovea: Fovea,      # as found
@@ -363,7 +381,8 @@ def measure_vessels(
     both = (traced['artery'][2] | traced['vein'][2]) & field
     large = [s.path for segments, _, _ in traced.values() for s in segments if s.calibre() * 1000 / mm > 80]
     out |= {'bifurcation_deg': float(np.mean(np.concatenate(list(tables.values()))[:, 3])),
-            'fractal_dimension': box_dimension(both[rows[0]:rows[-1] + 1, columns[0]:columns[-1] + 1]),
+            'fractal_dimension': mass_dimension(traced['artery'][2] | traced['vein'][2], mm),
+            'box_dimension': box_dimension(both[rows[0]:rows[-1] + 1, columns[0]:columns[-1] + 1]),
             'vessel_area': float((world.vessels > 127)[field].mean()),
             'artery_vein_crossings': crossings(traced['artery'][2], traced['vein'][2], outside),
             'own_crossings': sum(loops(m, disc, 0.005 * mm ** 2) for m in world.systems),
@@ -460,7 +479,7 @@ def measure_eyes(
     write_json(out, result)
     return result
 
-# %% ../../nbs/03_retina/06_anatomy.ipynb #99756b79
+# %% ../../nbs/03_retina/06_anatomy.ipynb #bd56fef2
 def table_of(
     result: dict,  # from `measure_eyes`
 ) -> str:
@@ -476,7 +495,10 @@ def main() -> None:
     "`python -m loftr_curriculum.retina.anatomy --eyes 500`"
     from jsonargparse import auto_cli
     from loftr_curriculum.retina import anatomy
-    print(table_of(auto_cli(anatomy.measure_eyes)))
+    try:
+        print(table_of(auto_cli(anatomy.measure_eyes)))
+    except ValueError as error:
+        raise SystemExit(str(error)) from None
 
 # %% ../../nbs/03_retina/06_anatomy.ipynb #9b01583b
 if __name__ == '__main__' and '__file__' in globals():
