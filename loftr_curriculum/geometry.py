@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['STILL', 'apply_transform', 'compose', 'invert', 'centre', 'corners', 'translation', 'affine', 'similarity',
            'jacobian', 'decompose', 'fit_affine', 'fit_similarity', 'fit_homography', 'resize_matrix', 'fit_size',
-           'resize_image', 'warp_image', 'warp_tensor', 'resample', 'overlap', 'Motion', 'random_transform', 'Limits',
-           'check_transform']
+           'resize_image', 'warp_image', 'warp_tensor', 'resample', 'overlap', 'Motion', 'mild', 'random_transform',
+           'Limits', 'check_transform']
 
-# %% ../nbs/01_geometry/00_geometry.ipynb #197244ed
-from dataclasses import dataclass
+# %% ../nbs/01_geometry/00_geometry.ipynb #ec0e88e6
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -239,7 +239,7 @@ def overlap(T_0to1,    # (3, 3) fixed -> moving
     seen = warp_image(np.ones(size1, bool) if fov1 is None else fov1, invert(T_0to1), size0)
     return float((seen & fov0).sum() / max(fov0.sum(), 1))
 
-# %% ../nbs/01_geometry/00_geometry.ipynb #3249fd11
+# %% ../nbs/01_geometry/00_geometry.ipynb #44870c72
 @dataclass(frozen=True)
 class Motion:
     "The range of relative motion between the two images of a pair."
@@ -254,6 +254,14 @@ class Motion:
 
 
 STILL = Motion(rotation_deg=0, scale=1, shift=0, shear=0)
+
+
+def mild(motion, # Motion at full range
+         share,  # in [0, 1]: how much of the way from the mild start to the full range
+        ) -> Motion:
+    "A narrower range of rotation (from 30 degrees) and scale (from 1.25), the same shift: what a beginner learns faster from."
+    grow = lambda start, full: full if full <= start else start + (full - start) * share
+    return replace(motion, rotation_deg=grow(30.0, motion.rotation_deg), scale=grow(1.25, motion.scale))
 
 
 def random_transform(rng,             # np.random.Generator

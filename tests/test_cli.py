@@ -134,13 +134,18 @@ def test_bad_files_are_refused_in_one_line(command, text, says, tmp_path, compla
     assert says in complains(*command.split(), "--config", file)
 
 
-def test_the_file_of_the_packaged_weights_is_read_as_meant():
+def test_the_packaged_weights_are_those_of_their_configuration_file():
     from loftr_curriculum.cli import read_settings
+    from loftr_curriculum.model.weights import PACKAGED, load_matcher
 
-    data = DataConfig(modes=MODES, worlds=300, val_worlds=24, pairs_per_epoch=800, val_pairs=64, workers=1, seed=0)
     c = read_settings(TrainConfig, ["--config", str(ROOT / "configs/weights.yaml"), "--out", "x"])
-    assert c == TrainConfig(out="x", epochs=34, warmup=200, curriculum="v2.2", data=data)
-    assert (c.phases.teach_until, c.phases.wean_until, c.phases.unit) == (0.25, 0.5, "fraction")
+    assert set(c.data.modes) == set(MODES) and (c.phases.teach_until, c.phases.wean_until, c.phases.unit) == (0.25, 0.5, "fraction")
+    if not PACKAGED.is_file():
+        pytest.skip("no packaged weights in this checkout")
+    theirs, mine = load_matcher().facts["config"], json.loads(json.dumps(asdict(c)))
+    for config in (theirs, mine):
+        config["out"] = config["data"]["cache"] = None
+    assert theirs == mine
 
 
 # ---- registration

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from ..geometry import Motion
 from ..retina.config import MODES, SEEDS, EyeConfig
 
-# %% ../../nbs/04_data/02_config.ipynb #0522f430
+# %% ../../nbs/04_data/02_config.ipynb #7c678ff8
 @dataclass(frozen=True)
 class DataConfig:
     "Sources of training pairs, their mix, and how views are cut from them."
@@ -40,6 +40,7 @@ class DataConfig:
     # views
     size: int = 256  # side of the square views, px, a multiple of 32
     motion: Motion = field(default_factory=Motion)  # range of rotation, scale, shift and overlap
+    widen_epochs: float = 0.0  # epochs over which training's rotation and scale grow from mild to that range; 0: at once
     strength: float = 1.0  # photometric randomisation of generated pairs, 0 none, 1 full
     real_strength: float = 0.4  # the same for pairs from files, which differ enough by themselves
 
@@ -53,7 +54,7 @@ class DataConfig:
     def __post_init__(self):
         check(self)
 
-# %% ../../nbs/04_data/02_config.ipynb #45b6a8e8
+# %% ../../nbs/04_data/02_config.ipynb #8b701cf1
 def _checks(
     c,  # DataConfig
 ) -> list:  # (is it right, what was expected) for every field that can be wrong by itself
@@ -67,6 +68,7 @@ def _checks(
         (min(c.strength, c.real_strength) >= 0, "strength and real_strength must not be negative"),
         (min(c.worlds, c.val_worlds, c.pairs_per_epoch, c.val_pairs, c.batch_size) >= 1,
          "worlds, val_worlds, pairs_per_epoch, val_pairs and batch_size must be at least 1"),
+        (c.widen_epochs >= 0, f"widen_epochs must not be negative, got {c.widen_epochs}"),
         (min(c.workers, c.render_workers) >= 0, "workers and render_workers must not be negative"),
         (c.seed in SEEDS["train"], f"seed must be in 0..{SEEDS['train'][-1]}, got {c.seed}"),
         (sum(shares_of(c).values()) > 0, "no source has a share above 0"),
