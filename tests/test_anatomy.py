@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from loftr_curriculum.retina.anatomy import (
-    PUBLISHED, Disc, Fovea, branching_exponent, crossings, find_disc, junctions, loops, mass_dimension, measure_eye, measure_eyes, tortuosity, trace, trunk_calibre, turns,
+    PUBLISHED, Disc, Fovea, branching_exponent, crossings, find_disc, find_fovea, junctions, loops, mass_dimension, measure_eye, measure_eyes, tortuosity, trace, trunk_calibre, turns,
 )
 from loftr_curriculum.retina.config import EyeConfig, seeds_of
 from loftr_curriculum.retina.world import make_world
@@ -127,3 +127,12 @@ def test_mass_dimension_needs_vessels_away_from_the_border():
     assert np.isnan(mass_dimension(bones, 20))
     bones[150] = True
     assert mass_dimension(bones, 20) == pytest.approx(1, abs=0.1)
+
+
+def test_where_there_is_no_avascular_zone_none_is_found():
+    flat = np.random.default_rng(0).integers(90, 110, (512, 512), dtype=np.uint8)
+    y, x = np.mgrid[:512, :512]
+    spot = np.exp(-((x - 350) ** 2 + (y - 256) ** 2) / 800)
+    fovea = find_fovea(np.uint8(flat - 85 * spot), np.uint8(flat + 40 * spot), Disc(np.array([200.0, 256.0]), 30.0), 30.0)
+    assert np.hypot(*(fovea.centre - [350, 256])) < 15 and np.isnan(fovea.radius), "dark in the angiogram, but full of capillaries"
+    assert junctions(*trace(drawing([(40, 256, 470, 256, 6)]))[:2], NOWHERE, 100).shape == (0, 4), "a vessel without branches"

@@ -67,12 +67,12 @@ def find_disc(
             rim = rim[off <= np.maximum(np.quantile(off, 0.85), 2)]
     return Disc(middle, float(np.sqrt(a * b) / 2))
 
-# %% ../../nbs/03_retina/06_anatomy.ipynb #c01f301c
+# %% ../../nbs/03_retina/06_anatomy.ipynb #c86a60d6
 @dataclass(frozen=True)
 class Fovea:
     "The fovea as it was found."
     centre: np.ndarray  # (2,) px, of the avascular zone
-    radius: float       # px, of the circle of the area of the avascular zone
+    radius: float       # px, of the circle of the area of the avascular zone; nan where none was found
 
 
 def darkness(
@@ -105,7 +105,10 @@ def find_fovea(
         values, heading = along_rays(smooth, middle, radii)
         values = gaussian_filter1d(values, 1.5, axis=0, mode='wrap')
         level = (values[:, radii < 0.1 * px_per_mm].mean() + np.median(values[:, radii > 0.6 * px_per_mm])) / 2
-        rim = median_filter((values > level).argmax(1).astype(float), 9, mode='wrap')
+        dense = values > level
+        rim = median_filter(np.where(dense.any(1), dense.argmax(1), len(radii)).astype(float), 9, mode='wrap')
+        if rim.mean() < 0.05 * px_per_mm:
+            return Fovea(middle, np.nan)
         middle = middle + (heading * (rim ** 3)[:, None]).sum(0) * 2 / (3 * (rim ** 2).sum())
     return Fovea(middle, float(np.sqrt((rim ** 2).mean())))
 
@@ -168,7 +171,7 @@ def trace(
                 out.append(Segment(gaussian_filter1d(p.astype(float), 2.0, axis=0, mode='nearest'), area[owner[p[:, 1], p[:, 0]]], ends))
     return out, nodes, bones
 
-# %% ../../nbs/03_retina/06_anatomy.ipynb #1936942f
+# %% ../../nbs/03_retina/06_anatomy.ipynb #72db94a6
 def way_to_disc(
     segments: list[Segment],  # of one system
     nodes: np.ndarray,        # (N, 2) px
@@ -177,7 +180,7 @@ def way_to_disc(
     "Length of the shortest way from every segment to the disc."
     length = np.array([s.steps.sum() for s in segments])
     at = [(k, i) for i, s in enumerate(segments) for k in set(s.ends) if k]
-    node, which = np.array(at).T
+    node, which = np.array(at, int).reshape(-1, 2).T
     hub = len(segments) + node
     n = len(segments) + len(nodes) + 1
     starts = [i for i, s in enumerate(segments) if np.hypot(*(s.path - disc.centre).T).min() < 1.15 * disc.radius]
@@ -479,12 +482,12 @@ def measure_eyes(
     write_json(out, result)
     return result
 
-# %% ../../nbs/03_retina/06_anatomy.ipynb #bd56fef2
+# %% ../../nbs/03_retina/06_anatomy.ipynb #b7b253cb
 def table_of(
     result: dict,  # from `measure_eyes`
 ) -> str:
     "Eyes beside the literature, as lines of text."
-    lines = [f"{'':24}{'eyes':>18}   {'published':24} "]
+    lines = [f"{'':24}{result['eyes']:>13} eyes   {'published':24} "]
     for name, row in result['figures'].items():
         verdict = '' if 'meets' not in row else ('' if row['meets'] else 'MISSED')
         lines.append(f"{name:24}{row['mean']:9.3f} +- {row['sd']:5.3f}   {row.get('published', '-'):24} {verdict}")
