@@ -6,11 +6,11 @@
 __all__ = ['FREE', 'claim_folder', 'computes_bf16', 'precision_of', 'Run', 'callbacks_of', 'loggers_of', 'facts_of', 'train',
            'read_epochs']
 
-# %% ../../nbs/09_training/06_run.ipynb #b4cd1e50
+# %% ../../nbs/09_training/06_run.ipynb #4dfdda95
 import csv
 import json
 import platform
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -59,7 +59,7 @@ def precision_of(config # TrainConfig
     bf16 = config.precision == "bf16" or config.precision == "auto" and computes_bf16()
     return "bf16-mixed" if bf16 else "32-true"
 
-# %% ../../nbs/09_training/06_run.ipynb #8e8c5e66
+# %% ../../nbs/09_training/06_run.ipynb #5c02e2ba
 @dataclass(frozen=True)
 class Run:
     "What a training run leaves behind."
@@ -92,11 +92,12 @@ def facts_of(config,  # TrainConfig
              trainer, # Trainer after the run
              epoch,   # whose weights are kept
             ) -> dict:
-    "What a weights file says about its training; the validation figures are those of the kept epoch."
+    "What a weights file says about its training, without folders of the machine; the validation figures are those of the kept epoch."
+    told = json.loads(json.dumps(asdict(replace(config, out="", val_real=None, data=replace(config.data, cache=None)))))
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads, {platform.machine()}"
     seconds = next((c.seconds for c in trainer.callbacks if isinstance(c, Stopwatch)), 0.0)
     row = next((r for r in read_epochs(config.out) if r["epoch"] == epoch), {})
-    return dict(config=json.loads(json.dumps(asdict(config))), epochs=trainer.current_epoch, kept_epoch=epoch, steps=trainer.global_step, precision=precision_of(config),
+    return dict(config=told, epochs=trainer.current_epoch, kept_epoch=epoch, steps=trainer.global_step, precision=precision_of(config),
                 pairs=trainer.global_step * config.data.batch_size * trainer.world_size, seconds=round(seconds), hardware=device, torch=torch.__version__,
                 val={k: round(v, 4) for k, v in row.items() if k.startswith("val/")})
 
