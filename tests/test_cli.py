@@ -15,7 +15,6 @@ from test_evaluation import SCORER, make_set, needs_scorer, predictions
 from test_registration import UprightSift, a_pair
 
 from loftr_curriculum.cli import COMMANDS, main, make_parser
-from loftr_curriculum.data.config import DataConfig
 from loftr_curriculum.io.files import read_json, write_json
 from loftr_curriculum.io.images import read_image, write_image
 from loftr_curriculum.model.config import MatcherConfig

@@ -1,5 +1,4 @@
 """Guards of the io room: odd files, half-written files, and files of other programs."""
-import io
 import struct
 
 import cv2

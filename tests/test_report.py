@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import pytest
 
-from loftr_curriculum.geometry import apply_transform, compose, invert, similarity, translation, warp_image
+from loftr_curriculum.geometry import apply_transform, invert, similarity, translation, warp_image
 from loftr_curriculum.io.images import read_image, write_image
 from loftr_curriculum.io.transforms import load_transform
 from loftr_curriculum.registration.config import Verdict

@@ -7,7 +7,7 @@ __all__ = ['PSEUDO_REAL_VERSION', 'SIFT_AT_MOST', 'LEAST_CONTRAST', 'LEAST_VESSE
            'shared_grid', 'expose_view', 'contrast_of', 'pseudo_real_pair', 'write_raw_pair', 'read_raw_pair',
            'pseudo_real_pairs']
 
-# %% ../../nbs/04_data/07_pseudo_real.ipynb #987f8da5
+# %% ../../nbs/04_data/07_pseudo_real.ipynb #2480c1f0
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 import cv2
@@ -16,7 +16,7 @@ from .landmarks import LANDMARK_COLUMNS
 from .pairs import cut, draw_views, stamp
 from .preprocess import normalise, to_gray
 from ..geometry import Motion, apply_transform, invert, warp_image
-from ..io.files import atomic_path, read_json
+from ..io.files import atomic_path
 from ..io.images import read_image, write_image
 from ..io.transforms import TransformRecord, load_transform, save_transform
 from ..retina.config import GENERATOR_VERSION, MODES, EyeConfig, seeds_of, split_mode

@@ -5,9 +5,8 @@
 # %% auto #0
 __all__ = ['matrix_of', 'evaluate_pseudo_real', 'system_named', 'score_system', 'lines_of', 'main']
 
-# %% ../../nbs/07_evaluation/03_pseudo_real.ipynb #95c9f917
+# %% ../../nbs/07_evaluation/03_pseudo_real.ipynb #e04efc3f
 from importlib import import_module
-import numpy as np
 from ..data.pseudo_real import PSEUDO_REAL_VERSION, SPECIFICATION, pseudo_real_pairs
 from .metrics import at_512, landmark_error, summarise
 from ..io.files import write_json

@@ -5,9 +5,8 @@
 # %% auto #0
 __all__ = ['FINE', 'read_features', 'window_offsets', 'refine']
 
-# %% ../../nbs/05_model/05_fine.ipynb #51fee4cf
+# %% ../../nbs/05_model/05_fine.ipynb #b413b74a
 import torch
-import torch.nn.functional as F
 
 # %% ../../nbs/05_model/05_fine.ipynb #7ece2712
 FINE = 2  # pixels between samples of the fine features

@@ -5,11 +5,10 @@
 # %% auto #0
 __all__ = ['PHASES', 'joints', 'schedule', 'phase', 'independence_from', 'CurriculumScheduler']
 
-# %% ../../nbs/09_training/01_curriculum.ipynb #2f3db1ec
+# %% ../../nbs/09_training/01_curriculum.ipynb #12f9a55c
 import lightning.pytorch as pl
 
 from ..model.config import Guidance
-from .config import CURRICULA, CurriculumConfig
 
 # %% ../../nbs/09_training/01_curriculum.ipynb #675868f7
 PHASES = ("teaching", "weaning", "independence")

@@ -6,7 +6,7 @@
 __all__ = ['FREE', 'claim_folder', 'computes_bf16', 'precision_of', 'Run', 'callbacks_of', 'loggers_of', 'facts_of', 'train',
            'read_epochs']
 
-# %% ../../nbs/09_training/06_run.ipynb #4dfdda95
+# %% ../../nbs/09_training/06_run.ipynb #a9ef0d3e
 import csv
 import json
 import platform
@@ -22,7 +22,6 @@ from ..data.module import PairDataModule
 from ..io.files import read_json, write_json
 from ..model.weights import load_matcher, save_matcher
 from .callbacks import BestWhenIndependent, EpochTable, MatchRecorder, PatientStopping, RealPairs, Stopwatch
-from .config import TrainConfig
 from .curriculum import CurriculumScheduler, independence_from
 from .module import PL_LoFTR
 
