@@ -8,10 +8,10 @@ __all__ = ['MODALITIES', 'MODES', 'GENERATOR_VERSION', 'MM_PER_DEGREE', 'SEEDS',
 # %% ../../nbs/03_retina/00_config.ipynb #f3e55d4f
 from dataclasses import dataclass
 
-# %% ../../nbs/03_retina/00_config.ipynb #9b4735d5
+# %% ../../nbs/03_retina/00_config.ipynb #12a0ba0e
 MODALITIES = ('cf', 'fa', 'oct', 'octa')
 MODES = ('cf-fa', 'cf-oct', 'oct-fa', 'cf-octa')
-GENERATOR_VERSION = 1
+GENERATOR_VERSION = 2
 MM_PER_DEGREE = 0.288
 
 # %% ../../nbs/03_retina/00_config.ipynb #0744616e

@@ -6,7 +6,7 @@
 __all__ = ['PLANES', 'World', 'part_of', 'make_world', 'planes_of', 'half_of', 'serve', 'Worker', 'run_jobs', 'check_settings',
            'WorldBank']
 
-# %% ../../nbs/03_retina/03_world.ipynb #fea678ce
+# %% ../../nbs/03_retina/03_world.ipynb #ef42d440
 import json
 import os
 import pickle
@@ -21,8 +21,8 @@ import numpy as np
 from tqdm.auto import tqdm
 from ..io.files import atomic_path, read_json, write_json
 from .config import GENERATOR_VERSION, MODALITIES, EyeConfig
-from .render import RENDERERS, vessel_mask
-from .tree import Vessels, grow_vessels
+from .render import RENDERERS, common_lesions, vessel_mask
+from .tree import Vessels, grow_vessels, only
 
 # %% ../../nbs/03_retina/03_world.ipynb #c7a83c33
 @dataclass(frozen=True)
@@ -34,18 +34,16 @@ class World:
     facts: dict                    # anatomy in px of the world, and what each rendering shows
     systems: np.ndarray | None = None  # (2, S, S) uint8, arteries and veins alone, where they were asked for
 
-# %% ../../nbs/03_retina/03_world.ipynb #6f4b3c9b
+# %% ../../nbs/03_retina/03_world.ipynb #d93047b4
 def part_of(
     vessels: Vessels,  # arteries and veins
     artery: bool,      # which of them
 ) -> Vessels:          # that system alone
     "One of the two systems."
     keep = vessels.artery == artery
-    number = np.cumsum(keep) - 1
-    parent = np.where(vessels.parent[keep] >= 0, number[np.maximum(vessels.parent[keep], 0)], -1)
-    return Vessels(vessels.points[keep], parent, vessels.radius[keep], vessels.artery[keep], vessels.branch[keep])
+    return Vessels(vessels.points[keep], only(vessels.parent, keep), vessels.radius[keep], vessels.artery[keep], vessels.branch[keep])
 
-# %% ../../nbs/03_retina/03_world.ipynb #b982d9f7
+# %% ../../nbs/03_retina/03_world.ipynb #26dd54d3
 def make_world(
     seed: int,                        # one eye; the splits of `SEEDS` keep them apart
     config: EyeConfig = EyeConfig(),  # settings
@@ -58,9 +56,10 @@ def make_world(
     images, facts = {}, {'seed': int(seed), 'eye': anatomy.eye, 'size': config.size, 'px_per_mm': round(anatomy.px_per_mm, 4),
                          'disc': anatomy.disc.round(3).tolist(), 'disc_axes': anatomy.disc_axes.round(3).tolist(),
                          'fovea': anatomy.fovea.round(3).tolist(), 'faz_radius': round(float(anatomy.faz_radius), 3)}
+    common = common_lesions(stream(len(MODALITIES) + 1), anatomy, config)
     for i, name in enumerate(MODALITIES):
         if name in modalities:
-            images[name], facts[name] = RENDERERS[name](stream(i + 1), anatomy, vessels, config)
+            images[name], facts[name] = RENDERERS[name](stream(i + 1), anatomy, vessels, config, common)
     apart = np.stack([vessel_mask(anatomy, part_of(vessels, kind)) for kind in (True, False)]) if systems else None
     return World(images, vessel_mask(anatomy, vessels), int(seed), facts, apart)
 
@@ -93,9 +92,9 @@ def _render(job):
             np.save(temporary, value)
     return None
 
-# %% ../../nbs/03_retina/03_world.ipynb #e4196018
+# %% ../../nbs/03_retina/03_world.ipynb #b6e11c8a
 def serve() -> None:
-    "The worker's side: jobs from standard input, results to standard output, until the input ends."
+    "The worker's side: jobs from standard input, results to standard output, until either end is closed."
     cv2.setNumThreads(1)
     results = os.fdopen(os.dup(1), 'wb')
     os.dup2(2, 1)
@@ -108,8 +107,11 @@ def serve() -> None:
             result = True, work(job)
         except Exception as error:
             result = False, error
-        pickle.dump(result, results, protocol=5)
-        results.flush()
+        try:
+            pickle.dump(result, results, protocol=5)
+            results.flush()
+        except BrokenPipeError:
+            return
 
 
 class Worker:
@@ -119,7 +121,7 @@ class Worker:
         package = str(Path(__file__).resolve().parents[2])
         paths = os.pathsep.join(p for p in (package, os.environ.get('PYTHONPATH')) if p)
         self.process = subprocess.Popen([sys.executable, '-c', f'from {__name__} import serve; serve()'], stdin=subprocess.PIPE,
-                                        stdout=subprocess.PIPE, env={**os.environ, 'PYTHONPATH': paths, 'OMP_NUM_THREADS': '1'})
+                                        stdout=subprocess.PIPE, env={**os.environ, 'PYTHONPATH': paths, 'OMP_NUM_THREADS': '1'}, start_new_session=True)
 
     def do(self, work, job):
         "The result of `work(job)`; its exception is raised here; RuntimeError where the process died."
