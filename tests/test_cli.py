@@ -1,9 +1,11 @@
 """Guards of the command line: what help costs, exit codes, one line for bad input, interruptions, and every command end to end."""
 import json
+import os
 import runpy
 import signal
 import subprocess
 import sys
+import time
 import types
 from dataclasses import asdict
 from pathlib import Path
@@ -18,7 +20,7 @@ from loftr_curriculum.cli import COMMANDS, main, make_parser
 from loftr_curriculum.io.files import read_json, write_json
 from loftr_curriculum.io.images import read_image, write_image
 from loftr_curriculum.model.config import MatcherConfig
-from loftr_curriculum.retina.config import MODES
+from loftr_curriculum.retina.config import MM_PER_DEGREE, MODES
 from loftr_curriculum.training.config import TrainConfig, find_curriculum
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -320,11 +322,14 @@ def test_evaluate_registers_with_weights_and_prints_nothing_but_json(untrained, 
 # ---- training
 
 
+SYNTH = "synth --size 128 --modalities [cf,fa,oct] --eye.gap 0.5 --eye.size 320 --workers 1".split()
+
+
 @pytest.fixture(scope="session")
 def triplets(tmp_path_factory):
     "A folder of triplets in the owner's layout, written by `synth`."
     folder = tmp_path_factory.mktemp("synth") / "triplets"
-    assert run("synth", folder, "--cases", "3", "--size", "128", "--modalities", "[cf,fa,oct]", "--eye.gap", "0.5", "--eye.size", "320", "--workers", "1") == 0
+    assert run(*SYNTH, folder, "--cases", "3") == 0
     return folder
 
 
@@ -335,6 +340,64 @@ def test_synth_writes_the_owners_layout_with_the_eye_that_was_asked_for(triplets
     assert read_json(triplets / "synth.json")["eye"] == {"size": 320, "field_deg": 70.0, "density": 1.0, "disease": 0.6, "gap": 0.5}
     assert read_image(case / "000002_G_cf.png").shape == (128, 128, 3)
     assert "field_deg must be at least 40" in complains("synth", triplets.parent / "other", "--eye.field_deg", "35")
+    facts = read_json(case / "000002_G.json")
+    assert facts["seed"] == 2 and facts["size"] == 128 and len(facts["disc"]) == len(facts["fovea"]) == 2
+    assert facts["um_per_px"] == pytest.approx(1000 * facts["field_deg"] * MM_PER_DEGREE / 128, rel=1e-3)
+    for path in case.glob("*.png"):
+        image = cv2.imread(str(path), cv2.IMREAD_UNCHANGED)
+        assert image.dtype == np.uint8 and image.shape[:2] == (128, 128), path
+    assert (read_image(case / "000002_G_seg.png") > 127).mean() > 0.02
+
+
+@pytest.mark.parametrize("change", [("--size", "96"), ("--seed", "1"), ("--modalities", "[cf,fa]"), ("--eye.gap", "0.4"), ("--eye.density", "2")])
+def test_synth_refuses_to_mix_with_other_settings(change, triplets, complains):
+    before = sorted((p, p.stat().st_mtime_ns) for p in triplets.rglob("*"))
+    said = complains(*SYNTH, triplets, "--cases", "4", *change)
+    assert f"{triplets}: made with other settings" in said
+    assert sorted((p, p.stat().st_mtime_ns) for p in triplets.rglob("*")) == before
+
+
+def test_synth_refuses_a_folder_of_somebody_else(tmp_path, complains):
+    (tmp_path / "600_N").mkdir()
+    assert "it holds other files" in complains(*SYNTH, tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["600_N"]
+
+
+def test_training_mixes_triplets_and_generated_eyes(triplets, tmp_path, capsys, monkeypatch):
+    "End to end; which share each of them gets is told in test_data."
+    from loftr_curriculum.data.pairs import GeneratedSource
+    from loftr_curriculum.data.triplets import TripletSource
+
+    drawn = []
+    for kind in (TripletSource, GeneratedSource):
+        monkeypatch.setattr(kind, "draw", lambda self, *a, draw=kind.draw, **k: drawn.append(type(self)) or draw(self, *a, **k))
+    eyes = ("--data.share_generated", "0.5", "--data.worlds", "1", "--data.val_worlds", "1", "--data.eye.size", "256", "--data.cache", "null", "--data.render_workers", "1")
+    assert run("train", "--out", tmp_path / "run", "--data.triplets", triplets, *eyes, "--epochs", "1", *TINY) == 0
+    assert set(drawn) == {TripletSource, GeneratedSource} and (tmp_path / "run/weights.safetensors").is_file()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="interrupts a group of processes, as a terminal does")
+@pytest.mark.parametrize("workers", [1, 2])
+def test_synth_is_interrupted_in_one_line_and_goes_on(workers, tmp_path):
+    out, words = tmp_path / "eyes", ["--seed", "5", "--size", "64", "--eye.size", "256", "--workers", str(workers)]
+    command = [sys.executable, "-c", PROGRAM, "synth", str(out)]
+    process = subprocess.Popen([*command, "--cases", "400", *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    give_up = time.monotonic() + 60
+    while not list(out.glob("*/*.json")) and process.poll() is None and time.monotonic() < give_up:
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGINT)
+    said, complained = process.communicate(timeout=60)
+    assert (process.returncode, said) == (130, "")
+    lines = complained.replace("\r", "\n").strip().split("\n")  # the progress bar, then one line
+    assert any(line.startswith("writing cases: ") for line in lines)
+    assert all(line.startswith("writing cases: ") or not line for line in lines[:-1]), complained
+    assert lines[-1].startswith(f"interrupted; the same command goes on where it stopped: loftr-curriculum synth {out} --cases 400")
+    made = {p: p.stat().st_mtime_ns for p in out.glob("*/*.json")}
+    assert 0 < len(made) < 400
+    done = subprocess.run([*command, "--cases", str(len(made) + 1), *words], capture_output=True, text=True)
+    assert done.returncode == 0 and f"{len(made) + 1} cases in {out}" in done.stdout
+    assert len(list(out.glob("*/*.json"))) == len(made) + 1 and all(p.stat().st_mtime_ns == t for p, t in made.items())
+    assert not [p for p in out.rglob(".*")], "a half-written file was left behind"
 
 
 def test_train_on_triplets_then_read_the_weights(triplets, tmp_path, capsys, complains):

@@ -1,10 +1,13 @@
 """Guards of the io room: odd files, half-written files, and files of other programs."""
+import os
+import stat
 import struct
 
 import cv2
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors.numpy import save_file
 
 from loftr_curriculum.io.files import FileError, atomic_path, read_json, write_json
 from loftr_curriculum.io.images import ImageError, image_size, read_image, write_image
@@ -131,6 +134,27 @@ def test_a_failed_write_keeps_the_old_file(tmp_path):
         raise RuntimeError
     assert read_json(tmp_path / "a.json") == {"a": 1}
     assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="modes of files are those of POSIX")
+@pytest.mark.parametrize("umask, mode", [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
+def test_files_have_the_mode_of_ordinary_files(tmp_path, umask, mode):
+    before = os.umask(umask)
+    try:
+        with atomic_path(tmp_path / "a.bin") as temporary:
+            save_file({"x": np.zeros(3, np.float32)}, temporary)  # through a private file of its own
+        with atomic_path(tmp_path / "b.txt") as temporary:
+            temporary.write_text("b")
+            temporary.chmod(0o600)
+    finally:
+        os.umask(before)
+    assert [stat.S_IMODE(p.stat().st_mode) for p in sorted(tmp_path.iterdir())] == [mode, mode]
+
+
+def test_a_write_that_wrote_nothing_is_an_error(tmp_path):
+    with pytest.raises(FileNotFoundError), atomic_path(tmp_path / "a.txt"):
+        pass
+    assert not list(tmp_path.iterdir())
 
 
 def test_json_holds_no_infinity(tmp_path):

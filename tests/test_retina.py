@@ -187,8 +187,10 @@ def test_synth_resumes_and_writes_the_same_bytes_with_two_processes(tmp_path):
     assert facts['seed'] == 3 and facts['px_per_mm'] > 0
     with pytest.raises(ValueError, match='seed is 3 there and 4 here'):
         synthesise(tmp_path / 'a', 2, seed=4, size=96, progress=False)
-    with pytest.raises(ValueError, match='unknown modalities mri'):
-        synthesise(tmp_path / 'c', 1, modalities=('mri',))
+    for wrong, says in (({'modalities': ('mri',)}, 'unknown modalities mri'), ({'cases': 0}, 'at least 1 case'), ({'cases': 2, 'seed': -3}, 'a seed of at least 0')):
+        with pytest.raises(ValueError, match=says):
+            synthesise(tmp_path / 'c', **{'cases': 1} | wrong)
+    assert not (tmp_path / 'c').exists()
 
 
 def test_large_pictures_come_from_larger_worlds():

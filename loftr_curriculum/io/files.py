@@ -19,17 +19,21 @@ import numpy as np
 class FileError(ValueError):
     "A file is missing, unreadable or not what was expected; the message names it."
 
-# %% ../../nbs/02_io/00_files.ipynb #d4a1a9e4
+# %% ../../nbs/02_io/00_files.ipynb #341e9490
 @contextmanager
 def atomic_path(
     path,  # where the finished file shall be; missing folders are made
 ):
-    "Context manager: yields a temporary path beside `path` with the same suffix, renamed to `path` on success."
+    "Context manager: yields a temporary path beside `path` with the same suffix, renamed to `path` on success, with the mode of an ordinary new file."
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.stem}.{uuid.uuid4().hex[:8]}{path.suffix}")
     try:
+        temporary.touch()
+        mode = temporary.stat().st_mode
+        temporary.unlink()
         yield temporary
+        os.chmod(temporary, mode)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

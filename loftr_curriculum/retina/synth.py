@@ -17,7 +17,7 @@ from .config import GENERATOR_VERSION, MODALITIES, EyeConfig, seeds_of
 from .render import scan_lines
 from .world import World, check_settings, make_world, run_jobs
 
-# %% ../../nbs/03_retina/05_synth.ipynb #28934f35
+# %% ../../nbs/03_retina/05_synth.ipynb #368fe544
 def world_for(
     size: int,                     # side of the pictures wanted, px
     eye: EyeConfig = EyeConfig(),  # the eye wanted
@@ -56,7 +56,8 @@ def photograph(
             out[name][~round_] = 0
     out['seg'] = cut(world.vessels)
     move = lambda point: apply_transform(A, np.array([point]))[0].round(2).tolist()
-    facts = {**world.facts, 'size': size, 'field_deg': round(degrees, 3), 'px_per_mm': round(world.facts['px_per_mm'] * zoom, 4),
+    px_per_mm = world.facts['px_per_mm'] * zoom
+    facts = {**world.facts, 'size': size, 'field_deg': round(degrees, 3), 'px_per_mm': round(px_per_mm, 4), 'um_per_px': round(1000 / px_per_mm, 3),
              'disc': move(disc), 'fovea': move(fovea), 'disc_axes': (np.array(world.facts['disc_axes']) * zoom).round(2).tolist(),
              'faz_radius': round(world.facts['faz_radius'] * zoom, 2)}
     return out, facts
@@ -78,7 +79,7 @@ def _make_case(job):
     write_json(folder / f'{name}.json', facts)
     return name
 
-# %% ../../nbs/03_retina/05_synth.ipynb #0d0aa512
+# %% ../../nbs/03_retina/05_synth.ipynb #64cafa9e
 def synthesise(
     out,                     # folder to fill; made when missing
     cases: int = 100,        # number of eyes
@@ -97,6 +98,8 @@ def synthesise(
     out = Path(out)
     if size < 64:
         raise ValueError(f'size must be at least 64 px, got {size}')
+    if cases < 1 or seed < 0:
+        raise ValueError(f'expected at least 1 case and a seed of at least 0, got {cases} and {seed}')
     if not set(modalities) <= set(MODALITIES) or not modalities:
         raise ValueError(f"unknown modalities {', '.join(modalities)}: expected some of {', '.join(MODALITIES)}")
     seeds, config = seeds_of('train', cases, seed), world_for(size, eye)
