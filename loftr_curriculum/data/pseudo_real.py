@@ -24,8 +24,8 @@ from ..retina.randomise import randomise
 from ..retina.render import scan_lines, to_bytes
 from ..retina.world import check_settings, make_world, run_jobs
 
-# %% ../../nbs/04_data/07_pseudo_real.ipynb #f0d1c2dd
-PSEUDO_REAL_VERSION = 1
+# %% ../../nbs/04_data/07_pseudo_real.ipynb #72d0fac2
+PSEUDO_REAL_VERSION = 2
 SIFT_AT_MOST = 0.1   # share of the pairs that SIFT may solve
 LEAST_CONTRAST = 0.7  # of vessels against their surroundings, in standard deviations of these
 LEAST_VESSELS = 0.03  # share of the shared region that is vessel
