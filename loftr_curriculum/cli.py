@@ -163,7 +163,7 @@ def _synth(a):
 
 def _again(*words): return shlex.join(["loftr-curriculum", *words])
 
-# %% ../nbs/11_cli/00_cli.ipynb #1d43ca26
+# %% ../nbs/11_cli/00_cli.ipynb #31daf135
 def _add_train(parser):
     from loftr_curriculum.training.config import TrainConfig
     add_settings(parser, TrainConfig)
@@ -180,7 +180,7 @@ def _train(a):
     from loftr_curriculum.training.run import train
     _hush()
     run = train(config, progress=sys.stdout.isatty())
-    print(f"weights: {run.weights}; logs: {run.out / 'logs'}; match lines of every epoch: {run.out / 'matches'}")
+    print(f"weights: {run.weights}; logs: {run.out / 'logs'}; did the matches collapse: {_again('diagnose', str(run.out))}")
     print(f"use them: {_again('register', 'FIXED', 'MOVING', '--out', 'DIR', '--weights', str(run.weights))}")
     return 0
 
@@ -193,6 +193,23 @@ def _demo(a):
     from loftr_curriculum.training.demo import demo
     _hush()
     demo(a.out)
+    return 0
+
+# %% ../nbs/11_cli/00_cli.ipynb #5d387317
+def _add_diagnose(parser):
+    parser.add_argument("run", type=str, help="folder of a training run, finished or not")
+    parser.add_argument("--out", type=str | None, default=None, help="folder for collapse.png and matches.png; null: diagnosis/ in the run's folder")
+    parser.add_argument("--patience", type=int, default=5, help="recordings in a row above the threshold that make a collapse, at least 1")
+
+
+def _diagnose(a):
+    from loftr_curriculum.evaluation.recording import Recording, in_words, table
+    from loftr_curriculum.report.collapse import write_diagnosis
+    if a.patience < 1: raise ValueError(f"patience {a.patience}: expected at least 1")
+    recording = Recording(a.run)
+    if not recording.epochs: raise ValueError(f"{recording.folder}: nothing is recorded yet, the first epoch has to end")
+    print(table(recording), in_words(recording, patience=a.patience), sep="\n\n")
+    print(f"recording took {recording.records[-1].share:.1%} of the time\nlook at {', '.join(map(str, write_diagnosis(a.out or f'{a.run}/diagnosis', recording)))}")
     return 0
 
 # %% ../nbs/11_cli/00_cli.ipynb #b4bb792e
@@ -300,13 +317,14 @@ def _weights(a):
     print(json.dumps(dict(file=str(a.weights or PACKAGED), parameters=size, config=asdict(matcher.config), facts=matcher.facts), indent=1))
     return 0
 
-# %% ../nbs/11_cli/00_cli.ipynb #72425439
+# %% ../nbs/11_cli/00_cli.ipynb #137417a0
 COMMANDS = {
     "register": Command("map one image onto another and say how far to trust it", "FIXED MOVING --out DIR [--key value ...]", _add_register, _register),
     "register-many": Command("register a table of pairs; one bad pair never stops it", "PAIRS.csv --out DIR [--key value ...]", _add_many, _many, True),
     "warp": Command("apply a saved transform to another image or mask", "IMAGE TRANSFORM --out FILE [--mode nearest]", _add_warp, _warp),
     "evaluate": Command("score registrations of pairs with landmarks", "--set DIR [--pred FILE] [--key value ...]", _add_evaluate, _evaluate),
     "train": Command("train a matcher with the dual-engine curriculum; stop and go on at will", "[--config FILE.yaml] [--key value ...]", _add_train, _train, True),
+    "diagnose": Command("did the matches of a training run collapse, and since when", "RUN [--out DIR] [--patience N]", _add_diagnose, _diagnose),
     "synth": Command("write generated eyes as a folder of triplets", "OUT [--cases N] [--seed N] [--size PX] [--key value ...]", _add_synth, _synth, True),
     "demo": Command("the main job in a few minutes: generate, train, register", "[--out DIR]", _add_demo, _demo, True),
     "weights": Command("what a weights file says about itself", "[WEIGHTS]", _add_weights, _weights),

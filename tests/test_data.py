@@ -14,10 +14,10 @@ from loftr_curriculum.data.config import DataConfig, patient_of
 from loftr_curriculum.data.landmarks import LANDMARK_COLUMNS, PairTableSource, read_landmark_set, read_pairs
 from loftr_curriculum.data.masks import vesselness
 from loftr_curriculum.data.module import EpochSampler, PairDataModule, split_sources
-from loftr_curriculum.data.pairs import GeneratedSource
+from loftr_curriculum.data.pairs import STEEPEST, GeneratedSource, cell_points, cut_views, draw_residual, make_frame, to_fixed, to_moving
 from loftr_curriculum.data.preprocess import estimate_fov, normalise, prepare, to_gray
 from loftr_curriculum.data.triplets import TripletSource, choose, parse_name
-from loftr_curriculum.geometry import Motion, apply_transform, centre, invert, resize_image, similarity, warp_image
+from loftr_curriculum.geometry import Motion, apply_transform, centre, fit_affine, invert, resize_image, similarity, warp_image
 from loftr_curriculum.io.files import FileError, write_json
 from loftr_curriculum.io.images import write_image
 from loftr_curriculum.retina.config import EyeConfig
@@ -105,7 +105,7 @@ def test_depth_does_not_change_the_preparation():
 
 def test_full_frames_have_a_full_field(world):
     for kind in ("cf", "fa", "oct", "octa"):
-        assert estimate_fov(to_gray(world.images[kind])).mean() > 0.98, kind
+        assert estimate_fov(to_gray(world.images[kind])).mean() > 0.95, kind  # flow is lost in one corner of this eye's octa
 
 
 def test_a_turned_square_is_its_own_field():
@@ -212,7 +212,9 @@ def test_sizes_may_differ_where_the_shape_agrees(cases, world):
     frame = TripletSource(cases, ("cf-fa",)).subset({"600_N"}).frames[0]
     assert frame.plane0.shape == frame.plane1.shape == frame.mask.shape == (1024, 1024)
     true = resize_image(world.vessels, (1024, 1024)) > 128
-    assert frame.plane0[true].mean() < frame.plane0[~true].mean() - 5 and iou(frame.mask > 128, true) > 0.7
+    assert frame.plane0[true].mean() < frame.plane0[~true].mean() - 5 and iou(frame.mask > 128, true) > 0.5
+    thick = cv2.erode(true.astype(np.uint8), np.ones((3, 3))) > 0  # twigs are thinner than a pixel of the smaller mask
+    assert thick.sum() > 5000 and (frame.mask > 128)[thick].mean() > 0.95
 
 
 # ---- tables of pairs
@@ -317,6 +319,77 @@ def test_images_follow_the_transform_too(cases):
     assert cf < -0.1 and fa > 0.1
 
 
+# ---- a smooth residual
+
+
+def overlap_by_map(sample):
+    "`overlap_of_masks` by the true map, between the outermost cell centres."
+    inside = np.s_[4:-4, 4:-4]
+    at = resize_image(sample.map_1to0, sample.mask1.shape)
+    warped, seen = (cv2.remap(np.float32(a), at, None, cv2.INTER_LINEAR)[inside] for a in (sample.mask0, sample.fov0))
+    seen = (seen > 0.99) & sample.fov1[inside]
+    a, b = warped[seen], sample.mask1[inside][seen]
+    return 2 * np.minimum(a, b).sum() / max(a.sum() + b.sum(), 1), b.sum()
+
+
+@pytest.mark.parametrize("kind", ["generated", "triplets"])
+def test_vessels_follow_the_true_map_and_not_its_affine_part(kind, request):
+    if kind == "generated":
+        source = GeneratedSource(WorldBank([3], EyeConfig(size=512), progress=False), deform=6.0)
+    else:
+        source = TripletSource(request.getfixturevalue("cases"), deform=6.0).subset({"600_N", "600_A"})
+    pairs = [source.draw(k % len(source), np.random.default_rng(k), (256, 256), Motion()) for k in range(20)]
+    found = np.array([(overlap_by_map(p)[0], overlap_of_masks(p)[0]) for p in pairs if overlap_by_map(p)[1] > 50])
+    assert len(found) >= 12 and np.median(found[:, 0]) > 0.8 and found[:, 0].min() > 0.5
+    assert np.median(found[:, 1]) < np.median(found[:, 0]) - 0.15
+
+
+@pytest.mark.parametrize("size", [(64, 64), (256, 320)])
+def test_maps_do_not_fold_and_lead_there_and_back(size):
+    for seed in range(30):
+        u = draw_residual(np.random.default_rng(seed), size, 6.0)
+        p = np.random.default_rng(seed).uniform(-200, 500, (2, 300, 2))
+        difference = np.linalg.norm(u.at(p[0]) - u.at(p[1]), axis=1) / np.linalg.norm(p[0] - p[1], axis=1)
+        assert difference.max() <= u.slope() <= STEEPEST + 1e-9
+        T = similarity(10 * seed, 0.5 + 0.05 * seed, (20, -10), centre(size))
+        assert np.abs(to_fixed(T, u, to_moving(T, u, p)) - p).max() < 0.05
+        c = cell_points(size).reshape(-1, 2)
+        assert np.allclose(fit_affine(c, to_fixed(T, u, c)), invert(T), atol=1e-6)
+
+
+def test_the_largest_residual_is_nearly_always_reached():
+    c = cell_points((512, 512))
+    rms = [np.sqrt((draw_residual(np.random.default_rng(s), (512, 512), 5.0).at(c) ** 2).sum(-1).mean()) for s in range(400)]
+    assert np.allclose(np.quantile(rms, [0.25, 0.5, 0.75]), [1.25, 2.5, 3.75], atol=0.4) and max(rms) <= 5
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_a_bent_view_shows_nothing_from_beyond_the_frame_or_its_field(world, own):
+    fov = np.pad(np.ones((460, 400), bool), ((26, 26), (56, 56))) if own else None
+    plane = np.full((512, 512), 255, np.uint8)
+    if own:
+        plane *= cv2.dilate(fov.astype(np.uint8), np.ones((5, 5)))  # a warp blends the outermost pixels with the black beyond
+    frame = make_frame(plane, plane, world.vessels, fov, fov)
+    for k in range(12):
+        s = cut_views(frame, np.random.default_rng(k), SIZE, Motion(), 0, optics=False, deform=6.0, field=(0.9, 1.0))
+        assert np.isfinite(s.map_0to1).all() and s.map_1to0.shape == (16, 16, 2)
+        assert not s.fov1.all() and s.image1[s.fov1].min() == s.image1[s.fov1].max()  # no black in what counts as seen
+
+
+def test_a_residual_changes_the_moving_view_alone(world):
+    frame = make_frame(to_gray(world.images["cf"]), to_gray(world.images["fa"]), world.vessels)
+    motion = Motion(shift=0.1, rotation_deg=20)
+    for k in range(6):
+        rngs = [np.random.default_rng(k) for _ in range(3)]
+        default, flat, bent = (cut_views(frame, rng, SIZE, motion, **options) for rng, options in zip(rngs, ({}, {"deform": 0.0}, {"deform": 4.0})))
+        for name in ("image0", "image1", "mask0", "mask1", "fov0", "fov1", "T_0to1"):
+            assert np.array_equal(getattr(default, name), getattr(flat, name))
+        for name in ("image0", "mask0", "fov0", "T_0to1"):
+            assert np.array_equal(getattr(bent, name), getattr(flat, name))
+        assert flat.map_0to1 is None and not np.array_equal(bent.mask1, flat.mask1)
+        assert rngs[0].random() == rngs[1].random() == rngs[2].random()  # the residual takes no numbers from the pair's own generator
+
+
 # ---- batches
 
 TINY = DataConfig(size=64, worlds=2, val_worlds=2, pairs_per_epoch=5, val_pairs=4, batch_size=2, cache=None, workers=0, render_workers=1, eye=EyeConfig(size=192))
@@ -366,6 +439,24 @@ def test_the_constructor_does_nothing(tmp_path):
         data.setup()
 
 
+def test_true_maps_reach_every_batch_of_mixed_sources(cases, table):
+    config = replace(TINY, triplets=str(cases), pairs=str(table), share_generated=1.0, deform=4.0, batch_size=6, pairs_per_epoch=24, worlds=1, val_worlds=1, val_share=0.5)
+    data, spread = PairDataModule(config), PairDataModule(replace(config, workers=2))
+    data.setup()
+    spread.train_pairs = data.train_pairs
+    batches = list(data.train_dataloader())
+    for a, b in zip(batches, spread.train_dataloader()):
+        assert all(torch.equal(a[k], b[k]) for k in ("image1", "map_0to1", "map_1to0"))
+    maps, T, modes = (sum((list(b[k]) for b in batches), []) for k in ("map_0to1", "T_0to1", "id"))
+    centres = torch.from_numpy(cell_points((64, 64))).float().reshape(-1, 2)
+    off = np.array([(m.reshape(-1, 2) - apply_transform(t, centres)).norm(dim=-1).max().item() for m, t in zip(maps, T)])
+    table_pairs = np.array([m == "1" for m in modes])
+    assert table_pairs.any() and off[table_pairs].max() < 1e-3 and 0.05 < np.median(off[~table_pairs]) < 4
+    assert {"map_0to1", "map_1to0"} <= data.val_pairs[0].keys()
+    data.train_pairs.config = replace(config, deform=0.0)
+    assert not {"map_0to1", "map_1to0"} & data.train_pairs[int(np.argmax(table_pairs))].keys()
+
+
 def test_validation_pairs_do_not_depend_on_the_seed():
     a, b = (PairDataModule(replace(TINY, seed=s)) for s in (0, 1))
     for data in (a, b):
@@ -386,6 +477,23 @@ def test_nothing_held_out_means_generated_validation(cases):
     assert isinstance(val[0][0], GeneratedSource) and val[0][0].bank.seeds[0] >= 1_000_000
 
 
+@pytest.mark.parametrize("generated, triplets, pairs", [(0.5, 1.0, 0.0), (1.0, 1.0, 1.0), (0.1, 0.3, 0.6), (3.0, 1.0, 0.0), (None, 1.0, 0.0), (2.0, 0.0, 0.0)])
+def test_sources_are_mixed_in_the_proportion_asked_for(cases, table, monkeypatch, generated, triplets, pairs):
+    (cases / "triplets").mkdir()
+    for case in ("600_N", "600_A", "700_L"):
+        (cases / case).rename(cases / "triplets" / case)
+    for kind in (TripletSource, PairTableSource, GeneratedSource):
+        monkeypatch.setattr(kind, "draw", lambda self, *a, **k: type(self))
+    config = replace(TINY, triplets=str(cases / "triplets"), pairs=str(table), share_generated=generated, share_triplets=triplets, share_pairs=pairs)
+    data = PairDataModule(config)
+    data.setup()
+    n = 4000
+    drawn = [data.train_pairs.sample(g) for g in range(n)]
+    wanted = np.array([generated or 0, triplets, pairs]) / ((generated or 0) + triplets + pairs)
+    for kind, share in zip((GeneratedSource, TripletSource, PairTableSource), wanted):
+        assert abs(drawn.count(kind) - share * n) <= 4 * np.sqrt(n * share * (1 - share)), kind  # four standard deviations
+
+
 def test_processes_share_an_epoch_without_overlap():
     for n in (8, 9):
         shares = [EpochSampler(n, rank, 3) for rank in range(3)]
@@ -398,6 +506,7 @@ def test_processes_share_an_epoch_without_overlap():
 @pytest.mark.parametrize("wrong, named", [
     ({"size": 100}, "multiple of 32"), ({"modes": ()}, "modes"), ({"modes": ("fa-cf",)}, "cf-fa"), ({"val_share": 1.0}, "val_share"), ({"share_generated": 0.0}, "no source"),
     ({"batch_size": 0}, "batch_size"), ({"seed": -1}, "seed"), ({"triplets": "x", "share_triplets": 0.0}, "no source"), ({"patient_pattern": "["}, "regular expression"),
+    ({"deform": -1.0}, "deform"), ({"deform": 7.0}, "fold"),
 ])  # fmt: skip
 def test_wrong_settings_are_refused(wrong, named):
     with pytest.raises(ValueError, match=named):

@@ -1,12 +1,16 @@
 "Guards of the model room: sizes, batching, gradients, guidance for both kinds of attention, weights files."
 import json
+import subprocess
+import sys
 from dataclasses import asdict
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
-from loftr_curriculum.geometry import similarity
+from loftr_curriculum.geometry import apply_transform, resize_matrix
+from loftr_curriculum.model.coarse import cell_centres, dual_softmax, mutual_maxima
 from loftr_curriculum.model.config import UNGUIDED, Guidance, MatcherConfig
 from loftr_curriculum.model.fine import refine
 from loftr_curriculum.model.matcher import Matcher
@@ -55,21 +59,37 @@ def test_linear_attention_with_a_bias_is_explicit_kernelised_attention():
     assert (out - w / w.sum(-1, keepdim=True) @ v).abs().max() < 1e-5
 
 
-@pytest.mark.parametrize("size0, size1", [((64, 64), (64, 64)), ((65, 130), (97, 64)), ((16, 200), (48, 48)), ((128, 100), (128, 100))])
+SIZES = [((64, 64), (64, 64)), ((65, 130), (97, 64)), ((16, 200), (48, 48)), ((128, 100), (128, 100)), ((64, 2048), (333, 77)), ((100, 173), (700, 64))]
+
+
+@pytest.mark.parametrize("size0, size1", SIZES)
 def test_any_two_sizes_give_matches_inside_the_images(size0, size1):
-    net = tiny(threshold=0.0)
-    m = net.match(torch.randn(1, 1, *size0), torch.randn(1, 1, *size1))[0]
+    net = tiny(threshold=0.0, coarse_side=256)
+    fov = [torch.ones(1, *s, dtype=torch.bool) for s in (size0, size1)]
+    fov[0][..., : size0[1] // 4] = False
+    masks = [(torch.rand(1, *s) > 0.8).float() for s in (size0, size1)]
+    m = net.match(torch.randn(1, 1, *size0), torch.randn(1, 1, *size1), *fov, *masks, guidance=Guidance(2.0))[0]
+    assert m.points0[:, 0].min() > size0[1] // 4 - 5 * max(1, max(size0) / 256)
     assert len(m) and (m.points0 >= -0.5).all() and (m.points0 <= np.array(size0[::-1]) - 0.5).all()
     assert m.points0.dtype == np.float64 and (m.confidence > 0).all() and (m.confidence <= 1).all()
 
 
-def test_a_pair_gives_alone_what_it_gives_in_a_batch():
-    net, p = tiny(), pair(batch=3)
+@pytest.mark.parametrize("size, cap", [((64, 80), 512), ((100, 173), 512), ((100, 173), 96)])
+def test_a_pair_gives_alone_what_it_gives_in_a_batch(size, cap):
+    net, p = tiny(threshold=0.0, coarse_side=cap), pair(size, batch=3)
+    fov = torch.ones(3, *size, dtype=torch.bool)
+    fov[1, :, : size[1] // 3] = False
     with torch.no_grad():
-        together = net(p["image0"], p["image1"]).log_conf
+        together = net(p["image0"], p["image1"], fov).log_conf
+        matches = net.match(p["image0"], p["image1"], fov)
         for k in range(3):
-            alone = net(p["image0"][k : k + 1], p["image1"][k : k + 1]).log_conf
-            assert torch.allclose(alone[0], together[k], atol=1e-4)
+            one = p["image0"][k : k + 1], p["image1"][k : k + 1], fov[k : k + 1]
+            alone = net(*one).log_conf
+            seen = alone[0] > -1e30
+            assert torch.equal(seen, together[k] > -1e30) and (alone[0] - together[k])[seen].abs().max() < 1e-4
+            m = net.match(*one)[0]
+            assert np.array_equal(m.points0, matches[k].points0)
+            assert np.abs(m.points1 - matches[k].points1).max() < 1e-3 and np.abs(m.confidence - matches[k].confidence).max() < 1e-4
 
 
 def test_padding_to_a_multiple_of_16_does_not_shift_coordinates():
@@ -81,29 +101,111 @@ def test_padding_to_a_multiple_of_16_does_not_shift_coordinates():
     assert ((odd.points0 - 3.5) % 8 == 0).all() and odd.points0.max() <= 61
 
 
+@pytest.mark.parametrize("blocked", [False, True])
+def test_bands_of_rows_find_what_the_whole_matrix_holds(blocked):
+    sim = 3 * torch.randn(2, 50, 33, generator=torch.Generator().manual_seed(2))
+    seen0, seen1 = torch.ones(2, 50, dtype=torch.bool), torch.ones(2, 33, dtype=torch.bool)
+    if blocked:
+        seen0[0, :40], seen1[1] = False, False
+        sim = sim.masked_fill(~(seen0[:, :, None] & seen1[:, None]), torch.finfo(sim.dtype).min)
+    conf = dual_softmax(sim).exp()
+    both = (conf == conf.amax(2, keepdim=True)) & (conf == conf.amax(1, keepdim=True)) & (conf > 1e-3)
+    for band in (1, 77, 2**18):
+        b, i, j, c = mutual_maxima(sim, seen0, seen1, 1e-3, band)
+        assert torch.equal(torch.stack([b, i, j]), torch.stack(both.nonzero(as_tuple=True))) and len(b)
+        assert torch.allclose(c, conf[b, i, j], rtol=1e-4)
+
+
+def smooth(size, seed=0):
+    coarse = torch.randn(1, 1, size[0] // 6, size[1] // 6, generator=torch.Generator().manual_seed(seed))
+    return F.interpolate(coarse, size, mode="bicubic", align_corners=False)
+
+
+def test_an_enlarged_image_gives_the_matches_of_the_small_one_scaled(monkeypatch):
+    small, net = smooth((96, 120)), tiny(threshold=0.0, coarse_side=120)
+    large = F.interpolate(small, (480, 600), mode="bilinear", align_corners=False)
+    plain = net.match(small, small)[0]
+    flat = torch.zeros(1, net.config.fine_dim, 240, 300)  # the full-resolution window stays where it is
+    monkeypatch.setattr(net, "_fine_full", lambda *_: flat)
+    T = resize_matrix((96, 120), (480, 600))
+    for image0, image1, T0, T1 in ((large, large, T, T), (large, small, T, np.eye(3)), (small, large, np.eye(3), T)):
+        m = net.match(image0, image1)[0]
+        want0, want1 = apply_transform(T0, plain.points0), apply_transform(T1, plain.points1)
+        d0 = np.abs(want0[:, None] - m.points0).max(2)
+        i, j = np.nonzero(d0 < 1e-3)
+        assert len(i) > 0.7 * len(plain) and (d0.min(0) < 1e-3).mean() > 0.7
+        assert np.median(np.abs(m.points1[j] - want1[i]).max(1)) < 0.05 * T1[0, 0]
+
+
+def test_full_resolution_features_without_shrinking_are_the_ordinary_ones():
+    net, image = tiny(), smooth((100, 173))
+    with torch.no_grad():
+        r, tokens = net._forward(image, image, None, None, None, None, UNGUIDED)
+        assert (net._fine_full(image, tokens[0], (100, 173)) - r.fine0).abs().max() < 1e-4
+
+
+def test_tokens_of_the_shrunk_image_stand_at_the_same_places_of_the_large_one():
+    net, taken, size, small = tiny(), [], (150, 333), (58, 128)
+    net.merge8.register_forward_pre_hook(lambda _, args: taken.append(args[0]))
+    ramp = cell_centres((4, 8), 16).T.reshape(1, 2, 4, 8)
+    with torch.no_grad():
+        net._fine_full(smooth(size), F.pad(ramp, (0, 0, 0, 0, 0, 30)), small)
+    want = apply_transform(resize_matrix(size, small), cell_centres((10, 21), 16).double().numpy()).T.reshape(2, 10, 21)
+    inside = (want >= 7.5).all(0) & (want[0] <= 119.5) & (want[1] <= 55.5)
+    assert inside.sum() > 50 and np.abs(taken[0][0, :2].numpy() - want)[:, inside].max() < 1e-3
+
+
+def test_full_resolution_refines_what_the_shrunk_images_left_open(monkeypatch):
+    net, shift = tiny(threshold=0.0, coarse_side=128), np.array([3.0, -2.0])
+    image = smooth((512, 512))
+    g = torch.arange(-8.0, 520, 4)
+
+    def code(dx, dy):
+        bump = lambda d: 12 * torch.exp(-((torch.arange(256) * 2 + 0.5 - d)[:, None] - g) ** 2 / 18).T
+        return torch.cat([bump(dx)[:, None].expand(-1, 256, -1), bump(dy)[:, :, None].expand(-1, -1, 256)])[None]
+
+    maps = [code(0, 0), code(*shift)]
+    monkeypatch.setattr(net, "_fine_full", lambda *_: maps.pop(0))
+    m = net.match(image, image)[0]
+    inner = ((m.points0 > 20) & (m.points0 < 490)).all(1)
+    near = inner & (np.abs(m.points1 - m.points0 - shift).max(1) < 8)
+    assert near.sum() > 50 and np.abs(m.points1 - m.points0 - shift)[near].max() < 0.2
+
+
+MEMORY = """
+import resource, torch
+from loftr_curriculum.model.matcher import Matcher
+torch.set_num_threads(1)
+torch.manual_seed(0)
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+net, image0, image1 = Matcher().eval(), *torch.randn(2, 1, 1, {side}, {side})
+before = peak()
+print(len(net.match(image0, image1, threshold=0.0)[0]), peak() - before)
+"""
+
+
+def peak_mb(side):
+    out = subprocess.run([sys.executable, "-c", MEMORY.format(side=side)], capture_output=True, text=True, check=True).stdout.split()
+    assert int(out[0]) > 0
+    return float(out[1])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in KiB on Linux only")
+@pytest.mark.slow
+def test_memory_is_bounded_at_2048_pixels(record_property):
+    used = peak_mb(2048)
+    record_property("peak_mb", round(used))
+    assert used < 2500
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in KiB on Linux only")
+def test_a_pair_of_512_pixels_takes_little_memory():
+    assert peak_mb(512) < 260
+
+
 def test_the_fine_window_is_in_pixels_of_the_moving_image():
     _, sigma = refine(torch.zeros(1, 4, 32, 32), torch.zeros(1, 4, 32, 32), torch.tensor([0]), torch.tensor([[30.0, 30.0]]), torch.tensor([[30.0, 30.0]]), 3)
     assert sigma.item() == pytest.approx((2 * 4 * 4.0) ** 0.5, rel=1e-4)  # uniform over 7 x 7 samples, 2 px apart
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("attention", ["softmax", "linear"])
-def test_losses_and_gradients_stay_finite(dtype, attention):
-    net = tiny(attention).train()
-    optimizer, T = torch.optim.AdamW(net.parameters(), 1e-3), torch.tensor(similarity(12, 1.1, (3, 4), (32, 32)), dtype=torch.float32)[None].repeat(2, 1, 1)
-    for step in range(12):
-        p = pair((64, 64))
-        fov = torch.ones(2, 64, 64, dtype=torch.bool)
-        if step == 5:
-            fov[0] = False
-        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-            r = net(**p, fov0=fov, guidance=Guidance(2.0, 10.0))
-        t = supervise(T, r.grid0, r.grid1, r.seen0, r.seen1)
-        loss = matching_loss(r, t, p["mask0"], p["mask1"], torch.Generator().manual_seed(step), Guidance(2.0, 10.0)).total
-        optimizer.zero_grad()
-        loss.backward()
-        assert loss.isfinite() and all(q.grad.isfinite().all() for q in net.parameters() if q.grad is not None), step
-        optimizer.step()
 
 
 def test_every_parameter_learns():
@@ -130,7 +232,7 @@ def test_weights_survive_the_file_and_bad_files_are_named(tmp_path):
 
 
 def test_configurations_that_cannot_work_say_so():
-    for bad in (dict(attention="flash"), dict(heads=3), dict(threshold=1.0)):
+    for bad in (dict(attention="flash"), dict(heads=3), dict(threshold=1.0), dict(coarse_side=32)):
         with pytest.raises(ValueError, match="expected"):
             MatcherConfig(**bad)
     assert json.loads(json.dumps(asdict(MatcherConfig())))["layers"] == 4

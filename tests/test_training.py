@@ -8,9 +8,10 @@ import torch
 
 from loftr_curriculum.data.config import DataConfig
 from loftr_curriculum.data.module import PairDataModule
-from loftr_curriculum.data.pairs import cut_views, make_frame
+from loftr_curriculum.data.pairs import CELL, cell_points, cut_views, make_frame
 from loftr_curriculum.geometry import Motion
 from loftr_curriculum.io.images import write_image
+from loftr_curriculum.model.coarse import COARSE, cell_centres
 from loftr_curriculum.model.config import Guidance, MatcherConfig
 from loftr_curriculum.model.matcher import Matcher
 from loftr_curriculum.model.weights import load_matcher
@@ -123,6 +124,38 @@ def test_real_pairs_are_logged_and_never_monitored(tmp_path):
     with pytest.raises(ValueError, match="1_moving.png"):
         train(replace(c, out=str(tmp_path / "other")), progress=False)
     assert not (tmp_path / "other").exists()
+
+
+def test_maps_of_the_data_are_those_of_the_coarse_grid():
+    assert CELL == COARSE
+    np.testing.assert_array_equal(cell_points((64, 96)).reshape(-1, 2), cell_centres((8, 12)).numpy())
+    seen = torch.ones(1, 64, dtype=torch.bool)
+    with pytest.raises(ValueError, match="true map"):
+        supervise(torch.eye(3)[None], (8, 8), (8, 8), seen, seen, torch.zeros(1, 4, 4, 2))
+
+
+@pytest.mark.filterwarnings("ignore:You are trying to `self.log")
+def test_a_step_on_bent_pairs_learns_from_the_true_map():
+    c = config("unused", data=replace(DATA, deform=6.0))
+    data = PairDataModule(c.data)
+    data.setup()
+    batch = next(iter(data.train_dataloader()))
+    torch.manual_seed(0)
+    module = PL_LoFTR(c).train()
+
+    def step(batch):
+        module.zero_grad()
+        loss = module.training_step(batch, 0)
+        loss.backward()
+        return loss.item(), torch.cat([p.grad.flatten() for p in module.parameters() if p.grad is not None])
+
+    bent, gradient = step(batch)
+    assert np.isfinite(bent) and torch.isfinite(gradient).all() and gradient.norm() > 0
+    assert step(batch)[0] == bent
+    straight, other = step({k: v for k, v in batch.items() if not k.startswith("map_")})
+    assert straight != bent and not torch.allclose(gradient, other)
+    errors = module.eval().validation_step(next(iter(data.val_dataloader())), 0)
+    assert errors is None and module.val_errors.update_count == 1
 
 
 def test_presets_are_the_plan():

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from ..geometry import Motion
 from ..retina.config import MODES, SEEDS, EyeConfig
 
-# %% ../../nbs/04_data/02_config.ipynb #7c678ff8
+# %% ../../nbs/04_data/02_config.ipynb #7135e2c8
 @dataclass(frozen=True)
 class DataConfig:
     "Sources of training pairs, their mix, and how views are cut from them."
@@ -43,6 +43,7 @@ class DataConfig:
     widen_epochs: float = 0.0  # epochs over which training's rotation and scale grow from mild to that range; 0: at once
     strength: float = 1.0  # photometric randomisation of generated pairs, 0 none, 1 full
     real_strength: float = 0.4  # the same for pairs from files, which differ enough by themselves
+    deform: float = 0.0  # largest smooth residual of the moving view beyond its affine, rms px at 512, 0..6; 0: none
 
     # epochs and batches
     pairs_per_epoch: int = 1000  # training pairs per epoch
@@ -50,11 +51,12 @@ class DataConfig:
     batch_size: int = 8  # pairs per batch
     workers: int = 2  # loader processes; the batches do not depend on it
     seed: int = 0  # chooses the training pairs, not the validation pairs
+    on_device: bool = False  # cut and randomise generated training pairs in batches on the training device
 
     def __post_init__(self):
         check(self)
 
-# %% ../../nbs/04_data/02_config.ipynb #8b701cf1
+# %% ../../nbs/04_data/02_config.ipynb #3b7cff81
 def _checks(
     c,  # DataConfig
 ) -> list:  # (is it right, what was expected) for every field that can be wrong by itself
@@ -68,8 +70,10 @@ def _checks(
         (min(c.strength, c.real_strength) >= 0, "strength and real_strength must not be negative"),
         (min(c.worlds, c.val_worlds, c.pairs_per_epoch, c.val_pairs, c.batch_size) >= 1,
          "worlds, val_worlds, pairs_per_epoch, val_pairs and batch_size must be at least 1"),
+        (0 <= c.deform <= 6, f"deform must be in 0..6 px, beyond that maps would fold, got {c.deform}"),
         (c.widen_epochs >= 0, f"widen_epochs must not be negative, got {c.widen_epochs}"),
         (min(c.workers, c.render_workers) >= 0, "workers and render_workers must not be negative"),
+        (not (c.on_device and (c.triplets or c.pairs)), "on_device makes pairs of generated eyes alone: leave out triplets and pairs"),
         (c.seed in SEEDS["train"], f"seed must be in 0..{SEEDS['train'][-1]}, got {c.seed}"),
         (sum(shares_of(c).values()) > 0, "no source has a share above 0"),
     ]  # fmt: skip

@@ -6,7 +6,7 @@
 __all__ = ['EpochSampler', 'to_tensors', 'motion_at', 'TrainPairs', 'ValPairs', 'cache_folder', 'generated_source',
            'file_sources', 'split_sources', 'PairDataModule']
 
-# %% ../../nbs/04_data/06_module.ipynb #419af75e
+# %% ../../nbs/04_data/06_module.ipynb #ddb129c3
 import hashlib
 import json
 from dataclasses import asdict
@@ -19,12 +19,13 @@ import torch
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from .config import DataConfig, held_out, shares_of
+from .device import DeviceViews, collate_recipes, draw_recipe
 from .landmarks import PairTableSource
-from .pairs import GeneratedSource, PairSample
+from .pairs import GeneratedSource, PairSample, cell_points
 from .triplets import TripletSource
-from ..geometry import Motion, mild
+from ..geometry import Motion, apply_transform, invert, mild
 from ..retina.config import GENERATOR_VERSION, SEEDS, seeds_of
-from ..retina.world import WorldBank
+from ..retina.world import WorldBank, keep_memory
 
 # %% ../../nbs/04_data/06_module.ipynb #29261d30
 class EpochSampler(DistributedSampler):
@@ -45,17 +46,23 @@ class EpochSampler(DistributedSampler):
         start = self.epoch * self.n
         return iter(range(start + self.rank, start + self.num_samples * self.num_replicas, self.num_replicas))
 
-# %% ../../nbs/04_data/06_module.ipynb #ae360e79
+# %% ../../nbs/04_data/06_module.ipynb #01c1fbe2
 def to_tensors(
     sample,  # PairSample
-) -> dict:  # image0, image1 (1, S, S) f32; mask0, mask1 (S, S) f32; fov0, fov1 (S, S) bool; T_0to1 (3, 3) f32; mode, id str
+    maps=False,  # carry the true maps too
+) -> dict:  # image0, image1 (1, S, S) f32; mask0, mask1 (S, S) f32; fov0, fov1 (S, S) bool; T_0to1 (3, 3) f32; mode, id str; with maps map_0to1, map_1to0 (S/8, S/8, 2) f32
     "One training item."
     item = {k: torch.from_numpy(np.ascontiguousarray(getattr(sample, k), np.float32))[None] for k in ("image0", "image1")}
     item |= {k: torch.from_numpy(np.ascontiguousarray(getattr(sample, k), np.float32)) for k in ("mask0", "mask1", "T_0to1")}
     item |= {k: torch.from_numpy(np.ascontiguousarray(getattr(sample, k), bool)) for k in ("fov0", "fov1")}
+    if maps:
+        straight = {"map_0to1": (sample.T_0to1, sample.image0.shape), "map_1to0": (invert(sample.T_0to1), sample.image1.shape)}
+        for k, (T, size) in straight.items():
+            points = getattr(sample, k)
+            item[k] = torch.from_numpy(np.asarray(apply_transform(T, cell_points(size)) if points is None else points, np.float32))
     return item | {"mode": sample.mode, "id": sample.id}
 
-# %% ../../nbs/04_data/06_module.ipynb #ac51ea9f
+# %% ../../nbs/04_data/06_module.ipynb #5194634d
 def motion_at(
     config,  # DataConfig
     g,  # global index of a training pair
@@ -80,19 +87,29 @@ class TrainPairs(Dataset):
     def __len__(self):
         return self.config.pairs_per_epoch
 
+    def chosen(
+        self,
+        g,  # global index, >= 0
+    ) -> tuple:  # source, and the arguments of its `draw`
+        "What is drawn for a global index."
+        rng = np.random.default_rng((self.config.seed, g))
+        source = self.sources[int(np.searchsorted(self.edges, rng.random(), side="right"))]
+        return source, int(rng.integers(len(source))), rng, (self.config.size,) * 2, motion_at(self.config, g)
+
     def sample(
         self,
         g,  # global index, >= 0
     ) -> PairSample:
         "The pair of a global index."
-        rng = np.random.default_rng((self.config.seed, g))
-        source = self.sources[int(np.searchsorted(self.edges, rng.random(), side="right"))]
-        return source.draw(int(rng.integers(len(source))), rng, (self.config.size,) * 2, motion_at(self.config, g))
+        source, *how = self.chosen(g)
+        return source.draw(*how)
 
     def __getitem__(self, g):
-        return to_tensors(self.sample(g))
+        if self.config.on_device:
+            return draw_recipe(*self.chosen(g))
+        return to_tensors(self.sample(g), self.config.deform > 0)
 
-# %% ../../nbs/04_data/06_module.ipynb #60ccdc31
+# %% ../../nbs/04_data/06_module.ipynb #14302f63
 class ValPairs(Dataset):
     "The fixed validation pairs; `config.seed` has no say in them."
 
@@ -119,7 +136,7 @@ class ValPairs(Dataset):
         return source.draw(index, rng, (self.config.size,) * 2, self.config.motion)
 
     def __getitem__(self, k):
-        return to_tensors(self.sample(k))
+        return to_tensors(self.sample(k), self.config.deform > 0)
 
 # %% ../../nbs/04_data/06_module.ipynb #cfa1b42e
 def cache_folder(
@@ -131,7 +148,7 @@ def cache_folder(
     settings = json.dumps([GENERATOR_VERSION, asdict(config.eye)], sort_keys=True)
     return Path(config.cache).expanduser() / f"{config.eye.size}px-{hashlib.sha256(settings.encode()).hexdigest()[:10]}"
 
-# %% ../../nbs/04_data/06_module.ipynb #b358f49d
+# %% ../../nbs/04_data/06_module.ipynb #e5204a04
 def generated_source(
     config,  # DataConfig
     split,  # "train" or "validation"
@@ -140,7 +157,7 @@ def generated_source(
     count = config.worlds if split == "train" else config.val_worlds
     folder = cache_folder(config)
     bank = WorldBank(seeds_of(split, count), config.eye, folder=folder, workers=config.render_workers)
-    return GeneratedSource(bank, config.modes, config.strength)
+    return GeneratedSource(bank, config.modes, config.strength, deform=config.deform)
 
 
 def file_sources(
@@ -149,7 +166,7 @@ def file_sources(
     "The sources that read files; raises one error per source that lists everything wrong with its files."
     out = {}
     if config.triplets:
-        out["triplets"] = TripletSource(config.triplets, config.modes, config.real_strength)
+        out["triplets"] = TripletSource(config.triplets, config.modes, config.real_strength, deform=config.deform)
     if config.pairs:
         out["pairs"] = PairTableSource(config.pairs, config.real_strength)
     return out
@@ -172,10 +189,11 @@ def split_sources(
         val.append((generated_source(config, "validation"), shares["generated"] or 1.0))
     return [(source, share) for source, share in train if share > 0], val
 
-# %% ../../nbs/04_data/06_module.ipynb #9f01a921
-def _one_thread(_):
-    "Loader workers do not multiply threads."
+# %% ../../nbs/04_data/06_module.ipynb #fd454963
+def _settle(_):
+    "Loader workers do not multiply threads, and keep the memory of freed images."
     torch.set_num_threads(1)
+    keep_memory()
 
 
 class PairDataModule(L.LightningDataModule):
@@ -183,6 +201,8 @@ class PairDataModule(L.LightningDataModule):
 
     A batch is a dict: image0, image1 (B, 1, S, S) float32 in [-1, 1]; mask0, mask1 (B, S, S) float32 vessel masks in [0, 1];
     fov0, fov1 (B, S, S) bool; T_0to1 (B, 3, 3) float32, points of image 0 to points of image 1; mode, id lists of str.
+    With `config.deform` above 0 also map_0to1, map_1to0 (B, S/8, S/8, 2) float32: where the centres of the 8-px cells truly lie in the other
+    image, px; T_0to1 is then the affine part.
     """
 
     def __init__(
@@ -191,7 +211,7 @@ class PairDataModule(L.LightningDataModule):
     ):
         super().__init__()
         self.config = config
-        self.train_pairs = self.val_pairs = None
+        self.train_pairs = self.val_pairs = self.views = None
 
     def prepare_data(self):
         "Render what is missing in the cache, once per machine."
@@ -205,20 +225,30 @@ class PairDataModule(L.LightningDataModule):
             train, val = split_sources(self.config)
             self.train_pairs, self.val_pairs = TrainPairs(train, self.config), ValPairs(val, self.config)
 
-    def _loader(self, dataset, sampler=None):
+    def _loader(self, dataset, sampler=None, collate=None):
         workers = self.config.workers
         if workers:
             cv2.setNumThreads(1)  # before the fork: OpenCV's pool of threads does not survive it
         return DataLoader(
-            dataset, self.config.batch_size, sampler=sampler, num_workers=workers, persistent_workers=workers > 0,
-            worker_init_fn=_one_thread, pin_memory=torch.cuda.is_available(),
+            dataset, self.config.batch_size, sampler=sampler, num_workers=workers, persistent_workers=workers > 0, collate_fn=collate,
+            worker_init_fn=_settle, pin_memory=torch.cuda.is_available(),
         )  # fmt: skip
 
     def train_dataloader(self):
         "Batches of the current epoch, divided among the processes of a distributed run."
         rank, replicas = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
-        return self._loader(self.train_pairs, EpochSampler(self.config.pairs_per_epoch, rank, replicas))
+        collate = collate_recipes if self.config.on_device else None
+        return self._loader(self.train_pairs, EpochSampler(self.config.pairs_per_epoch, rank, replicas), collate)
 
     def val_dataloader(self):
         "The fixed validation pairs."
         return self._loader(self.val_pairs)
+
+    def on_after_batch_transfer(self, batch, dataloader_idx):
+        "With `config.on_device`, the batch that a recipe describes, made where the recipe now is; other batches as they are."
+        if "image0" in batch:
+            return batch
+        device = batch["fov"].device
+        if self.views is None or self.views.device != device:
+            self.views = DeviceViews(self.train_pairs.sources[0], self.config.size, device)
+        return self.views(batch)

@@ -116,7 +116,7 @@ def estimate_fov(
         return np.ones(size, bool)
     return _hull(cv2.erode(field, np.ones((3, 3), np.uint8), iterations=1), size)
 
-# %% ../../nbs/04_data/00_preprocess.ipynb #c999808c
+# %% ../../nbs/04_data/00_preprocess.ipynb #120fa823
 WINDOW = 0.2  # share of the long side over which mean and deviation are taken
 FLOOR = 0.5  # share of the field's overall deviation that is added to the local one
 
@@ -127,23 +127,26 @@ def normalise(
 ) -> np.ndarray:  # (H, W) float32 in [-1, 1], 0 outside the field of view
     "Brightness relative to the surroundings, in a third of local deviations; gain and offset of the input cancel."
     gray = np.ascontiguousarray(gray, dtype=np.float32)
-    inside = np.ones(gray.shape, np.float32) if fov is None else np.asarray(fov).astype(np.float32)
-    (mean,), (deviation,) = cv2.meanStdDev(gray, mask=None if fov is None else inside.astype(np.uint8))[:2]
+    inside = None if fov is None or np.all(fov) else np.asarray(fov).astype(np.uint8)
+    (mean,), (deviation,) = cv2.meanStdDev(gray, mask=inside)[:2]
     if not deviation[0] > 1e-6:
         return np.zeros(gray.shape, np.float32)
     z = (gray - np.float32(mean[0])) * np.float32(1 / deviation[0])
-    z *= inside
     k = int(WINDOW * max(gray.shape)) // 2 * 2 + 1
-    planes = cv2.stackBlur(cv2.merge([z, z * z, inside]), (k, k))
-    mu, second, weight = cv2.split(planes)
-    weight = cv2.max(weight, 1e-3)
-    mu /= weight
-    second /= weight
+    if inside is None:
+        mu, second = cv2.split(cv2.stackBlur(cv2.merge([z, z * z]), (k, k)))
+    else:
+        inside = inside.astype(np.float32)
+        z *= inside
+        mu, second, weight = cv2.split(cv2.stackBlur(cv2.merge([z, z * z, inside]), (k, k)))
+        weight = cv2.max(weight, 1e-3)
+        mu /= weight
+        second /= weight
     second -= mu * mu
-    scale = 3 * cv2.sqrt(cv2.max(second, 0.0) + np.float32(FLOOR**2))
     z -= mu
-    z /= scale
-    z *= inside
+    z /= 3 * cv2.sqrt(cv2.max(second, 0.0) + np.float32(FLOOR**2))
+    if inside is not None:
+        z *= inside
     return np.clip(z, -1, 1, out=z)
 
 # %% ../../nbs/04_data/00_preprocess.ipynb #71012697

@@ -24,7 +24,7 @@ from ..retina.randomise import randomise
 from ..retina.render import scan_lines, to_bytes
 from ..retina.world import check_settings, make_world, run_jobs
 
-# %% ../../nbs/04_data/07_pseudo_real.ipynb #72d0fac2
+# %% ../../nbs/04_data/07_pseudo_real.ipynb #4312bb2d
 PSEUDO_REAL_VERSION = 2
 SIFT_AT_MOST = 0.1   # share of the pairs that SIFT may solve
 LEAST_CONTRAST = 0.7  # of vessels against their surroundings, in standard deviations of these
@@ -41,6 +41,7 @@ class PseudoReal:
     strength: float = 0.7               # photometric randomisation
     field: tuple[float, float] = (0.35, 0.9)  # side of a view as a share of the world's side
     motion: Motion = Motion()           # the one range of motion
+    split: str = 'pseudo-real'          # whose seeds; another split gives another list of the same kind
 
 
 SPECIFICATION = PseudoReal()
@@ -110,7 +111,7 @@ def contrast_of(
     z = normalise(to_gray(image), fov)
     return float(abs(z[vessel].mean() - z[ground].mean()) / max(z[ground].std(), 1e-3))
 
-# %% ../../nbs/04_data/07_pseudo_real.ipynb #78832bd2
+# %% ../../nbs/04_data/07_pseudo_real.ipynb #92bdcfce
 def _draw(rng, world, names, spec):
     T, A, fovs = draw_views(rng, world.vessels.shape, spec.size, spec.motion, names, spec.field)
     images = [expose_view(world.images[n], n, a, fov, rng, spec.strength) for n, a, fov in zip(names, A, fovs)]
@@ -129,7 +130,7 @@ def pseudo_real_pair(
     names, k = split_mode(mode), spec.modes.index(mode) * spec.per_mode + number
     if not 0 <= number < spec.per_mode:
         raise ValueError(f'number must be in 0..{spec.per_mode - 1}, got {number}')
-    (seed,) = seeds_of('pseudo-real', 1, k)
+    (seed,) = seeds_of(spec.split, 1, k)
     rng, best = np.random.default_rng([PSEUDO_REAL_VERSION, seed]), None
     world = make_world(seed, spec.eye, names)
     for _ in range(8):

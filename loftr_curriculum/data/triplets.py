@@ -249,7 +249,7 @@ def triplet_frame(
     moving = load_plane(item.moving, fixed.shape)
     return make_frame(fixed, moving, mask_plane(item.mask, item.fixed, fixed.shape), frame_fov(fixed), frame_fov(moving))
 
-# %% ../../nbs/04_data/04_triplets.ipynb #57f84c4a
+# %% ../../nbs/04_data/04_triplets.ipynb #f7e97128
 FIELD = (0.4, 1.0)  # side of a view as a share of the image's shorter side
 
 
@@ -262,9 +262,10 @@ class TripletSource:
         modes=("cf-fa", "cf-oct"),  # 'fixed-moving' names
         strength=0.4,  # photometric randomisation, 0 none
         items=None,  # list of Item; None: all of the folder, checked
+        deform=0.0,  # largest residual of the moving view, rms px at 512; 0: none
     ):
         "Check all files, or raise one FileError that lists every fault."
-        self.folder, self.modes, self.strength = Path(folder), tuple(modes), float(strength)
+        self.folder, self.modes, self.strength, self.deform = Path(folder), tuple(modes), float(strength), float(deform)
         self.items = find_items(folder, self.modes) if items is None else list(items)
         self.frames = FrameStore(triplet_frame, self.items)
         if items is None:
@@ -285,7 +286,7 @@ class TripletSource:
         cases,  # names to keep
     ):  # TripletSource
         "The same source with some of its cases."
-        return TripletSource(self.folder, self.modes, self.strength, [i for i in self.items if i.case in cases])
+        return TripletSource(self.folder, self.modes, self.strength, [i for i in self.items if i.case in cases], self.deform)
 
     def __len__(self) -> int:
         return len(self.items)
@@ -299,4 +300,4 @@ class TripletSource:
     ):  # PairSample
         "Two views of one item."
         item = self.items[index]
-        return cut_views(self.frames[index], rng, size, motion, self.strength, item.mode, f"{item.case}:{item.mode}", FIELD)
+        return cut_views(self.frames[index], rng, size, motion, self.strength, item.mode, f"{item.case}:{item.mode}", FIELD, deform=self.deform)

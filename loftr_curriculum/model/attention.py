@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-# %% ../../nbs/05_model/03_attention.ipynb #d2657edc
+# %% ../../nbs/05_model/03_attention.ipynb #37f52f97
 def attend_softmax(q,    # (B, h, N, d) queries
                    k,    # (B, h, M, d) keys
                    v,    # (B, h, M, d) values
@@ -18,7 +18,7 @@ def attend_softmax(q,    # (B, h, N, d) queries
                    seen, # (B, M) bool: keys inside the field of view
                   ) -> torch.Tensor:
     "Scaled dot-product attention (Vaswani et al. 2017) with a bias on the keys, (B, h, N, d)."
-    bias = bias.to(q.dtype).masked_fill(~seen, torch.finfo(q.dtype).min)
+    bias = bias.to(q.dtype).masked_fill(~seen, torch.finfo(q.dtype).min / 2)  # half: in float16 the lowest number plus a logit of -16 is -inf
     logits = (q / q.shape[-1] ** 0.5) @ k.transpose(-1, -2) + bias[:, None, None, :]
     return logits.softmax(-1).to(v.dtype) @ v
 

@@ -51,7 +51,7 @@ def find_curriculum(name # one of CURRICULA
     if name not in CURRICULA: raise ValueError(f"curriculum {name!r}: expected one of {', '.join(CURRICULA)}")
     return CURRICULA[name]
 
-# %% ../../nbs/09_training/00_config.ipynb #6360b372
+# %% ../../nbs/09_training/00_config.ipynb #3c7c4bfb
 @dataclass(frozen=True)
 class TrainConfig:
     "Everything that defines a training run. A checkpoint carries it."
@@ -60,7 +60,7 @@ class TrainConfig:
     fractions: bool = True           # phases as fractions of the run; false: as epochs, which needs about 100 of them
     epochs: int = 100                # epochs of the run
     data: DataConfig = field(default_factory=DataConfig)           # what to train and validate on
-    matcher: MatcherConfig = field(default_factory=MatcherConfig)  # the size of the model
+    matcher: MatcherConfig = field(default_factory=MatcherConfig)  # variant and size of the model
     lr: float = 1e-3                 # peak learning rate of AdamW
     weight_decay: float = 0.01       # of AdamW
     warmup: int = 300                # steps of linear warm-up, at most a tenth of the run
@@ -70,13 +70,22 @@ class TrainConfig:
     val_real: str | None = None      # folder of real pairs with landmarks: val_real/mace is logged, never monitored
     patience: int = 0                # epochs without a better val/auc before stopping early; 0 never stops
     stop_from: int = 0               # no early stop before this epoch, nor before the independence phase
-    init: str | None = None          # weights to start from (.safetensors or .ckpt) instead of random ones
+    init: str | None = None          # weights to start from (.safetensors or .ckpt, of ours or LoFTR's published format) instead of random ones
+    record_every: int = 1            # epochs between recordings of the matches on the probe pairs; 0 records nothing
+    probes: int = 4                  # validation pairs among the probe pairs
+    probe_pseudo_real: int = 1       # pairs of each pseudo-real mode among the probe pairs
+    probe_real: str | None = None    # real probe pairs: a folder with landmarks, or a CSV with the columns id, fixed, moving
+    collapse_patience: int = 5       # recordings in a row with collapsed matches before the alarm
+    collapse_stop: bool = False      # stop the run at the alarm instead of only warning
     resume: bool = True              # go on from the last checkpoint in `out` where there is one
 
     def __post_init__(self):
         find_curriculum(self.curriculum)
         if self.precision not in ("auto", "32", "bf16"): raise ValueError(f"precision {self.precision!r}: expected auto, 32 or bf16")
         if self.epochs < 1: raise ValueError(f"epochs {self.epochs}: expected at least 1")
+        for name in ("record_every", "probes", "probe_pseudo_real"):
+            if getattr(self, name) < 0: raise ValueError(f"{name} {getattr(self, name)}: expected 0 or more")
+        if self.collapse_patience < 1: raise ValueError(f"collapse_patience {self.collapse_patience}: expected at least 1")
 
     @property
     def phases(self) -> CurriculumConfig:

@@ -5,14 +5,12 @@
 # %% auto #0
 __all__ = ['LOG_SMALL', 'pair_weight', 'weighted_mean', 'coarse_loss', 'fine_errors', 'fine_loss', 'Loss', 'matching_loss']
 
-# %% ../../nbs/09_training/03_losses.ipynb #21349671
+# %% ../../nbs/09_training/03_losses.ipynb #6c5fa193
 from dataclasses import dataclass
 
 import torch
 
-from ..model.coarse import cell_centres
 from ..model.config import UNGUIDED
-from ..model.fine import FINE, refine
 from ..model.guidance import mask_to_grid, pad_to
 
 # %% ../../nbs/09_training/03_losses.ipynb #c17df356
@@ -57,27 +55,25 @@ def coarse_loss(sim,     # (B, L, S) logits of the dual softmax
     weight = pair_weight(m0[b, i], m1[b, j], scaler)
     return positive, (-conf.square() * torch.log1p(-conf) * weight).sum() / total.clamp(min=1)
 
-# %% ../../nbs/09_training/03_losses.ipynb #7936868e
+# %% ../../nbs/09_training/03_losses.ipynb #807c9119
 def _draw(links, count, generator):
     b, i = (links >= 0).nonzero(as_tuple=True)
     pick = torch.randperm(len(b), generator=generator)[:count].to(b.device)
     return b[pick], i[pick], links[b[pick], i[pick]]
 
 
-def fine_errors(fine_from, # (B, C, h, w) fine features of the image whose cell centres are followed
-                fine_to,   # (B, C, h, w) fine features of the other image
-                grids,     # their coarse grids, two (h, w)
+def fine_errors(result,    # CoarseResult
+                back,      # follow cells of image 1 into image 0?
                 links,     # (B, N) cell of the other image, or -1
                 truth,     # (B, N, 2) where the centres truly lie in the other image
-                radius,    # samples on either side of the fine window
                 count,     # links drawn
                 generator, # torch.Generator that draws them
                ):
     "Squared distances in window radii, the heat map's deviation, and which `(b, i)` was drawn; each (M,)."
     b, i, j = _draw(links, count, generator)
-    start = cell_centres(grids[1], device=b.device)[j] + (4 * torch.rand(len(b), 2, generator=generator) - 2).to(b.device)
-    found, sigma = refine(fine_from, fine_to, b, cell_centres(grids[0], device=b.device)[i], start, radius)
-    return ((found - truth[b, i]) / (radius * FINE)).square().sum(-1), sigma, b, i
+    nudge = (4 * torch.rand(len(b), 2, generator=generator) - 2).to(b.device)
+    found, sigma = result.refine(b, i, j, nudge, back)
+    return ((found - truth[b, i]) / result.reach).square().sum(-1), sigma, b, i
 
 
 def fine_loss(result,    # CoarseResult
@@ -85,20 +81,19 @@ def fine_loss(result,    # CoarseResult
               m0,        # (B, L) vessel weight of the cells of image 0
               m1,        # (B, S) vessel weight of the cells of image 1
               scaler,    # vessel_loss_weight_scaler
-              radius,    # samples on either side of the fine window
               count,     # links drawn from the batch
               generator, # torch.Generator that draws them
              ):
     "Weighted squared distance, and the median distance in pixels; 0 and nan where no link is true."
     r, t = result, targets
-    d0, s0, b0, i0 = fine_errors(r.fine0, r.fine1, (r.grid0, r.grid1), t.forward, t.points1, radius, count // 2, generator)
-    d1, s1, b1, i1 = fine_errors(r.fine1, r.fine0, (r.grid1, r.grid0), t.backward, t.points0, radius, count // 2, generator)
+    d0, s0, b0, i0 = fine_errors(r, False, t.forward, t.points1, count // 2, generator)
+    d1, s1, b1, i1 = fine_errors(r, True, t.backward, t.points0, count // 2, generator)
     d2, sigma, m = torch.cat([d0, d1]), torch.cat([s0, s1]), torch.cat([m0[b0, i0], m1[b1, i1]])
     inverse = 1 / sigma.detach()
     loss = weighted_mean(d2 * inverse / inverse.mean(), 1 + m * (scaler - 1)) if len(d2) else r.fine0.sum() * 0
-    return loss, d2.detach().sqrt().nanmedian() * radius * FINE
+    return loss, d2.detach().sqrt().nanmedian() * r.reach
 
-# %% ../../nbs/09_training/03_losses.ipynb #eb947d07
+# %% ../../nbs/09_training/03_losses.ipynb #3c88ee0b
 @dataclass(frozen=True)
 class Loss:
     "The loss of a step and its parts, scalars."
@@ -115,13 +110,12 @@ def matching_loss(result,            # CoarseResult of the guided forward pass
                   mask1,             # (B, H1, W1)
                   generator,         # torch.Generator for the links of the fine loss
                   guidance=UNGUIDED, # Engine 2 acts through vessel_loss_weight_scaler
-                  radius=3,          # of the fine window
                   count=1024,        # links for the fine loss
                   fine_weight=2.0,   # weight of the fine term
                  ) -> Loss:
     "Weighted coarse and fine loss; finite also for a batch without any true link."
-    m0, m1 = (mask_to_grid(pad_to(m, 16), 8).flatten(1) for m in (mask0, mask1))
+    m0, m1 = (mask_to_grid(pad_to(m, 16), 8)[:, :h, :w].flatten(1) for m, (h, w) in ((mask0, result.grid0), (mask1, result.grid1)))
     s = guidance.vessel_loss_weight_scaler
     positive, negative = coarse_loss(result.sim, targets, m0, m1, s)
-    fine, px = fine_loss(result, targets, m0, m1, s, radius, count, generator)
+    fine, px = fine_loss(result, targets, m0, m1, s, count, generator)
     return Loss(positive + negative + fine_weight * fine, positive, negative, fine, px)

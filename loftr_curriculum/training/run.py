@@ -6,7 +6,7 @@
 __all__ = ['FREE', 'claim_folder', 'computes_bf16', 'precision_of', 'Run', 'callbacks_of', 'loggers_of', 'facts_of', 'train',
            'read_epochs']
 
-# %% ../../nbs/09_training/06_run.ipynb #a9ef0d3e
+# %% ../../nbs/09_training/06_run.ipynb #c60b4880
 import csv
 import json
 import platform
@@ -21,12 +21,14 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from ..data.module import PairDataModule
 from ..io.files import read_json, write_json
 from ..model.weights import load_matcher, save_matcher
-from .callbacks import BestWhenIndependent, EpochTable, MatchRecorder, PatientStopping, RealPairs, Stopwatch
+from .callbacks import BestWhenIndependent, EpochTable, PatientStopping, RealPairs, Stopwatch
 from .curriculum import CurriculumScheduler, independence_from
 from .module import PL_LoFTR
+from .recorder import MatchRecorder, ProbeSources
 
-# %% ../../nbs/09_training/06_run.ipynb #59d7dc87
-FREE = ("resume", "out", "val_real")  # fields that may differ when a run is resumed
+# %% ../../nbs/09_training/06_run.ipynb #f92b1ff3
+FREE = ("resume", "out", "val_real",  # fields that may differ when a run is resumed: what only watches changes no weight
+        "record_every", "probes", "probe_pseudo_real", "probe_real", "collapse_patience", "collapse_stop")
 
 
 def claim_folder(config # TrainConfig
@@ -58,7 +60,7 @@ def precision_of(config # TrainConfig
     bf16 = config.precision == "bf16" or config.precision == "auto" and computes_bf16()
     return "bf16-mixed" if bf16 else "32-true"
 
-# %% ../../nbs/09_training/06_run.ipynb #5c02e2ba
+# %% ../../nbs/09_training/06_run.ipynb #8b8244cd
 @dataclass(frozen=True)
 class Run:
     "What a training run leaves behind."
@@ -74,7 +76,9 @@ def callbacks_of(config, # TrainConfig
     "Everything that watches the run. A folder of real pairs is checked here, before any work."
     free = independence_from(config.phases, config.epochs)
     last = ModelCheckpoint(dirpath=out, filename="last", save_on_train_epoch_end=True, enable_version_counter=False)
-    watch = [Stopwatch(), CurriculumScheduler(config.phases), MatchRecorder(out / "matches")]
+    watch = [Stopwatch(), CurriculumScheduler(config.phases)]
+    if config.record_every and (config.probes or config.probe_pseudo_real or config.probe_real):
+        watch.append(MatchRecorder(out / "recording", ProbeSources(config), config.record_every, config.collapse_patience, config.collapse_stop))
     if config.val_real: watch.append(RealPairs(config.val_real))
     if config.patience: watch.append(PatientStopping(config.patience, max(config.stop_from, free)))
     return [*watch, BestWhenIndependent(out, free), EpochTable(), last]
@@ -92,7 +96,7 @@ def facts_of(config,  # TrainConfig
              epoch,   # whose weights are kept
             ) -> dict:
     "What a weights file says about its training, without folders of the machine; the validation figures are those of the kept epoch."
-    told = json.loads(json.dumps(asdict(replace(config, out="", val_real=None, data=replace(config.data, cache=None)))))
+    told = json.loads(json.dumps(asdict(replace(config, out="", val_real=None, probe_real=None, data=replace(config.data, cache=None)))))
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads, {platform.machine()}"
     seconds = next((c.seconds for c in trainer.callbacks if isinstance(c, Stopwatch)), 0.0)
     row = next((r for r in read_epochs(config.out) if r["epoch"] == epoch), {})

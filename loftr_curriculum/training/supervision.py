@@ -13,7 +13,7 @@ import torch
 from ..geometry import apply_transform
 from ..model.coarse import COARSE, cell_centres, cell_index
 
-# %% ../../nbs/09_training/02_supervision.ipynb #78df3574
+# %% ../../nbs/09_training/02_supervision.ipynb #e8c92a58
 NEAR = 1.5  # cells of the coarser image within which a pair is no negative
 
 
@@ -37,16 +37,24 @@ def _links(points, grid, seen_from, seen_to):
     return torch.where(ok, index, -1)
 
 
+def _true_points(T, centres, grid, points):
+    if points is None: return apply_transform(T, centres[None])
+    if points.shape[1:] != (*grid, 2): raise ValueError(f"expected a true map of shape (B, {grid[0]}, {grid[1]}, 2), got {tuple(points.shape)}")
+    return points.flatten(1, 2)
+
+
 @torch.no_grad()
 def supervise(T_0to1, # (B, 3, 3) true map from image 0 to image 1, pixels
               grid0,  # (h, w) coarse cells of image 0
               grid1,  # (h, w) coarse cells of image 1
               seen0,  # (B, L) bool: cells of image 0 inside the field of view
               seen1,  # (B, S) bool
+              map_0to1=None, # (B, *grid0, 2) where the centres of the cells of image 0 truly lie in image 1, pixels; None: where T_0to1 says
+              map_1to0=None, # (B, *grid1, 2) where the centres of the cells of image 1 truly lie in image 0; None: likewise
              ) -> Targets:
-    "The state of every cell pair."
+    "The state of every cell pair; raises ValueError where a map is not that of the grid."
     c0, c1 = cell_centres(grid0, device=T_0to1.device), cell_centres(grid1, device=T_0to1.device)
-    p1, p0 = apply_transform(T_0to1, c0[None]), apply_transform(torch.linalg.inv(T_0to1), c1[None])
+    p1, p0 = _true_points(T_0to1, c0, grid0, map_0to1), _true_points(torch.linalg.inv(T_0to1), c1, grid1, map_1to0)
     forward, backward = _links(p1, grid1, seen0, seen1), _links(p0, grid0, seen1, seen0)
     near = torch.minimum(torch.cdist(p1, c1[None]), torch.cdist(p0, c0[None]).mT) <= NEAR * COARSE
     positive = torch.zeros_like(near)
