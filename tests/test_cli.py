@@ -409,7 +409,7 @@ def test_train_on_triplets_then_read_the_weights(triplets, tmp_path, capsys, com
     assert run(*words) == 0
     said = capsys.readouterr().out
     assert "epoch" in said and f"{tmp_path}/run/weights.safetensors" in said
-    assert (tmp_path / "run/last.ckpt").is_file() and len(list((tmp_path / "run/matches").glob("*.png"))) == 2
+    assert (tmp_path / "run/last.ckpt").is_file() and len(list((tmp_path / "run/recording").glob("epoch_*.npz"))) == 2
     assert run("weights", tmp_path / "run/weights.safetensors") == 0
     card = json.loads(capsys.readouterr().out)
     assert card["config"] == json.loads(json.dumps(asdict(MatcherConfig(dims=(8, 16, 32), layers=1))))

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from ..geometry import Motion
 from ..retina.config import MODES, SEEDS, EyeConfig
 
-# %% ../../nbs/04_data/02_config.ipynb #7135e2c8
+# %% ../../nbs/04_data/02_config.ipynb #ddb0a8e2
 @dataclass(frozen=True)
 class DataConfig:
     "Sources of training pairs, their mix, and how views are cut from them."
@@ -40,6 +40,8 @@ class DataConfig:
     # views
     size: int = 256  # side of the square views, px, a multiple of 32
     motion: Motion = field(default_factory=Motion)  # range of rotation, scale, shift and overlap
+    start_size: int = 128  # side of the views in the first epoch, where they grow, px, a multiple of 32
+    grow_epochs: float = 0.0  # epochs over which training's views grow from start_size to size; 0: full size at once
     widen_epochs: float = 0.0  # epochs over which training's rotation and scale grow from mild to that range; 0: at once
     strength: float = 1.0  # photometric randomisation of generated pairs, 0 none, 1 full
     real_strength: float = 0.4  # the same for pairs from files, which differ enough by themselves
@@ -56,7 +58,7 @@ class DataConfig:
     def __post_init__(self):
         check(self)
 
-# %% ../../nbs/04_data/02_config.ipynb #3b7cff81
+# %% ../../nbs/04_data/02_config.ipynb #3ad7c3b0
 def _checks(
     c,  # DataConfig
 ) -> list:  # (is it right, what was expected) for every field that can be wrong by itself
@@ -71,6 +73,8 @@ def _checks(
         (min(c.worlds, c.val_worlds, c.pairs_per_epoch, c.val_pairs, c.batch_size) >= 1,
          "worlds, val_worlds, pairs_per_epoch, val_pairs and batch_size must be at least 1"),
         (0 <= c.deform <= 6, f"deform must be in 0..6 px, beyond that maps would fold, got {c.deform}"),
+        (not c.grow_epochs or (64 <= c.start_size <= c.size and c.start_size % 32 == 0), f"start_size must be a multiple of 32 in 64..{c.size}, got {c.start_size}"),
+        (c.grow_epochs >= 0, f"grow_epochs must not be negative, got {c.grow_epochs}"),
         (c.widen_epochs >= 0, f"widen_epochs must not be negative, got {c.widen_epochs}"),
         (min(c.workers, c.render_workers) >= 0, "workers and render_workers must not be negative"),
         (not (c.on_device and (c.triplets or c.pairs)), "on_device makes pairs of generated eyes alone: leave out triplets and pairs"),

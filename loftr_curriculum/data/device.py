@@ -292,7 +292,7 @@ def normalise_batch(
     out = (z - mu) / (3 * torch.sqrt((second - mu * mu).clamp(min=0) + FLOOR**2))
     return out.clamp(-1, 1) * inside * (deviation > 1e-6)
 
-# %% ../../nbs/04_data/08_device.ipynb #0b698fe5
+# %% ../../nbs/04_data/08_device.ipynb #02a4febc
 LOOK = ('numbers', 'cells', 'gain', 'veil', 'patches', 'tilt', 'spots')
 
 
@@ -305,8 +305,17 @@ class DeviceViews:
         size: int,                # side of the views, px
         device,                   # torch.device
     ):
-        self.bank, self.size, self.device = DeviceBank(source.bank, device), size, torch.device(device)
-        self.M = {k: torch.from_numpy(v).to(device) for k, v in smoothers(size).items()}
+        self.bank, self.size, self.device = DeviceBank(source.bank, device), None, torch.device(device)
+        self.resize(size)
+
+    def resize(
+        self,
+        size: int,  # side of the views, px
+    ):              # the same object
+        "Ready for views of another size; the worlds stay where they are."
+        if size != self.size:
+            self.size, self.M = size, {k: torch.from_numpy(v).to(self.device) for k, v in smoothers(size).items()}
+        return self
 
     def cut(
         self,

@@ -201,7 +201,7 @@ def vessel_share(
     area = float(vessel[field].mean()) if field.any() else 0.0
     return on, on / area if area > 0 else np.nan
 
-# %% ../../nbs/07_evaluation/01_collapse.ipynb #4a60411d
+# %% ../../nbs/07_evaluation/01_collapse.ipynb #7519ce72
 @dataclass(frozen=True)
 class CollapseFigures:
     "What the end points of a set of matches look like; see this module's formulas."
@@ -242,11 +242,15 @@ def collapse_index(
     fov1,        # (H1, W1) bool
     T_0to1=None, # (3, 3) fixed -> moving that is true or believed; None where there is none
 ) -> float: # in [0, 1]; 1 for fewer than four matches
-    "Mean of the two worst symptoms, each against the overlap or the whole fields, whichever is kinder."
+    "Mean of the two worst symptoms, each against the overlap or the whole fields, whichever is kinder; less what is proven right."
     if len(points0) < LEAST["affine"]: return 1.0
-    worst = symptoms(points0, points1, overlap_fields(fov0, fov1), np.asarray(fov1, bool), None)
-    if T_0to1 is not None: worst = np.minimum(worst, symptoms(points0, points1, overlap_fields(fov0, fov1, T_0to1), np.asarray(fov1, bool), T_0to1))
-    return float(np.sort(worst)[-2:].mean())
+    fov1 = np.asarray(fov1, bool)
+    worst, right = symptoms(points0, points1, overlap_fields(fov0, fov1), fov1, None), 0.0
+    if T_0to1 is not None:
+        f = overlap_fields(fov0, fov1, T_0to1)
+        worst = np.minimum(worst, symptoms(points0, points1, f, fov1, T_0to1))
+        right = agreeing(T_0to1, points0, points1, np.shape(fov0)).mean() * min(coverage(points0, f.start), coverage(points1, f.end))
+    return float(np.sort(worst)[-2:].mean() * (1 - right))
 
 # %% ../../nbs/07_evaluation/01_collapse.ipynb #c432096f
 def collapse_figures(
@@ -396,8 +400,8 @@ def calibrate(
                 false_alarms=round(float((well > threshold).mean()), 4), missed=round(float((ill <= threshold).mean()), 4),
                 kinds={k: dict(n=len(v), median=round(float(np.median(v)), 3), q01=round(float(np.quantile(v, 0.01)), 3), q99=round(float(np.quantile(v, 0.99)), 3)) for k, v in index.items()})
 
-# %% ../../nbs/07_evaluation/01_collapse.ipynb #472960a7
-THRESHOLD = 0.42  # the index above which matches count as collapsed, from `calibrate`
+# %% ../../nbs/07_evaluation/01_collapse.ipynb #6469f72a
+THRESHOLD = 0.39  # the index above which matches count as collapsed, from `calibrate`
 
 
 def write_calibration(
