@@ -221,7 +221,7 @@ def downstream(
             out[i] = True
     return np.array(out)
 
-# %% ../../nbs/03_retina/02_render.ipynb #da575c7e
+# %% ../../nbs/03_retina/02_render.ipynb #6e32528a
 def visibility(
     rng: np.random.Generator,  # source of chance
     vessels: Vessels,          # arteries and veins
@@ -232,7 +232,7 @@ def visibility(
 ) -> np.ndarray:               # (N,) in 0..1
     "How strongly one modality shows each node: thin vessels fainter, some missing, whole regions weak."
     k = anatomy.size / 1024
-    shown = np.clip(vessels.radius / (3.2 * k), 0.05, 1) ** thin
+    shown = np.clip(vessels.radius / (3.2 * k), 0.05, 1) ** thin * np.clip(vessels.radius / (1.2 * k), 0.2, 1)
     luck = rng.uniform(0, 1, vessels.branch.max() + 1)[vessels.branch]
     lost = downstream(vessels, (luck < 0.2 * gap) & (vessels.radius < 1.6 * k))
     shown = shown * np.where(lost, 0, 1 - 0.35 * gap * (1 - luck))
@@ -523,11 +523,11 @@ def render_octa(
     image = image * light * (1 + rng.uniform(0.05, 0.25) * speckle(rng, size, rng.uniform(0.4, 0.9)))
     return to_bytes(expose(mosaic(rng, image, config.gap), rng)), {'lesions': seen}
 
-# %% ../../nbs/03_retina/02_render.ipynb #f9e75781
+# %% ../../nbs/03_retina/02_render.ipynb #c37709d6
 def vessel_mask(
     anatomy: Anatomy,  # landmarks
     vessels: Vessels,  # arteries and veins
-    smallest: float = 0.6,  # px at a world of 1024: vessels of a smaller radius are not marked
+    smallest: float = 0.8,  # px at a world of 1024: vessels of a smaller radius are not marked
 ) -> np.ndarray:       # (S, S) uint8, 255 inside a vessel, soft at its edge
     "The vessels that can be seen in print; capillaries are not marked."
     return draw_vessels(vessels, anatomy.size, None, 1.0, smallest * anatomy.size / 1024, False)

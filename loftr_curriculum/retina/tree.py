@@ -330,7 +330,7 @@ def narrowing(
             out[i] = out[p]
     return np.array(out)
 
-# %% ../../nbs/03_retina/01_tree.ipynb #84147fd5
+# %% ../../nbs/03_retina/01_tree.ipynb #abb80817
 TWIG = 0.1  # what an end point of the last stage counts: twigs leave a vessel nearly as wide as it was
 
 
@@ -345,7 +345,7 @@ def grow_system(
     k = anatomy.size / 1024
     step = 5.0 * k
     points, parent = trunks(anatomy, rng, artery, step)
-    stages = ((rng.integers(360, 520), 20, 13, 150, 12), (rng.integers(500, 750), 50, 10, 90, 9), (rng.integers(1200, 1800) if artery else rng.integers(300, 600), 120, 8, 60, 7))
+    stages = ((rng.integers(360, 520), 20, 13, 150, 12), (rng.integers(500, 750), 50, 10, 90, 9), (rng.integers(450, 750) if artery else rng.integers(150, 300), 60, 8, 60, 7))
     for count, macular, kill, influence, gap in stages:
         firm = len(points)
         seeds = sow(anatomy, rng, int(count * config.density), avoid, gap * k, int(macular * config.density))

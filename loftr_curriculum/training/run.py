@@ -60,7 +60,7 @@ def precision_of(config # TrainConfig
     bf16 = config.precision == "bf16" or config.precision == "auto" and computes_bf16()
     return "bf16-mixed" if bf16 else "32-true"
 
-# %% ../../nbs/09_training/06_run.ipynb #8b8244cd
+# %% ../../nbs/09_training/06_run.ipynb #4e66afdd
 @dataclass(frozen=True)
 class Run:
     "What a training run leaves behind."
@@ -118,7 +118,7 @@ def train(config,         # TrainConfig
     out = claim_folder(config)
     data.setup()
     module = PL_LoFTR(config)
-    if not torch.cuda.is_available(): module.matcher.to(memory_format=torch.channels_last)
+    if not torch.cuda.is_available() and min(config.matcher.dims) >= 16: module.matcher.to(memory_format=torch.channels_last)  # below, oneDNN's float32 backward pass corrupts memory
     trainer = pl.Trainer(max_epochs=config.epochs, precision=precision_of(config), gradient_clip_val=config.clip, num_sanity_val_steps=0, use_distributed_sampler=False,
                          log_every_n_steps=min(10, max(1, config.data.pairs_per_epoch // config.data.batch_size)), enable_model_summary=False, enable_progress_bar=progress, callbacks=[*watch, *callbacks],
                          logger=loggers_of(out))
