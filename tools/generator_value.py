@@ -5,7 +5,7 @@ when the command starts, so that nothing changes while it runs. Both train with 
 seeds, in turns; the new version registers the real pairs with the weights of both. Interrupt it at any time: the same
 command goes on where it stopped. `--work` keeps the finished runs, and a run whose code or settings changed is made anew.
 
-    python tools/generator_value.py --old REVISION --set ../shared/real_pairs --out nbs/experiments/generator_value.json
+    python tools/generator_value.py --old REVISION --only retina --set ../shared/real_pairs --out nbs/experiments/generator_value.json
 """
 import argparse
 import ast
@@ -61,6 +61,18 @@ def take(revision: str | None, folder: Path) -> str:
     with tarfile.open(fileobj=io.BytesIO(git("archive", commit, PACKAGE))) as archive:
         archive.extractall(folder, filter="data")
     return commit
+
+
+def graft(old: Path, new: Path, room: str) -> None:
+    """Leave nothing of the new package but one of its rooms, in the place of the old one."""
+    kept = new / room
+    if not (new / PACKAGE / room).is_dir():
+        sys.exit(f"generator_value: --only {room}: the new version has no such room")
+    shutil.move(new / PACKAGE / room, kept)
+    shutil.rmtree(new / PACKAGE)
+    shutil.copytree(old / PACKAGE, new / PACKAGE)
+    shutil.rmtree(new / PACKAGE / room, ignore_errors=True)
+    shutil.move(kept, new / PACKAGE / room)
 
 
 def sources(package: Path, rooms=LEARNING) -> dict[str, str]:
@@ -144,6 +156,7 @@ def read_arguments(argv=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
     parser.add_argument("--old", required=True, help="git revision of the version to compare with")
     parser.add_argument("--new", help="git revision of the new version; without it, this tree as it is now")
+    parser.add_argument("--only", metavar="ROOM", help="take nothing but this room (such as retina) from the new version, the rest from the old one")
     parser.add_argument("--set", type=Path, required=True, help="folder of real pairs with landmarks, as for `loftr-curriculum evaluate`; nothing trains on it")
     parser.add_argument("--out", type=Path, required=True, help="JSON file to write when all runs are done")
     parser.add_argument("--steps", type=int, default=400, help="training steps of every run (default: %(default)s)")
@@ -191,13 +204,15 @@ def main(argv=None) -> int:
     with tempfile.TemporaryDirectory(prefix="generator_value_") as folder:
         versions = {name: Path(folder) / name for name in ("old", "new")}
         revisions = {name: take(revision, versions[name]) for (name, revision) in (("old", args.old), ("new", args.new))}
+        if args.only:
+            graft(versions["old"], versions["new"], args.only)
         try:
             found = compare(args, versions)
         except KeyboardInterrupt:
             print("\ninterrupted; the same command goes on where it stopped", file=sys.stderr)
             return 130
     settings = {"config": args.config.name, "text": args.config.read_text(encoding="utf-8"), "registration": shlex.join(REGISTRATION)}
-    write_json(args.out, {"made_by": "tools/generator_value.py", "date": f"{datetime.now(timezone.utc):%Y-%m-%d}", "revisions": revisions, "set": args.set.resolve().name,
+    write_json(args.out, {"made_by": "tools/generator_value.py", "date": f"{datetime.now(timezone.utc):%Y-%m-%d}", "revisions": revisions, "only": args.only, "set": args.set.resolve().name,
                           "steps": args.steps, "batch": args.batch, "seeds": list(range(args.seeds)), "settings": settings, **found})
     print(f"written: {args.out}")
     return 0
