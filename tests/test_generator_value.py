@@ -140,10 +140,10 @@ def test_bad_words_are_refused_before_any_work(tmp_path, words, says):
 def test_one_room_of_the_new_version_takes_the_place_of_the_old_one(tool, tmp_path):
     for version in ("old", "new"):
         for room in ("retina", "model"):
-            (tmp_path / version / tool.PACKAGE / room).mkdir(parents=True)
-            (tmp_path / version / tool.PACKAGE / room / f"{version}.py").write_text("")
-    tool.graft(tmp_path / "old", tmp_path / "new", "retina")
+            (tmp_path / version / tool["PACKAGE"] / room).mkdir(parents=True)
+            (tmp_path / version / tool["PACKAGE"] / room / f"{version}.py").write_text("")
+    tool["graft"](tmp_path / "old", tmp_path / "new", "retina")
     left = sorted(p.relative_to(tmp_path / "new").as_posix() for p in (tmp_path / "new").rglob("*.py"))
-    assert left == [f"{tool.PACKAGE}/model/old.py", f"{tool.PACKAGE}/retina/new.py"]
+    assert left == [f"{tool['PACKAGE']}/model/old.py", f"{tool['PACKAGE']}/retina/new.py"]
     with pytest.raises(SystemExit, match="no such room"):
-        tool.graft(tmp_path / "old", tmp_path / "new", "kitchen")
+        tool["graft"](tmp_path / "old", tmp_path / "new", "kitchen")
