@@ -1,0 +1,59 @@
+"""Guards of the calibration of `ok`: which thresholds are chosen, what missing evidence means, and that the defaults are the calibrated ones."""
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from loftr_curriculum.evaluation.calibration import EVIDENCE, GRID, Thresholds, choose_thresholds, promises_kept, table_of
+from loftr_curriculum.registration.config import RegistrationConfig
+
+ROOT = Path(__file__).parents[1]
+
+
+def rows_of(evidence, errors):
+    return [{"id": str(k), "mode": "cf-fa", "error": None if not np.isfinite(e) else e} | dict(zip(EVIDENCE, map(float, v))) for k, (v, e) in enumerate(zip(evidence, errors))]
+
+
+def made_up(seed, n=300):
+    "Evidence that tells right from false by two of its four numbers, with some overlap in each alone."
+    rng = np.random.default_rng(seed)
+    right = rng.random(n) < 0.6
+    evidence = np.c_[np.where(right, rng.uniform(25, 120, n), rng.uniform(5, 60, n)), np.where(right, rng.uniform(0.2, 0.9, n), rng.uniform(0.0, 0.3, n)),
+                     rng.uniform(0.5, 1.0, n), np.where(right, rng.uniform(0.2, 3.0, n), rng.uniform(1.0, 30.0, n))]
+    return evidence, np.where(right, rng.uniform(0.5, 9.0, n), rng.uniform(11, 200, n))
+
+
+def test_no_false_answer_is_ok_where_they_were_found_and_few_elsewhere():
+    found = choose_thresholds(*made_up(0))
+    assert promises_kept(rows_of(*made_up(0)), found)["false_ok"] == 0
+    elsewhere = promises_kept(rows_of(*made_up(1)), found)
+    assert elsewhere["false_ok"] <= 3 and elsewhere["ok_of_right"] > 0.5
+
+
+def test_of_equally_good_thresholds_the_strictest_is_taken():
+    found = choose_thresholds(np.full((5, 4), [70, 0.55, 0.65, 1.2]), np.full(5, 2.0))
+    assert found == Thresholds(60, 0.5, 0.6, 1.5)
+
+
+@pytest.mark.parametrize("column", range(4))
+def test_missing_evidence_is_never_ok(column):
+    evidence = np.array([[200.0, 0.9, 0.9, 0.1]])
+    loosest = Thresholds(*(v[0] for v in GRID[:3]), GRID[3][-1])
+    assert loosest.says_ok(evidence).all()
+    evidence[0, column] = np.nan
+    assert not loosest.says_ok(evidence).any()
+
+
+def test_no_answer_is_neither_ok_nor_right():
+    rows = rows_of(np.full((2, 4), [70, 0.55, 0.65, 1.2]), [np.inf, 3.0])
+    assert promises_kept(rows, Thresholds(15, 0.1, 0.2, 8.0)) == {"pairs": 2, "answers": 1, "right": 1, "ok": 1, "ok_of_right": 1.0, "false_ok": 0}
+    assert np.isinf(table_of(rows)[1][0])
+
+
+def test_the_defaults_are_the_calibrated_ones():
+    file = ROOT / "nbs/07_evaluation/calibration.json"
+    if not file.exists():
+        pytest.skip("not calibrated yet: python -m loftr_curriculum.evaluation.calibration --out nbs/07_evaluation/calibration.json")
+    written, config = json.loads(file.read_text())["thresholds"], RegistrationConfig()
+    assert {k: getattr(config, k) for k in written} == written
