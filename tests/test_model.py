@@ -236,3 +236,24 @@ def test_configurations_that_cannot_work_say_so():
         with pytest.raises(ValueError, match="expected"):
             MatcherConfig(**bad)
     assert json.loads(json.dumps(asdict(MatcherConfig())))["layers"] == 4
+
+
+def test_a_matcher_goes_to_a_folder_and_back(tmp_path):
+    net = Matcher(MatcherConfig(**TINY)).eval()
+    net.save_pretrained(tmp_path / "mine")
+    back = Matcher.from_pretrained(tmp_path / "mine")
+    x = torch.rand(1, 1, 64, 64) * 2 - 1
+    with torch.no_grad(): assert torch.allclose(back(x, x).sim, net(x, x).sim, atol=0.05)  # stored in half precision
+    card = json.loads((tmp_path / "mine/config.json").read_text())
+    assert card["library_name"] == "loftr_curriculum" and tuple(card["matcher"]["dims"]) == net.config.dims
+
+
+def test_a_source_that_is_not_there_is_named(tmp_path):
+    for source in (tmp_path, tmp_path / "none", "nobody"):
+        with pytest.raises(FileNotFoundError, match=source.name if source != "nobody" else "nobody"): Matcher.from_pretrained(source)
+
+
+def test_the_other_variant_is_refused(tmp_path):
+    from loftr_curriculum.model.reference import ReferenceMatcher
+    Matcher(MatcherConfig(**TINY)).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="expected a ReferenceMatcher"): ReferenceMatcher.from_pretrained(tmp_path)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PASSES', 'Merge', 'CoarseResult', 'check_pair', 'locate', 'split_matches', 'find_matches', 'working_size', 'shrink',
-           'Matcher']
+           'Pretrained', 'Matcher']
 
 # %% ../../nbs/05_model/06_matcher.ipynb #76194d8d
 from dataclasses import dataclass
@@ -132,8 +132,29 @@ def shrink(x,    # (B, ..., H, W) images, masks in [0, 1] or bool fields of view
     planes = planes.reshape(*x.shape[:-2], *size)
     return planes >= 0.5 if x.dtype == torch.bool else planes
 
-# %% ../../nbs/05_model/06_matcher.ipynb #b90690e2
-class Matcher(nn.Module):
+# %% ../../nbs/05_model/06_matcher.ipynb #75ec86cb
+class Pretrained:
+    "Saved to a folder and loaded from one, in the convention of the Hugging Face Hub; the format is that of `model.weights`."
+    def save_pretrained(self,
+                        folder, # folder to write
+                       ):
+        "Writes `model.safetensors` and `config.json`."
+        from loftr_curriculum.model.weights import save_pretrained
+        return save_pretrained(folder, self)
+
+    @classmethod
+    def from_pretrained(cls,
+                        source,       # folder, or `owner/model` on the Hub
+                        device="cpu", # torch device
+                       ):
+        "A matcher in evaluation mode. Raises FileNotFoundError or ValueError, naming the source; no code of the source is executed."
+        from loftr_curriculum.model.weights import fetch_pretrained, load_matcher
+        found = load_matcher(fetch_pretrained(source), device)
+        if not isinstance(found, cls): raise ValueError(f"{source}: holds a {type(found).__name__}, expected a {cls.__name__}")
+        return found
+
+# %% ../../nbs/05_model/06_matcher.ipynb #36931ff9
+class Matcher(nn.Module, Pretrained):
     "Matches points of a fixed image (0) with points of a moving image (1)."
     def __init__(self,
                  config=MatcherConfig(), # size of the matcher

@@ -6,7 +6,7 @@
 __all__ = ['TEMPERATURE', 'BORDER', 'RADIUS', 'GuidedAttention', 'sitting', 'vessel_weight', 'off_border', 'ReferenceResult',
            'published_similarity', 'ReferenceMatcher']
 
-# %% ../../nbs/05_model/08_reference.ipynb #072f6275
+# %% ../../nbs/05_model/08_reference.ipynb #2e66d9f3
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -26,7 +26,7 @@ from .coarse import COARSE, cell_centres
 from .config import REFERENCE, UNGUIDED
 from .fine import FINE
 from .guidance import check_guidance, key_bias, mask_to_grid, pair_bias
-from .matcher import CoarseResult, check_pair, locate, shrink, split_matches, working_size
+from .matcher import CoarseResult, Pretrained, check_pair, locate, shrink, split_matches, working_size
 
 # %% ../../nbs/05_model/08_reference.ipynb #ce63c2cd
 class GuidedAttention(nn.Module):
@@ -105,12 +105,12 @@ def published_similarity(x0,    # (B, L, C) coarse tokens of image 0
         sim = (x0.float() / x0.shape[-1]) @ x1.float().mT / TEMPERATURE + bias
         return sim.masked_fill(~(seen0[:, :, None] & seen1[:, None, :]), torch.finfo(sim.dtype).min)
 
-# %% ../../nbs/05_model/08_reference.ipynb #1104b1aa
+# %% ../../nbs/05_model/08_reference.ipynb #c0f9df9b
 BORDER = 2  # cells at the border that do not match
 RADIUS = 2  # samples on either side of the fine window
 
 
-class ReferenceMatcher(nn.Module):
+class ReferenceMatcher(nn.Module, Pretrained):
     "LoFTR (Sun et al. 2021) with the interface of `Matcher`; its state dict has the published keys."
     def __init__(self,
                  config=REFERENCE, # MatcherConfig of variant reference
