@@ -51,7 +51,7 @@ def find_curriculum(name # one of CURRICULA
     if name not in CURRICULA: raise ValueError(f"curriculum {name!r}: expected one of {', '.join(CURRICULA)}")
     return CURRICULA[name]
 
-# %% ../../nbs/09_training/00_config.ipynb #3c7c4bfb
+# %% ../../nbs/09_training/00_config.ipynb #f90f7ad1
 @dataclass(frozen=True)
 class TrainConfig:
     "Everything that defines a training run. A checkpoint carries it."
@@ -70,6 +70,7 @@ class TrainConfig:
     val_real: str | None = None      # folder of real pairs with landmarks: val_real/mace is logged, never monitored
     patience: int = 0                # epochs without a better val/auc before stopping early; 0 never stops
     stop_from: int = 0               # no early stop before this epoch, nor before the independence phase
+    keep: str = "best"               # whose weights the run leaves: "best" val/auc of the independence phase, or "last" epoch, where validation is too small to choose
     init: str | None = None          # weights to start from (.safetensors or .ckpt, of ours or LoFTR's published format) instead of random ones
     record_every: int = 1            # epochs between recordings of the matches on the probe pairs; 0 records nothing
     probes: int = 4                  # validation pairs among the probe pairs
@@ -85,6 +86,7 @@ class TrainConfig:
         if self.epochs < 1: raise ValueError(f"epochs {self.epochs}: expected at least 1")
         for name in ("record_every", "probes", "probe_pseudo_real"):
             if getattr(self, name) < 0: raise ValueError(f"{name} {getattr(self, name)}: expected 0 or more")
+        if self.keep not in ("best", "last"): raise ValueError(f"keep {self.keep!r}: expected best or last")
         if self.collapse_patience < 1: raise ValueError(f"collapse_patience {self.collapse_patience}: expected at least 1")
 
     @property

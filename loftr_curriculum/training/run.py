@@ -26,8 +26,8 @@ from .curriculum import CurriculumScheduler, independence_from
 from .module import PL_LoFTR
 from .recorder import MatchRecorder, ProbeSources
 
-# %% ../../nbs/09_training/06_run.ipynb #f92b1ff3
-FREE = ("resume", "out", "val_real",  # fields that may differ when a run is resumed: what only watches changes no weight
+# %% ../../nbs/09_training/06_run.ipynb #689588e5
+FREE = ("resume", "out", "val_real", "keep",  # fields that may differ when a run is resumed: what only watches changes no weight
         "record_every", "probes", "probe_pseudo_real", "probe_real", "collapse_patience", "collapse_stop")
 
 
@@ -60,7 +60,7 @@ def precision_of(config # TrainConfig
     bf16 = config.precision == "bf16" or config.precision == "auto" and computes_bf16()
     return "bf16-mixed" if bf16 else "32-true"
 
-# %% ../../nbs/09_training/06_run.ipynb #4e66afdd
+# %% ../../nbs/09_training/06_run.ipynb #863ff202
 @dataclass(frozen=True)
 class Run:
     "What a training run leaves behind."
@@ -124,7 +124,7 @@ def train(config,         # TrainConfig
                          logger=loggers_of(out))
     last = out / "last.ckpt"
     trainer.fit(module, data, ckpt_path=last if last.is_file() else None, weights_only=True)
-    kept = load_matcher(out / "best.ckpt" if (out / "best.ckpt").is_file() else last)
+    kept = load_matcher(out / "best.ckpt" if config.keep == "best" and (out / "best.ckpt").is_file() else last)
     save_matcher(out / "weights.safetensors", kept, facts_of(config, trainer, kept.facts["epoch"]))
     return Run(out, out / "weights.safetensors", {k: float(v) for k, v in trainer.callback_metrics.items()}, module)
 
