@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PASSES', 'Merge', 'CoarseResult', 'check_pair', 'locate', 'split_matches', 'find_matches', 'working_size', 'shrink',
-           'Pretrained', 'Matcher']
+           'shrink_pair', 'Pretrained', 'Matcher']
 
 # %% ../../nbs/05_model/06_matcher.ipynb #76194d8d
 from dataclasses import dataclass
@@ -115,7 +115,7 @@ def find_matches(result,    # CoarseResult
     "Mutual maxima, refined once: one `Matches` per pair, ordered by cell of the fixed image."
     return split_matches(*locate(result, threshold), len(result.sim))
 
-# %% ../../nbs/05_model/06_matcher.ipynb #1fce86b9
+# %% ../../nbs/05_model/06_matcher.ipynb #03e1a335
 def working_size(size, # (height, width)
                  side, # pixels
                 ) -> tuple:
@@ -131,6 +131,14 @@ def shrink(x,    # (B, ..., H, W) images, masks in [0, 1] or bool fields of view
     planes = F.interpolate(x.float().reshape(-1, 1, *x.shape[-2:]), tuple(size), mode="bilinear", antialias=True, align_corners=False)
     planes = planes.reshape(*x.shape[:-2], *size)
     return planes >= 0.5 if x.dtype == torch.bool else planes
+
+
+def shrink_pair(side,  # longest long side, pixels
+                *given # (of image 0, of image 1) each: images first, then what lies over them, or None
+               ):
+    "The working sizes of both images, and everything given at these sizes, in the order of `forward`."
+    sizes = [working_size(image.shape[2:], side) for image in given[0]]
+    return sizes, [shrink(x, size) for both in given for x, size in zip(both, sizes)]
 
 # %% ../../nbs/05_model/06_matcher.ipynb #75ec86cb
 class Pretrained:
@@ -153,7 +161,7 @@ class Pretrained:
         if not isinstance(found, cls): raise ValueError(f"{source}: holds a {type(found).__name__}, expected a {cls.__name__}")
         return found
 
-# %% ../../nbs/05_model/06_matcher.ipynb #36931ff9
+# %% ../../nbs/05_model/06_matcher.ipynb #6b8ac61a
 class Matcher(nn.Module, Pretrained):
     "Matches points of a fixed image (0) with points of a moving image (1)."
     def __init__(self,
@@ -221,9 +229,8 @@ class Matcher(nn.Module, Pretrained):
         "One `Matches` per pair, ordered by cell of the fixed image; points of image 0 are cell centres, of image 1 sub-pixel."
         check_pair(image0, image1)
         images, threshold = (image0, image1), self.config.threshold if threshold is None else threshold
-        sizes = [working_size(im.shape[2:], self.config.coarse_side) for im in images]
-        small = [[shrink(x, size) for x in given] for size, given in zip(sizes, ((image0, fov0, mask0), (image1, fov1, mask1)))]
-        r, tokens = self._forward(*(x for both in zip(*small) for x in both), guidance)
+        sizes, small = shrink_pair(self.config.coarse_side, (image0, image1), (fov0, fov1), (mask0, mask1))
+        r, tokens = self._forward(*small, guidance)
         found = locate(r, threshold, PASSES)
         if any(tuple(im.shape[2:]) != size for im, size in zip(images, sizes)): found = self._refine_full(found, images, sizes, tokens, (r.fine0, r.fine1))
         return split_matches(*found, len(image0))

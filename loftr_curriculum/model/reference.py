@@ -6,7 +6,7 @@
 __all__ = ['TEMPERATURE', 'BORDER', 'RADIUS', 'GuidedAttention', 'sitting', 'vessel_weight', 'off_border', 'ReferenceResult',
            'published_similarity', 'ReferenceMatcher']
 
-# %% ../../nbs/05_model/08_reference.ipynb #2e66d9f3
+# %% ../../nbs/05_model/08_reference.ipynb #f9618704
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -26,7 +26,7 @@ from .coarse import COARSE, cell_centres
 from .config import REFERENCE, UNGUIDED
 from .fine import FINE
 from .guidance import check_guidance, key_bias, mask_to_grid, pair_bias
-from .matcher import CoarseResult, Pretrained, check_pair, locate, shrink, split_matches, working_size
+from .matcher import CoarseResult, Pretrained, check_pair, locate, shrink_pair, split_matches
 
 # %% ../../nbs/05_model/08_reference.ipynb #ce63c2cd
 class GuidedAttention(nn.Module):
@@ -105,7 +105,7 @@ def published_similarity(x0,    # (B, L, C) coarse tokens of image 0
         sim = (x0.float() / x0.shape[-1]) @ x1.float().mT / TEMPERATURE + bias
         return sim.masked_fill(~(seen0[:, :, None] & seen1[:, None, :]), torch.finfo(sim.dtype).min)
 
-# %% ../../nbs/05_model/08_reference.ipynb #c0f9df9b
+# %% ../../nbs/05_model/08_reference.ipynb #e2573e33
 BORDER = 2  # cells at the border that do not match
 RADIUS = 2  # samples on either side of the fine window
 
@@ -183,9 +183,8 @@ class ReferenceMatcher(nn.Module, Pretrained):
              ) -> list:
         "One `Matches` per pair, ordered by cell of the fixed image; points of image 0 are those of cells, of image 1 sub-pixel."
         check_pair(image0, image1)
-        sizes = [working_size(im.shape[2:], self.config.coarse_side) for im in (image0, image1)]
-        small = [[shrink(x, size) for x in given] for size, given in zip(sizes, ((image0, fov0, mask0), (image1, fov1, mask1)))]
-        r = self(*(x for both in zip(*small) for x in both), guidance=guidance)
+        sizes, small = shrink_pair(self.config.coarse_side, (image0, image1), (fov0, fov1), (mask0, mask1))
+        r = self(*small, guidance=guidance)
         inner = [seen & off_border(grid, BORDER, seen.device) for seen, grid in ((r.seen0, r.grid0), (r.seen1, r.grid1))]
         b, p0, p1, conf = locate(replace(r, seen0=inner[0], seen1=inner[1]), self.config.threshold if threshold is None else threshold)
         full = lambda p, size, image: apply_transform(torch.from_numpy(resize_matrix(size, image.shape[2:])).to(p), p)

@@ -8,7 +8,7 @@ __all__ = ['MOTIONS', 'SYSTEMS', 'PARTS', 'memory_mb', 'Settings', 'draw_pairs',
            'measure_training', 'measure_product', 'measure_sides', 'shares', 'measure_cuda', 'run_benchmark',
            'benchmark_table', 'draw_sides', 'main']
 
-# %% ../../nbs/09_training/10_benchmark.ipynb #c0e61207
+# %% ../../nbs/09_training/10_benchmark.ipynb #19738135
 import json
 import os
 import subprocess
@@ -43,6 +43,7 @@ from ..retina.config import EyeConfig, seeds_of
 from ..retina.world import WorldBank
 from .config import TrainConfig
 from .module import PL_LoFTR
+from .run import order_for_cpu
 
 # %% ../../nbs/09_training/10_benchmark.ipynb #f9c0004e
 def memory_mb(what="VmRSS", # "VmRSS": now; "VmHWM": the highest so far
@@ -151,7 +152,7 @@ def ask_kornia(given,    # what `draw_pairs` wrote
         return {"seconds": _timed(lambda: net(images))[0]}
     return ask
 
-# %% ../../nbs/09_training/10_benchmark.ipynb #5e7d225f
+# %% ../../nbs/09_training/10_benchmark.ipynb #465145f9
 def training_steps(matcher,      # MatcherConfig
                    device="cpu", # torch device
                    compiled=False, # compile the matcher?
@@ -159,7 +160,7 @@ def training_steps(matcher,      # MatcherConfig
     "A module and its optimiser: (batch, precision) -> does one step."
     module = PL_LoFTR(TrainConfig(matcher=matcher)).to(device)
     module.log, module.guidance = lambda *a, **k: None, Guidance(2.0, 10.0)
-    if device == "cpu": module.matcher.to(memory_format=torch.channels_last)
+    if device == "cpu": order_for_cpu(module.matcher)
     if compiled: module.matcher.forward = torch.compile(module.matcher.forward)
     optimizer = torch.optim.AdamW(module.parameters(), lr=1e-4)
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ROWS', 'StepClock', 'watch_training', 'waiting_share', 'measure_speed', 'speed_table', 'draw_speed', 'main']
 
-# %% ../../nbs/09_training/08_speed.ipynb #8ce1949d
+# %% ../../nbs/09_training/08_speed.ipynb #8815255f
 import json
 import tempfile
 import time
@@ -23,7 +23,7 @@ from ..io.files import write_json
 from ..report.plots import new_figure
 from .config import TrainConfig
 from .module import PL_LoFTR
-from .run import precision_of
+from .run import order_for_cpu, precision_of
 
 # %% ../../nbs/09_training/08_speed.ipynb #add74d32
 class StepClock(pl.Callback):
@@ -47,7 +47,7 @@ def _now(module):
         torch.cuda.synchronize(module.device)
     return time.perf_counter()
 
-# %% ../../nbs/09_training/08_speed.ipynb #81439e19
+# %% ../../nbs/09_training/08_speed.ipynb #baa57b57
 def watch_training(
     config,   # TrainConfig
     steps=16, # training steps that count
@@ -58,7 +58,7 @@ def watch_training(
     pl.seed_everything(config.seed, workers=True, verbose=False)
     clock, module = StepClock(), PL_LoFTR(config)
     if not torch.cuda.is_available():
-        module.matcher.to(memory_format=torch.channels_last)
+        order_for_cpu(module.matcher)
     trainer = pl.Trainer(max_epochs=1, limit_val_batches=0, precision=precision_of(config), gradient_clip_val=config.clip, use_distributed_sampler=False, callbacks=[clock], devices=1,
                          logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
     trainer.fit(module, PairDataModule(replace(config.data, pairs_per_epoch=pairs)))
