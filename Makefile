@@ -9,6 +9,8 @@ VENV    ?= .venv
 DEMO    ?= demo_out
 BIN     := $(VENV)/bin
 STAMP   := $(VENV)/.setup-done
+# JupyterLab and Playwright, which only tests/test_browser.py needs
+BROWSER := $(VENV)/.browser-done
 # The first of these that is Python 3.11 or newer makes the environment; `make setup PYTHON=...` names another one.
 PYTHONS := $(or $(PYTHON),python3 python3.13 python3.12 python3.11 python)
 # Notebooks tested side by side: one a core, at most four (each loads torch).
@@ -39,12 +41,17 @@ $(STAMP): settings.ini setup.py pyproject.toml constraints.txt
 	"$(BIN)/python" -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch "$@"
 
+$(BROWSER): $(STAMP)
+	"$(BIN)/python" -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev,browser]'
+	@touch "$@"
+
 demo: setup ## train the curriculum on generated eyes, register a pair; results in demo_out/ (minutes)
 	$(BIN)/loftr-curriculum demo --out $(DEMO)
 
-train-weights: setup ## train what configs/weights.yaml says (hours; stop and go on at will), then put it into the package
+train-weights: setup ## train what configs/weights.yaml and weights-2.yaml say (hours; stop and go on at will), then put it into the package
 	$(BIN)/loftr-curriculum train --config configs/weights.yaml --out runs/weights
-	mkdir -p loftr_curriculum/weights && cp runs/weights/weights.safetensors loftr_curriculum/weights/fast.safetensors
+	$(BIN)/loftr-curriculum train --config configs/weights-2.yaml --out runs/weights-2
+	mkdir -p loftr_curriculum/weights && cp runs/weights-2/weights.safetensors loftr_curriculum/weights/fast.safetensors
 
 test: instep nbtest pytest ## what CI runs: the in-step gate, the notebooks, pytest
 
@@ -54,7 +61,7 @@ nbtest: setup
 pytest: setup
 	$(QUIET) $(BIN)/python -m pytest -q
 
-test-full: test ## make test, then everything slow; results recorded in tests/last_full_run.md
+test-full: test $(BROWSER) ## make test, then everything slow; results recorded in tests/last_full_run.md
 	$(QUIET) $(BIN)/python tools/full_run.py tests/last_full_run.md
 
 instep: setup ## are notebooks, package and README in step? (works on a copy, changes nothing)

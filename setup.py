@@ -51,7 +51,7 @@ setup(
     packages=find_namespace_packages(include=[name, f"{name}.*"], exclude=["*.__pycache__"]),
     package_data={f"{name}.weights": ["*.safetensors", "*.json", "*.md"]},
     install_requires=lines(settings["requirements"]),
-    extras_require={"dev": lines(settings["dev_requirements"])},
+    extras_require={extra: lines(settings[f"{extra}_requirements"]) for extra in ("dev", "browser")},
     entry_points={
         "console_scripts": lines(settings["console_scripts"]),
         "nbdev": [f"{name} = {name}._modidx:d"],

@@ -286,7 +286,7 @@ def _warp(a):
     print(f"look at {a.out}")
     return 0
 
-# %% ../nbs/11_cli/00_cli.ipynb #20df3b71
+# %% ../nbs/11_cli/00_cli.ipynb #d3994aa5
 def _add_evaluate(parser):
     from loftr_curriculum.registration.config import RegistrationConfig
     parser.add_argument("--set", type=str, required=True, help="folder of the set: images/<id>_fixed.png, images/<id>_moving.png, landmarks/<id>.csv and .json")
@@ -307,17 +307,22 @@ def _evaluate(a):
 
 def _add_weights(parser):
     parser.add_argument("weights", type=str | None, nargs="?", help="weights file, .safetensors or .ckpt; nothing: the weights that ship with the package")
+    parser.add_argument("--json", action="store_true", help="print configuration and facts as JSON instead of the model card")
 
 
 def _weights(a):
     from dataclasses import asdict
+    from loftr_curriculum.evaluation.card import card_text
     from loftr_curriculum.model.weights import PACKAGED, load_matcher
+    if not a.json:
+        print(card_text(a.weights))
+        return 0
     matcher = load_matcher(a.weights)
     size = sum(p.numel() for p in matcher.parameters())
     print(json.dumps(dict(file=str(a.weights or PACKAGED), parameters=size, config=asdict(matcher.config), facts=matcher.facts), indent=1))
     return 0
 
-# %% ../nbs/11_cli/00_cli.ipynb #137417a0
+# %% ../nbs/11_cli/00_cli.ipynb #59245736
 COMMANDS = {
     "register": Command("map one image onto another and say how far to trust it", "FIXED MOVING --out DIR [--key value ...]", _add_register, _register),
     "register-many": Command("register a table of pairs; one bad pair never stops it", "PAIRS.csv --out DIR [--key value ...]", _add_many, _many, True),
@@ -327,7 +332,7 @@ COMMANDS = {
     "diagnose": Command("did the matches of a training run collapse, and since when", "RUN [--out DIR] [--patience N]", _add_diagnose, _diagnose),
     "synth": Command("write generated eyes as a folder of triplets", "OUT [--cases N] [--seed N] [--size PX] [--key value ...]", _add_synth, _synth, True),
     "demo": Command("the main job in a few minutes: generate, train, register", "[--out DIR]", _add_demo, _demo, True),
-    "weights": Command("what a weights file says about itself", "[WEIGHTS]", _add_weights, _weights),
+    "weights": Command("the model card of the packaged weights, or of a weights file", "[WEIGHTS] [--json]", _add_weights, _weights),
 }
 
 

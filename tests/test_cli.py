@@ -135,22 +135,26 @@ def test_bad_files_are_refused_in_one_line(command, text, says, tmp_path, compla
     assert says in complains(*command.split(), "--config", file)
 
 
-def test_the_packaged_weights_are_those_of_their_configuration_file(tmp_path):
+def test_the_packaged_weights_are_those_of_their_configuration_files(tmp_path):
     from loftr_curriculum.cli import read_settings
+    from loftr_curriculum.evaluation.card import runs_of, totals
     from loftr_curriculum.model.weights import PACKAGED, load_matcher
 
-    c = read_settings(TrainConfig, ["--config", str(ROOT / "configs/weights.yaml"), "--out", "x"])
+    read = lambda config: read_settings(TrainConfig, ["--config", str(config), "--out", "x"])
+    c = read(ROOT / "configs/weights.yaml")
     assert set(c.data.modes) == set(MODES) and (c.phases.teach_until, c.phases.wean_until, c.phases.unit) == (0.25, 0.5, "fraction")
     if not PACKAGED.is_file():
         pytest.skip("no packaged weights in this checkout")
-    # a field that is newer than the weights has its default in both
-    read = lambda config: asdict(read_settings(TrainConfig, ["--config", str(config), "--out", "x"]))
-    known = tmp_path / "facts.json"
-    known.write_text(json.dumps({k: v for k, v in load_matcher().facts["config"].items() if k != "out"}))
-    theirs, mine = read(known), asdict(c)
-    for config in (theirs, mine):
-        config["out"] = config["data"]["cache"] = None
-    assert theirs == mine
+    facts, files = load_matcher().facts, ("weights.yaml", "weights-2.yaml")
+    assert totals(facts)["complete"] and len(runs_of(facts)) <= len(files)
+    for file, run in zip(files, runs_of(facts)):
+        # a field that is newer than the weights has its default in both
+        known = tmp_path / "facts.json"
+        known.write_text(json.dumps({k: v for k, v in run["config"].items() if k != "out"}))
+        theirs, mine = asdict(read(known)), asdict(read(ROOT / "configs" / file))
+        for config in (theirs, mine):
+            config["out"] = config["data"]["cache"] = None
+        assert theirs == mine
 
 
 # ---- registration
@@ -411,6 +415,9 @@ def test_train_on_triplets_then_read_the_weights(triplets, tmp_path, capsys, com
     assert "epoch" in said and f"{tmp_path}/run/weights.safetensors" in said
     assert (tmp_path / "run/last.ckpt").is_file() and len(list((tmp_path / "run/recording").glob("epoch_*.npz"))) == 2
     assert run("weights", tmp_path / "run/weights.safetensors") == 0
+    said = capsys.readouterr().out
+    assert "2 epochs" in said and "the triplets of a folder" in said and "measure them with" in said
+    assert run("weights", tmp_path / "run/weights.safetensors", "--json") == 0
     card = json.loads(capsys.readouterr().out)
     assert card["config"] == json.loads(json.dumps(asdict(MatcherConfig(dims=(8, 16, 32), layers=1))))
     assert card["facts"]["config"]["data"]["triplets"] == str(triplets) and card["facts"]["epochs"] == 2

@@ -64,7 +64,7 @@ def eye(size=640, seed=0):
 
 
 EYE = eye()
-QUICK = RegistrationConfig(long_side=256, first_long_side=256)
+QUICK = RegistrationConfig(long_side=256, second_long_sides=(256, 256))
 
 
 def shoot(A, size, scene=EYE):
@@ -216,7 +216,7 @@ def test_a_network_that_has_learned_nothing_finds_nothing_between_strangers():
 
 def test_without_a_second_look_nothing_is_ok():
     fixed, moving, truth = a_pair(5)
-    r = register(fixed, moving, matcher=UprightSift(), config=replace(QUICK, refine_passes=0))
+    r = register(fixed, moving, matcher=UprightSift(), config=replace(QUICK, second_long_sides=()))
     assert r.verdict == Verdict.DOUBTFUL and error(r, truth) < 1.5
 
 
@@ -235,7 +235,7 @@ def test_second_looks_improve_a_coarse_first_look():
             return [Matches(m.points0, 12 * np.round(m.points1 / 12), m.confidence)] if self.calls == 1 else [m]
 
     fixed, moving, truth = a_pair(6, 0.9, (10, 5))
-    once = register(fixed, moving, matcher=Coarse(), config=replace(QUICK, refine_passes=0))
+    once = register(fixed, moving, matcher=Coarse(), config=replace(QUICK, second_long_sides=()))
     assert error(register(fixed, moving, matcher=Coarse(), config=QUICK), truth) < 0.3 * error(once, truth)
 
 
@@ -246,7 +246,7 @@ def test_a_worse_second_look_changes_nothing():
             return [m if self.calls == 1 else m[np.arange(len(m)) < 25]]
 
     fixed, moving, truth = a_pair(4)
-    once = register(fixed, moving, matcher=Blinded(), config=replace(QUICK, refine_passes=0))
+    once = register(fixed, moving, matcher=Blinded(), config=replace(QUICK, second_long_sides=()))
     assert np.array_equal(register(fixed, moving, matcher=Blinded(), config=QUICK).moving_to_fixed, once.moving_to_fixed)
 
 

@@ -19,7 +19,8 @@ import loftr_curriculum
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "loftr_curriculum"
 ROOMS = ("geometry", "io", "retina", "data", "model", "registration", "evaluation", "report", "training", "baselines", "cli")
-DEVELOPMENT_ONLY = ("fastcore", "nbdev", "execnb", "pytest")
+DEVELOPMENT_ONLY = ("fastcore", "nbdev", "execnb", "pytest", "playwright", "jupyterlab")
+EXTRAS = ("dev", "browser")
 NOTEBOOKS = sorted(path for path in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in path.parts)
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
@@ -39,6 +40,10 @@ def read_settings():
 
 def requirements(key):
     return [line.strip() for line in read_settings()[key].splitlines() if line.strip()]
+
+
+def all_requirements():
+    return [line for key in ("requirements", *(f"{extra}_requirements" for extra in EXTRAS)) for line in requirements(key)]
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +80,7 @@ def test_setup_py_hands_over_settings_ini(handed_over):
     assert handed_over["description"] == settings["description"]
     assert handed_over["author"] == settings["author"]
     assert handed_over["install_requires"] == requirements("requirements")
-    assert handed_over["extras_require"] == {"dev": requirements("dev_requirements")}
+    assert handed_over["extras_require"] == {extra: requirements(f"{extra}_requirements") for extra in EXTRAS}
     assert handed_over["entry_points"]["console_scripts"] == [settings["console_scripts"]]
     assert handed_over["python_requires"] == ">=" + settings["min_python"]
 
@@ -114,7 +119,7 @@ def test_constraints_pin_what_settings_ini_asks_for():
         assert re.fullmatch(r"[A-Za-z0-9._-]+==[0-9][0-9A-Za-z.]*", line), f"constraints.txt: not a plain pin: {line}"
         name, version = line.split("==")
         pins[name.lower().replace("_", "-")] = version
-    for line in requirements("requirements") + requirements("dev_requirements"):
+    for line in all_requirements():
         wanted = Requirement(line)
         assert wanted.name in pins, f"constraints.txt: {wanted.name} is not pinned"
         assert wanted.specifier, f"settings.ini: {line} has no lower bound"
@@ -123,7 +128,7 @@ def test_constraints_pin_what_settings_ini_asks_for():
 
 def test_every_dependency_has_its_reason():
     lines = (ROOT / "settings.ini").read_text(encoding="utf-8").splitlines()
-    declared = requirements("requirements") + requirements("dev_requirements")
+    declared = all_requirements()
     for before, line in zip(lines, lines[1:]):
         if line.strip() in declared:
             assert before.strip().startswith("# "), f"settings.ini: say above {line.strip()} what it is needed for"

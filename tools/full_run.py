@@ -33,6 +33,7 @@ def slow_tests() -> tuple[int, list[tuple[str, ...]]]:
     for case in cases:
         outcome = next((child.tag for child in case if child.tag in ("failure", "error", "skipped")), "passed")
         figures = ", ".join(f"{p.get('name')} {p.get('value')}" for p in case.iter("property"))
+        figures = figures or next((skip.get("message") for skip in case.iter("skipped")), "")
         rows.append((f"{case.get('classname')}::{case.get('name')}", outcome, f"{float(case.get('time')):.0f}", figures))
     return 0 if status == NOTHING_COLLECTED else status, rows
 

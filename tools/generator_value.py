@@ -32,7 +32,7 @@ PROGRAM = (  # of a version: started in its folder, and sure of it
     "if Path(p.__file__).resolve().parents[1] != Path(os.environ['PYTHONPATH']).resolve(): sys.exit('another version was imported: ' + p.__file__)\n"
     "from loftr_curriculum.cli import main; sys.exit(main())"
 )
-REGISTRATION = ("--long_side", "256", "--first_long_side", "256")  # the model learns from views of 128 px; the rest are defaults
+REGISTRATION = ("--long_side", "256", "--second_long_sides", "[256, 256]")  # the model learns from views of 128 px; the rest are defaults
 FIGURES = ("landmark_SR@10", "landmark_AUC@10", "landmark_AUC@20", "corner_AUC@10", "no_answer")  # of all that `evaluate` says
 OWN = ("out", "seed", "data.seed", "data.cache")  # settings that are different in every run
 

@@ -44,7 +44,7 @@ def index_to_markdown() -> tuple[str, dict[str, bytes]]:
 def as_readme(text: str) -> str:
     """The page with nbdev's front matter turned back into a heading, and without stray blank lines."""
     front = yaml.safe_load(FRONT_MATTER.match(text).group(1))
-    body = NBDEV_WARNING.sub("", FRONT_MATTER.sub("", text))
+    body = NBDEV_WARNING.sub("", FRONT_MATTER.sub("", text)).replace("](images/", "](nbs/images/")
     page = f"{MARK}\n\n# {front['title']}\n\n> {front['description']}\n\n{body}"
     page = "\n".join(line.rstrip() for line in page.splitlines())
     return re.sub(r"\n{3,}", "\n\n", page).strip() + "\n"

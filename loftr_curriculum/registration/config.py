@@ -18,7 +18,7 @@ class Verdict(StrEnum):
     DOUBTFUL = "doubtful"
     FAILED = "failed"
 
-# %% ../../nbs/06_registration/00_config.ipynb #f5306007
+# %% ../../nbs/06_registration/00_config.ipynb #40d3f6d6
 TRANSFORMS = ("affine", "similarity", "homography")
 
 
@@ -27,14 +27,14 @@ class RegistrationConfig:
     "How one pair is registered and when its answer is believed; px are pixels of the working frame unless they are said to be at 512 px."
     transform: str = "affine"        # model of the answer: affine, similarity or homography
     long_side: int = 512             # px of the long side of both images in the working frame
-    first_long_side: int = 512       # px of the long side in the first and the turned passes; 256 is four times cheaper
+    first_long_side: int = 256       # px of the long side in the first and the turned looks
+    second_long_sides: tuple[int, ...] = (256, 384)  # px of the long side in each second look: warp the moving image by the answer, match again, fit again
     cells: int = 8                   # spatial binning: cells x cells over the fixed field of view
     best_per_cell: int = 5           # matches that each cell may keep, by confidence
-    first_threshold_px: float = 8.0  # largest residual of an inlier in the first pass, px
-    threshold_px: float = 5.0        # largest residual of an inlier in the later passes and in the evidence, px
-    refine_passes: int = 2           # second looks: warp the moving image by the answer, match again, fit again
+    first_threshold_px: float = 8.0  # largest residual of an inlier in the first look, px
+    threshold_px: float = 5.0        # largest residual of an inlier in second looks and in the evidence, px
     nudge: float = 0.03              # displacement of each second look from the expected answer, share of the long side
-    turn_when_unsure: bool = True    # also match the moving image turned by 90, 180 and 270 degrees after an unsure first pass
+    turn_when_unsure: bool = True    # also match the moving image turned by 90, 180 and 270 degrees after an unsure first look
     limits: Limits = Limits()        # which transforms between the two working frames are plausible
     min_side: int = 32               # pixels; a smaller image is not tried
     min_overlap: float = 0.1         # failed below: share of the fixed field that the moving image sees
@@ -42,16 +42,16 @@ class RegistrationConfig:
     ok_inliers: int = 30             # doubtful below
     ok_inlier_ratio: float = 0.3     # doubtful below: agreeing share of the matches that start in the overlap
     ok_spread: float = 0.4           # doubtful below: share of the overlap's cells that hold an agreeing match
-    ok_agreement_px: float = 5.0     # doubtful above: mean distance between the answers of the last two passes, px at 512 px
+    ok_agreement_px: float = 5.0     # doubtful above: mean distance between the answers of the last two looks, px at 512 px
     failed_agreement_px: float = 20. # failed above, where the inliers are fewer than ok_inliers as well, px at 512 px
 
     def __post_init__(self):
         if self.transform not in TRANSFORMS: raise ValueError(f"transform {self.transform!r}: expected one of {', '.join(TRANSFORMS)}")
-        for name in ("long_side", "first_long_side"):
-            if not 64 <= getattr(self, name) <= 2048: raise ValueError(f"{name} {getattr(self, name)}: expected 64 to 2048 pixels")
+        for name in ("long_side", "first_long_side", "second_long_sides"):
+            sides = getattr(self, name)
+            if not all(64 <= side <= 2048 for side in (sides if isinstance(sides, tuple) else (sides,))): raise ValueError(f"{name} {sides}: expected 64 to 2048 pixels")
         for name in ("cells", "best_per_cell", "min_side"):
             if getattr(self, name) < 1: raise ValueError(f"{name} {getattr(self, name)}: expected at least 1")
         for name in ("first_threshold_px", "threshold_px"):
             if not getattr(self, name) > 0: raise ValueError(f"{name} {getattr(self, name)}: expected more than 0 pixels")
-        if self.refine_passes < 0: raise ValueError(f"refine_passes {self.refine_passes}: expected 0 or more")
         if self.min_inliers < 4: raise ValueError(f"min_inliers {self.min_inliers}: expected at least 4, a transform passes through 3 points by itself")

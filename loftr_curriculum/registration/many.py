@@ -6,9 +6,10 @@
 __all__ = ['COLUMNS', 'MATRIX', 'NUMBERS', 'FIELDS', 'Pair', 'read_batch', 'result_row', 'row_matrix', 'read_results',
            'fingerprint', 'register_many']
 
-# %% ../../nbs/06_registration/04_many.ipynb #a1569069
+# %% ../../nbs/06_registration/04_many.ipynb #6961cf92
 import csv
 import hashlib
+import json
 import time
 from dataclasses import asdict, dataclass
 from io import StringIO
@@ -131,7 +132,7 @@ def _resume(out, pairs, settings):
     if other: raise FileError(f"{out}: holds results of another table (id {', '.join(other[:5])}); choose another folder, or remove it to start again")
     return {i: row_matrix(row) for i, row in rows.items() if not row["error"]}
 
-# %% ../../nbs/06_registration/04_many.ipynb #be8f0562
+# %% ../../nbs/06_registration/04_many.ipynb #a0c26034
 def _try(pair, matcher, config):
     start = time.perf_counter()
     try: result, error = register(*pair.files, matcher=matcher, config=config), ""
@@ -161,7 +162,7 @@ def register_many(
     pairs, config, out = read_batch(table), config or RegistrationConfig(), Path(out)
     matcher = matcher or _shipped_matcher()
     if getattr(matcher, "training", False): raise ValueError("the matcher is in training mode, call matcher.eval() before registering")
-    done = _resume(out, pairs, dict(config=asdict(config), matcher=fingerprint(matcher)))
+    done = _resume(out, pairs, json.loads(json.dumps(dict(config=asdict(config), matcher=fingerprint(matcher)))))
     save = lambda: write_json(out / "transforms.json", {p.id: done.get(p.id) for p in pairs})
     todo, saved = [p for p in pairs if p.id not in done], time.monotonic()
     try:

@@ -287,7 +287,7 @@ class Registration:
         if self.moving_to_fixed is None: return None
         return warp_to_fixed(open_image(self._moving, "moving"), self.moving_to_fixed, self.fixed_size)
 
-# %% ../../nbs/06_registration/03_pair.ipynb #1e41e7b0
+# %% ../../nbs/06_registration/03_pair.ipynb #cdb64570
 def unusable(
     subject, # Subject
     name,    # "fixed" or "moving"
@@ -328,13 +328,14 @@ def second_looks(
     guidance, # Guidance
 ) -> tuple: # (Look, dict of `agreement_px` and `straight_px`, both None where there was no second look)
     "Warp by the answer, nudge, match again; keep what has at least as much support."
-    view0, witness = plain_view(fixed, config.long_side), dict(agreement_px=None, straight_px=None)
-    for k in range(config.refine_passes):
-        view1 = warped_view(moving, compose(invert(best.T_0to1), nudge(k, fixed.size, config.nudge)), fixed.size)
+    witness = dict(agreement_px=None, straight_px=None)
+    for k, side in enumerate(config.second_long_sides):
+        view0 = plain_view(fixed, side)
+        view1 = warped_view(moving, compose(invert(best.T_0to1), nudge(k, fixed.size, config.nudge), view0.T), view0.fov.shape)
         again = look(matcher, view0, view1, fixed.prepared.fov, config, config.threshold_px, guidance)
         both = seen_by_both(best.T_0to1, fixed.prepared.fov, moving.prepared.fov)
         off = lambda T: distance(again.T_0to1, T, both) * 512 / config.long_side
-        witness = dict(agreement_px=off(best.T_0to1), straight_px=off(invert(view1.T)))
+        witness = dict(agreement_px=off(best.T_0to1), straight_px=off(compose(view0.T, invert(view1.T))))
         if again.support(again.T_0to1, config.threshold_px) >= best.support(best.T_0to1, config.threshold_px) and again.T_0to1 is not None: best = again
     return best, witness
 

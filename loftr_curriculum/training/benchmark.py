@@ -8,7 +8,7 @@ __all__ = ['MOTIONS', 'SYSTEMS', 'PARTS', 'memory_mb', 'Settings', 'draw_pairs',
            'measure_training', 'measure_product', 'measure_sides', 'shares', 'measure_cuda', 'run_benchmark',
            'benchmark_table', 'draw_sides', 'main']
 
-# %% ../../nbs/09_training/10_benchmark.ipynb #19738135
+# %% ../../nbs/09_training/10_benchmark.ipynb #f897c25e
 import json
 import os
 import subprocess
@@ -17,7 +17,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
@@ -35,7 +35,7 @@ from ..geometry import Motion, mild, resize_image
 from ..io.files import read_json, write_json
 from ..model.config import Guidance, MatcherConfig
 from ..model.matcher import find_matches
-from ..model.weights import load_matcher
+from ..model.weights import load_matcher, order_for_cpu
 from ..registration.config import RegistrationConfig
 from ..registration.pair import register
 from ..report.plots import new_figure
@@ -43,7 +43,6 @@ from ..retina.config import EyeConfig, seeds_of
 from ..retina.world import WorldBank
 from .config import TrainConfig
 from .module import PL_LoFTR
-from .run import order_for_cpu
 
 # %% ../../nbs/09_training/10_benchmark.ipynb #f9c0004e
 def memory_mb(what="VmRSS", # "VmRSS": now; "VmHWM": the highest so far
@@ -116,16 +115,15 @@ def _operations(f):
     with FlopCounterMode(display=False) as counter: f()
     return counter.get_total_flops()
 
-# %% ../../nbs/09_training/10_benchmark.ipynb #0ecbcdf1
+# %% ../../nbs/09_training/10_benchmark.ipynb #f3d3efa9
 def ask_ours(given,    # what `draw_pairs` wrote
              settings, # Settings
-             side=None, # px of the images and of the long side of the working frame; None: as they are, and the defaults
+             side=None, # px of the images; None: as they are
             ) -> Callable:
     "`fast`: a registration, and one pass of the matcher."
     matcher, passes = load_matcher(settings.weights), []
     match, config = matcher.match, RegistrationConfig()
     matcher.match = lambda *a, **k: passes.append(1) or match(*a, **k)
-    if side: config = replace(config, long_side=side, first_long_side=min(side, config.first_long_side))
 
     def ask(k, what="mild"):
         pair = _pictures(given, k, what if what in MOTIONS else "mild", side)

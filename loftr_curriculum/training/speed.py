@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ROWS', 'StepClock', 'watch_training', 'waiting_share', 'measure_speed', 'speed_table', 'draw_speed', 'main']
 
-# %% ../../nbs/09_training/08_speed.ipynb #8815255f
+# %% ../../nbs/09_training/08_speed.ipynb #9c1d68c6
 import json
 import tempfile
 import time
@@ -20,10 +20,11 @@ from ..data.config import DataConfig
 from ..data.module import PairDataModule
 from ..data.speed import draws_per_second, loaded_per_second, this_machine, worlds_per_minute
 from ..io.files import write_json
+from ..model.weights import order_for_cpu
 from ..report.plots import new_figure
 from .config import TrainConfig
 from .module import PL_LoFTR
-from .run import order_for_cpu, precision_of
+from .run import precision_of
 
 # %% ../../nbs/09_training/08_speed.ipynb #add74d32
 class StepClock(pl.Callback):

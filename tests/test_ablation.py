@@ -1,0 +1,119 @@
+"""Guards of the ablation: adaptive weaning inside a run, masks of the controls, runs that are not repeated, and what is paired with what."""
+from dataclasses import replace
+
+import lightning.pytorch as pl
+import numpy as np
+import pytest
+import torch
+
+from loftr_curriculum.data.module import PairDataModule
+from loftr_curriculum.evaluation.recording import Recording
+from loftr_curriculum.io.files import read_json
+from loftr_curriculum.model.config import Guidance, MatcherConfig
+from loftr_curriculum.training import ablation
+from loftr_curriculum.training.ablation import Settings, choose, config_of, differences, run_ablation
+from loftr_curriculum.training.config import CURRICULA
+from loftr_curriculum.training.module import PL_LoFTR
+from loftr_curriculum.training.run import train
+
+NET = MatcherConfig(dims=(8, 16, 32), layers=1, heads=1)
+TINY = Settings(arms=("v2.1", "v2.2-adaptive"), seeds=(0,), strengths=(0.5, 1.0), epochs=2, steps=1, batch=2, size=64, worlds=2, eye=256, probes=1, pseudo_real=1, matcher=NET)
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ablation")
+    return folder, run_ablation(str(folder / "a.json"), str(folder / "cache"), None, 1, TINY)
+
+
+def test_every_arm_is_run_at_the_strength_that_was_chosen(ran):
+    _, result = ran
+    assert result["choice"]["strength"] == choose(result["choice"]["runs"])["strength"]
+    assert {(r["arm"], r["seed"], r["strength"]) for r in result["runs"]} == {(arm, 0, result["choice"]["strength"]) for arm in TINY.arms}
+    assert {r["seed"] for r in result["choice"]["runs"]} == {TINY.choice_seed}
+    for run in result["runs"]:
+        assert run["real"] is None and len(run["epochs"]) == TINY.epochs
+        assert all(len(values) == TINY.epochs for kind in ("generated", "pseudo-real") for values in run[kind].values())
+
+
+def test_finished_runs_are_kept_and_others_are_made(ran, monkeypatch):
+    folder, result = ran
+    made = []
+    monkeypatch.setattr(ablation, "train", lambda config, **_: made.append(config.curriculum) or 1 / 0)
+    assert run_ablation(str(folder / "b.json"), str(folder / "cache"), None, 1, TINY) == result
+    with pytest.raises(ZeroDivisionError):
+        run_ablation(str(folder / "b.json"), str(folder / "cache"), None, 1, replace(TINY, seeds=(0, 1)))
+    assert made == ["v2.1"]
+    kept = read_json(folder / "b.json")
+    assert kept["choice"] == result["choice"] and kept["runs"] == result["runs"]
+
+
+def test_the_choice_is_on_disk_before_the_arms_are_run(ran, tmp_path, monkeypatch):
+    def fake(job):
+        if not job.choosing:
+            assert read_json(tmp_path / "a.json")["choice"]["strength"] == 0.5
+            raise KeyboardInterrupt
+        figures = {"AUC@20": [0.5], "collapse_index": [1 - job.strength]}
+        return dict(arm=job.arm, seed=job.seed, strength=job.strength, epochs=[0], seconds=0, **{"generated": figures, "pseudo-real": figures})
+
+    monkeypatch.setattr(ablation, "one_run", fake)
+    with pytest.raises(KeyboardInterrupt):
+        run_ablation(str(tmp_path / "a.json"), str(ran[0] / "cache"), None, 1, TINY)
+
+
+def test_differences_are_paired_by_seed():
+    run = lambda arm, seed, index: {"arm": arm, "seed": seed, "epochs": [0], "real": None, "generated": {"collapse_index": [index]}}
+    result = {"runs": [run("v2.1", 0, 0.5), run("v2.1", 1, 0.7), run("v2.1", 2, 0.1), run("v2.2", 1, 0.2), run("v2.2", 0, 0.3)]}
+    assert sorted(differences(result, "v2.2", "v2.1", "index, generated")) == pytest.approx([-0.5, -0.2])
+    assert len(differences(result, "v2.2", "v2.1", "index, real")) == 0
+
+
+class Stops(pl.Callback):
+    def __init__(self, at):
+        self.at = at
+
+    def on_train_epoch_start(self, trainer, module):
+        if trainer.current_epoch == self.at:
+            raise RuntimeError("power cut")
+
+
+def test_adaptive_weaning_survives_a_power_cut(tmp_path):
+    def config(name):
+        c = config_of(replace(TINY, epochs=8), "v2.2-adaptive", 0, 1.0, tmp_path / name, tmp_path / "worlds")
+        return replace(c, record_every=1, probes=1, probe_pseudo_real=0)
+
+    train(config("whole"), progress=False)
+    with pytest.raises(RuntimeError, match="power cut"):
+        train(config("cut"), progress=False, callbacks=[Stops(2)])
+    run = train(config("cut"), progress=False)
+    for name in ("whole", "cut"):
+        records = Recording(tmp_path / name).records
+        assert max(r.figures["collapse_index"][0] for r in records[:3]) <= ablation.THRESHOLD  # an untrained matcher scatters
+        assert [r.lam for r in records] == [2, 2, 2, 2, 1, 0, 0, 0]  # by the calendar: 2 in epoch 4, 1 in epoch 5
+    assert run.module.guidance == Guidance()
+
+
+def test_controls_train_with_the_masks_that_they_name(tmp_path):
+    c = config_of(replace(TINY, batch=3), "v2.2", 0, 1.0, tmp_path, tmp_path / "worlds")
+    data = PairDataModule(replace(c.data, pairs_per_epoch=3, cache=None))
+    data.setup()
+    batch = next(iter(data.train_dataloader()))
+    loss, seen = {}, {}
+    for arm in ("v2.1", "v2.2", "control-other-eye", "control-uniform"):
+        torch.manual_seed(0)
+        module = PL_LoFTR(replace(c, curriculum=arm, precision="32"))
+        module.log, module.guidance = (lambda *a, **k: None), Guidance(2.0, 10.0) if arm != "v2.1" else Guidance()
+        module.matcher.register_forward_pre_hook(lambda m, args: seen.update({arm: args[4:6]}))
+        loss[arm] = module.training_step(batch, 0).item()
+    for k, name in enumerate(("mask0", "mask1")):
+        assert torch.equal(seen["v2.2"][k], batch[name]) and torch.equal(seen["control-other-eye"][k][0], batch[name][1])
+        assert torch.allclose(seen["control-uniform"][k].mean((1, 2)), batch[name].mean((1, 2))) and float(seen["control-uniform"][k].std((1, 2)).max()) == 0
+    assert len({round(v, 5) for v in loss.values()}) == 4
+    assert CURRICULA["control-other-eye"] == replace(CURRICULA["v2.2"], mask="other")
+
+
+def test_one_number_of_the_settings_is_another_cache(tmp_path):
+    folder = lambda **change: ablation.cache_of(replace(TINY, **change), tmp_path)
+    assert folder(seeds=(3, 4), arms=("v2.1",), strengths=(0.1,)) == folder()
+    assert folder(steps=2) != folder() != folder(matcher=replace(NET, layers=2))
+    assert np.isclose(ablation.config_of(TINY, "v2.1", 0, 0.25, "x", "y").data.strength, 0.75 * ablation.SPECIFICATION.strength)
