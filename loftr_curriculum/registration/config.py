@@ -18,7 +18,7 @@ class Verdict(StrEnum):
     DOUBTFUL = "doubtful"
     FAILED = "failed"
 
-# %% ../../nbs/06_registration/00_config.ipynb #40d3f6d6
+# %% ../../nbs/06_registration/00_config.ipynb #741ce504
 TRANSFORMS = ("affine", "similarity", "homography")
 
 
@@ -28,7 +28,7 @@ class RegistrationConfig:
     transform: str = "affine"        # model of the answer: affine, similarity or homography
     long_side: int = 512             # px of the long side of both images in the working frame
     first_long_side: int = 256       # px of the long side in the first and the turned looks
-    second_long_sides: tuple[int, ...] = (256, 384)  # px of the long side in each second look: warp the moving image by the answer, match again, fit again
+    second_long_sides: tuple[int, ...] = (384,)  # px of the long side in each second look: warp the moving image by the answer, match again, fit again
     cells: int = 8                   # spatial binning: cells x cells over the fixed field of view
     best_per_cell: int = 5           # matches that each cell may keep, by confidence
     first_threshold_px: float = 8.0  # largest residual of an inlier in the first look, px
