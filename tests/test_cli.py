@@ -289,7 +289,7 @@ def test_register_many_goes_on_after_a_bad_pair_and_after_an_interruption(pair, 
     look = tired.match
 
     def match(*images, **fields):
-        if tired.calls >= 3:
+        if tired.calls >= 2:
             raise KeyboardInterrupt
         return look(*images, **fields)
 
@@ -301,7 +301,7 @@ def test_register_many_goes_on_after_a_bad_pair_and_after_an_interruption(pair, 
     monkeypatch.setattr(tired, "match", look)
     tired.calls = 0
     assert run(*words) == 0
-    assert tired.calls == 3, "the first pair was registered twice"
+    assert tired.calls == 2, "the first pair was registered twice"
     assert capsys.readouterr().out.startswith("2 ok, 0 doubtful, 1 failed, 1 unreadable\nlook at ")
     answers = read_json(tmp_path / "many/transforms.json")
     assert list(answers) == ["a", "b", "c"] and answers["b"] is None and np.allclose(answers["c"], np.eye(3), atol=0.05)
