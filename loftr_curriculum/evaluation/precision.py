@@ -6,17 +6,16 @@
 __all__ = ['BINS', 'PASSES', 'PrecisionConfig', 'draw_bin', 'match_errors', 'figures', 'measure_precision', 'lines_of',
            'precision_file', 'main']
 
-# %% ../../nbs/07_evaluation/10_precision.ipynb #7cde5d5f
+# %% ../../nbs/07_evaluation/10_precision.ipynb #aadd6b09
 import json
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import numpy as np
 
 from ..data.pairs import GeneratedSource
 from ..data.speed import this_machine
 from ..geometry import Motion, apply_transform, decompose
-from ..io.files import read_json, write_json
+from ..io.files import write_json
 from ..retina.config import GENERATOR_VERSION, MODES, EyeConfig, seeds_of
 from ..retina.world import WorldBank
 
