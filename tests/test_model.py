@@ -102,8 +102,9 @@ def test_padding_to_a_multiple_of_16_does_not_shift_coordinates():
 
 
 @pytest.mark.parametrize("blocked", [False, True])
-def test_bands_of_rows_find_what_the_whole_matrix_holds(blocked):
-    sim = 3 * torch.randn(2, 50, 33, generator=torch.Generator().manual_seed(2))
+@pytest.mark.parametrize("spread", [3, 60])  # within and beyond what exp holds in float32
+def test_bands_of_rows_find_what_the_whole_matrix_holds(blocked, spread):
+    sim = spread * torch.randn(2, 50, 33, generator=torch.Generator().manual_seed(2))
     seen0, seen1 = torch.ones(2, 50, dtype=torch.bool), torch.ones(2, 33, dtype=torch.bool)
     if blocked:
         seen0[0, :40], seen1[1] = False, False
@@ -125,7 +126,7 @@ def test_an_enlarged_image_gives_the_matches_of_the_small_one_scaled(monkeypatch
     small, net = smooth((96, 120)), tiny(threshold=0.0, coarse_side=120)
     large = F.interpolate(small, (480, 600), mode="bilinear", align_corners=False)
     plain = net.match(small, small)[0]
-    flat = torch.zeros(1, net.config.fine_dim, 240, 300)  # the full-resolution window stays where it is
+    flat = torch.zeros(1, net.config.fine_dim, 120, 150)  # the full-resolution window stays where it is
     monkeypatch.setattr(net, "_fine_full", lambda *_: flat)
     T = resize_matrix((96, 120), (480, 600))
     for image0, image1, T0, T1 in ((large, large, T, T), (large, small, T, np.eye(3)), (small, large, np.eye(3), T)):
@@ -161,8 +162,8 @@ def test_full_resolution_refines_what_the_shrunk_images_left_open(monkeypatch):
     g = torch.arange(-8.0, 520, 4)
 
     def code(dx, dy):
-        bump = lambda d: 12 * torch.exp(-((torch.arange(256) * 2 + 0.5 - d)[:, None] - g) ** 2 / 18).T
-        return torch.cat([bump(dx)[:, None].expand(-1, 256, -1), bump(dy)[:, :, None].expand(-1, -1, 256)])[None]
+        bump = lambda d: 12 * torch.exp(-((torch.arange(128) * 4 + 1.5 - d)[:, None] - g) ** 2 / 50).T
+        return torch.cat([bump(dx)[:, None].expand(-1, 128, -1), bump(dy)[:, :, None].expand(-1, -1, 128)])[None]
 
     maps = [code(0, 0), code(*shift)]
     monkeypatch.setattr(net, "_fine_full", lambda *_: maps.pop(0))

@@ -210,7 +210,8 @@ def test_a_heat_map_without_spread_has_a_finite_gradient(sharpness):
     fine1 = torch.zeros(1, 4, 16, 16)
     fine1[0, 0, 8, 8] = 1.0
     fine1.requires_grad_()
-    points, sigma = refine(fine0, fine1, torch.tensor([0]), torch.tensor([[16.5, 16.5]]), torch.tensor([[16.5, 16.5]]), 3)
+    at = torch.tensor([[33.5, 33.5]])  # the middle of sample 8
+    points, sigma = refine(fine0, fine1, torch.tensor([0]), at, at, 3)
     (points.sum() + (1 / sigma).sum()).backward()
     assert (sigma > 0).all() and sigma.isfinite().all() and (sharpness > 0) == (sigma < 0.1).item()
     assert fine0.grad.isfinite().all() and fine1.grad.isfinite().all()

@@ -64,7 +64,7 @@ def eye(size=640, seed=0):
 
 
 EYE = eye()
-QUICK = RegistrationConfig(long_side=256, second_long_sides=(256, 256))
+QUICK = RegistrationConfig(long_side=256, second_long_sides=(256, 256), retry_long_sides=())
 
 
 def shoot(A, size, scene=EYE):
@@ -226,6 +226,23 @@ def test_turned_looks_only_where_unsure():
     register(*a_pair(90)[:2], matcher=unsure, config=QUICK)
     r = register(*a_pair(90)[:2], matcher=off, config=replace(QUICK, turn_when_unsure=False))
     assert (sure.calls, unsure.calls) == (3, 6) and off.calls <= 3 and r.verdict != Verdict.OK
+
+
+def test_a_fresh_start_with_a_larger_first_look_saves_what_the_small_one_missed():
+    class FarSighted(UprightSift):
+        def match(self, image0, image1, **rest):
+            m, sees = super().match(image0, image1, **rest)[0], max(image0.shape[-2:]) > 256
+            return [m if sees else m[:0]]
+
+    fixed, moving, truth = a_pair(5)
+    config = RegistrationConfig(long_side=384, retry_long_sides=())
+    lost = register(fixed, moving, matcher=FarSighted(), config=config)
+    assert lost.verdict == Verdict.FAILED and lost.evidence["first_long_side"] == 256
+    found = register(fixed, moving, matcher=FarSighted(), config=replace(config, retry_long_sides=(384,)))
+    assert found.verdict == Verdict.OK and found.evidence["first_long_side"] == 384 and error(found, truth) < 2
+    sure = UprightSift()
+    register(fixed, moving, matcher=sure, config=replace(config, retry_long_sides=(384,)))
+    assert sure.calls == 2  # an ok answer is not tried again
 
 
 def test_second_looks_improve_a_coarse_first_look():

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from ..geometry import Motion
 from ..retina.config import MODES, SEEDS, EyeConfig
 
-# %% ../../nbs/04_data/02_config.ipynb #ddb0a8e2
+# %% ../../nbs/04_data/02_config.ipynb #1d72687f
 @dataclass(frozen=True)
 class DataConfig:
     "Sources of training pairs, their mix, and how views are cut from them."
@@ -45,6 +45,7 @@ class DataConfig:
     widen_epochs: float = 0.0  # epochs over which training's rotation and scale grow from mild to that range; 0: at once
     strength: float = 1.0  # photometric randomisation of generated pairs, 0 none, 1 full
     real_strength: float = 0.4  # the same for pairs from files, which differ enough by themselves
+    near_share: float = 0.0  # share of training pairs that differ as little as a second look's, 0..1
     deform: float = 0.0  # largest smooth residual of the moving view beyond its affine, rms px at 512, 0..6; 0: none
 
     # epochs and batches
@@ -58,7 +59,7 @@ class DataConfig:
     def __post_init__(self):
         check(self)
 
-# %% ../../nbs/04_data/02_config.ipynb #3ad7c3b0
+# %% ../../nbs/04_data/02_config.ipynb #889937f7
 def _checks(
     c,  # DataConfig
 ) -> list:  # (is it right, what was expected) for every field that can be wrong by itself
@@ -75,6 +76,7 @@ def _checks(
         (0 <= c.deform <= 6, f"deform must be in 0..6 px, beyond that maps would fold, got {c.deform}"),
         (not c.grow_epochs or (64 <= c.start_size <= c.size and c.start_size % 32 == 0), f"start_size must be a multiple of 32 in 64..{c.size}, got {c.start_size}"),
         (c.grow_epochs >= 0, f"grow_epochs must not be negative, got {c.grow_epochs}"),
+        (0 <= c.near_share <= 1, f"near_share must be in 0..1, got {c.near_share}"),
         (c.widen_epochs >= 0, f"widen_epochs must not be negative, got {c.widen_epochs}"),
         (min(c.workers, c.render_workers) >= 0, "workers and render_workers must not be negative"),
         (not (c.on_device and (c.triplets or c.pairs)), "on_device makes pairs of generated eyes alone: leave out triplets and pairs"),

@@ -6,7 +6,7 @@
 __all__ = ['EpochSampler', 'PairLoader', 'to_tensors', 'motion_at', 'size_at', 'TrainPairs', 'ValPairs', 'cache_folder',
            'generated_source', 'file_sources', 'split_sources', 'PairDataModule']
 
-# %% ../../nbs/04_data/06_module.ipynb #cad9dfd0
+# %% ../../nbs/04_data/06_module.ipynb #d6a31570
 import hashlib
 import json
 import signal
@@ -24,7 +24,7 @@ from .device import DeviceViews, collate_recipes, draw_recipe
 from .landmarks import PairTableSource
 from .pairs import GeneratedSource, PairSample, cell_points
 from .triplets import TripletSource
-from ..geometry import Motion, apply_transform, invert, mild
+from ..geometry import NEAR, Motion, apply_transform, invert, mild
 from ..retina.config import GENERATOR_VERSION, SEEDS, seeds_of
 from ..retina.world import WorldBank, keep_memory
 
@@ -84,7 +84,7 @@ def to_tensors(
             item[k] = torch.from_numpy(np.asarray(apply_transform(T, cell_points(size)) if points is None else points, np.float32))
     return item | {"mode": sample.mode, "id": sample.id}
 
-# %% ../../nbs/04_data/06_module.ipynb #339da070
+# %% ../../nbs/04_data/06_module.ipynb #6761cafe
 def motion_at(
     config,  # DataConfig
     g,  # global index of a training pair
@@ -125,7 +125,9 @@ class TrainPairs(Dataset):
         "What is drawn for a global index."
         rng = np.random.default_rng((self.config.seed, g))
         source = self.sources[int(np.searchsorted(self.edges, rng.random(), side="right"))]
-        return source, int(rng.integers(len(source))), rng, (size_at(self.config, g),) * 2, motion_at(self.config, g)
+        index, near = int(rng.integers(len(source))), self.config.near_share
+        motion = NEAR if near and rng.random() < near else motion_at(self.config, g)
+        return source, index, rng, (size_at(self.config, g),) * 2, motion
 
     def sample(
         self,

@@ -256,7 +256,7 @@ def facts_from(
     before = Path(path).with_name("before.json")
     return told | (dict(before=read_json(before)) if before.is_file() else {})
 
-# %% ../../nbs/07_evaluation/09_card.ipynb #66320113
+# %% ../../nbs/07_evaluation/09_card.ipynb #394c2e5d
 def _hours(seconds): return f"{seconds / 3600:,.1f} hours" if seconds >= 5400 else f"{seconds / 60:.0f} minutes"
 
 
@@ -275,7 +275,8 @@ def _run_lines(number, facts):
     version = f", generator version {facts['generator']}" if "generator" in facts else ""
     return [f"  {number}. from {start}: {facts['steps']:,} steps, {facts['pairs']:,} pairs, {_hours(facts['seconds'])}" + (f" on {facts['hardware']} ({facts['precision']}, torch {facts['torch']})" if "hardware" in facts else ""),
             f"     curriculum {c['curriculum']} over {facts['epochs']} epochs, peak rate {c['lr']:g}, batches of {d['batch_size']}, seed {c['seed']}, data seed {d['seed']}",
-            f"     data: {_source(d)}{version}; modes {', '.join(d['modes'])}; {d['worlds']} eyes, views of {sizes}, rotation to {d['motion']['rotation_deg']:g} degrees, scale to {d['motion']['scale']:g}"]
+            f"     data: {_source(d)}{version}; modes {', '.join(d['modes'])}; {d['worlds']} eyes, views of {sizes}, rotation to {d['motion']['rotation_deg']:g} degrees, scale to {d['motion']['scale']:g}",
+            *([f"     {facts['note']}"] if "note" in facts else [])]
 
 
 def training_text(
@@ -313,7 +314,7 @@ def scores_text(
     lines += ["", *(f"  SR@10 of pairs {name}: {_interval(a['SR@10'], 2)} ({a['pairs']} pairs), of the others {_interval(b['SR@10'], 2)}" for name, (a, b) in card["hard"].items())]
     return "\n".join([*lines, f"  a pair takes {card['seconds']:.2f} s (median), {card['hardware']}"])
 
-# %% ../../nbs/07_evaluation/09_card.ipynb #5dd2316d
+# %% ../../nbs/07_evaluation/09_card.ipynb #cf07b31b
 LICENCE = "Apache-2.0"
 USE = """  Research: bringing two images of one eye into one frame, CF with FA, OCT or OCTA en face, OCT with FA.
   How far the verdict `ok` can be believed stands in the table of verdicts. Look at every answer that says `doubtful`, and at samples of the others.
@@ -346,7 +347,7 @@ def describe_matcher(
     c, count = matcher.config, sum(p.numel() for p in matcher.parameters())
     if c.variant != "fast": return f"{c.variant}, LoFTR as published; {count / 1e6:.1f} M parameters"
     return (f"fast, LoFTR-style: convolutions with {'/'.join(map(str, c.dims))} channels, {c.layers} pairs of self- and cross-attention layers "
-            f"({c.attention}, {c.heads} heads) at 1/16, matches at 1/8, refined at 1/2; {count / 1e6:.1f} M parameters")
+            f"({c.attention}, {c.heads} heads) at 1/16, matches at 1/8, refined at 1/4; {count / 1e6:.1f} M parameters")
 
 
 def card_text(

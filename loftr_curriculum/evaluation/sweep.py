@@ -79,11 +79,12 @@ def sweep_pair(axis,   # rotation, scale or shift
     images = [expose_view(world.images[n], n, a, fov, rng, config.strength) for n, a, fov in zip(names, A, fovs)]
     return RawPair(f"{axis}_{value:g}_{mode}_{number}", mode, *images, T, *shared_grid(T, *fovs))
 
-# %% ../../nbs/07_evaluation/04_sweep.ipynb #18a0c7a6
+# %% ../../nbs/07_evaluation/04_sweep.ipynb #af7a1cfb
 VARIANTS = {  # what is asked of `register`
-    "single": dict(turn_when_unsure=False, second_long_sides=()),
-    "single + second looks": dict(turn_when_unsure=False),
-    "turned": dict(second_long_sides=()),
+    "single": dict(turn_when_unsure=False, second_long_sides=(), retry_long_sides=()),
+    "single + second looks": dict(turn_when_unsure=False, retry_long_sides=()),
+    "turned": dict(second_long_sides=(), retry_long_sides=()),
+    "turned + second looks": dict(retry_long_sides=()),
     "full": dict(),
 }
 

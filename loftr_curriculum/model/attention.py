@@ -66,7 +66,7 @@ def rotate(x,      # (B, h, N, d)
     a, b = x.chunk(2, -1)
     return torch.cat([a * c - b * s, a * s + b * c], -1)
 
-# %% ../../nbs/05_model/03_attention.ipynb #afeda70e
+# %% ../../nbs/05_model/03_attention.ipynb #f7ac0ab5
 class AttentionLayer(nn.Module):
     "Pre-normalised attention and channel mixing, (B, N, C) -> (B, N, C)."
     def __init__(self,
@@ -121,7 +121,15 @@ class Transformer(nn.Module):
                ):
         "Both token sets, each aware of itself and of the other: `(x0, x1)`."
         a0, a1 = (rotary_angles(g, self.head_dim, x0.device) for g in (grid0, grid1))
+        if tuple(grid0) == tuple(grid1): return self._together(a0, *(torch.cat(both) for both in ((x0, x1), (bias0, bias1), (seen0, seen1))))
         for own, cross in zip(self.self_layers, self.cross_layers):
             x0, x1 = own(x0, x0, bias0, seen0, a0), own(x1, x1, bias1, seen1, a1)
             x0, x1 = cross(x0, x1, bias1, seen1), cross(x1, x0, bias0, seen0)
         return x0, x1
+
+    def _together(self, angles, x, bias, seen): # both images in one batch
+        swap = lambda t: t.roll(len(t) // 2, 0)
+        for own, cross in zip(self.self_layers, self.cross_layers):
+            x = own(x, x, bias, seen, angles)
+            x = cross(x, swap(x), swap(bias), swap(seen))
+        return x.chunk(2)

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['PASSES', 'Merge', 'CoarseResult', 'check_pair', 'locate', 'split_matches', 'find_matches', 'working_size', 'shrink',
-           'shrink_pair', 'Pretrained', 'Matcher']
+           'shrink_pair', 'Pretrained', 'stack', 'unstack', 'Matcher']
 
-# %% ../../nbs/05_model/06_matcher.ipynb #76194d8d
+# %% ../../nbs/05_model/06_matcher.ipynb #84b4cba5
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +18,7 @@ from .attention import Transformer
 from .backbone import Backbone, conv_norm
 from .coarse import cell_centres, coarse_similarity, dual_softmax, mutual_maxima
 from .config import UNGUIDED, Matches, MatcherConfig
-from .fine import FINE, read_features, refine
+from .fine import STEP, read_features, refine
 from .guidance import check_guidance, fov_to_grid, key_bias, mask_to_grid, pad_to
 
 # %% ../../nbs/05_model/06_matcher.ipynb #16edb7f5
@@ -37,7 +37,7 @@ class Merge(nn.Module):
         x = F.interpolate(self.up(coarse), scale_factor=2, mode="bilinear", align_corners=False) + self.side(fine)
         return self.last(self.smooth(x))
 
-# %% ../../nbs/05_model/06_matcher.ipynb #8a19e2b1
+# %% ../../nbs/05_model/06_matcher.ipynb #3f41e48a
 @dataclass(frozen=True)
 class CoarseResult:
     "What the matcher knows about a batch of pairs; L and S count the 1/8 cells of image 0 and image 1."
@@ -46,14 +46,14 @@ class CoarseResult:
     grid1: tuple[int, int]      # (h, w) coarse cells of image 1, S = h * w
     seen0: torch.Tensor         # (B, L) bool: cells inside the field of view
     seen1: torch.Tensor         # (B, S) bool
-    fine0: torch.Tensor         # (B, C, H0 / 2, W0 / 2) fine features
-    fine1: torch.Tensor         # (B, C, H1 / 2, W1 / 2)
+    fine0: torch.Tensor         # (B, C, H0 / 4, W0 / 4) fine features
+    fine1: torch.Tensor         # (B, C, H1 / 4, W1 / 4)
     radius: int                 # samples on either side of the fine window
 
     shift = 0                   # pixels from the points that the cells stand for to `cell_centres`, in x and y
 
     @property
-    def reach(self) -> float: return float(self.radius * FINE) # pixels on either side of the fine window
+    def reach(self) -> float: return float(self.radius * STEP) # pixels on either side of the fine window
 
     def refine(self,
                b,          # (M,) which pair of the batch
@@ -161,7 +161,20 @@ class Pretrained:
         if not isinstance(found, cls): raise ValueError(f"{source}: holds a {type(found).__name__}, expected a {cls.__name__}")
         return found
 
-# %% ../../nbs/05_model/06_matcher.ipynb #6b8ac61a
+# %% ../../nbs/05_model/06_matcher.ipynb #dc56f517
+def stack(a, # (B, ...) of image 0
+          b, # (B, ...) of image 1
+         ) -> list:
+    "One batch of both where they have one shape, or two."
+    return [torch.cat([a, b])] if a.shape == b.shape else [a, b]
+
+
+def unstack(batches # list of one or two, as `stack` makes it
+           ) -> tuple:
+    "What belongs to image 0 and to image 1."
+    return batches[0].chunk(2) if len(batches) == 1 else tuple(batches)
+
+
 class Matcher(nn.Module, Pretrained):
     "Matches points of a fixed image (0) with points of a moving image (1)."
     def __init__(self,
@@ -169,15 +182,11 @@ class Matcher(nn.Module, Pretrained):
                 ):
         super().__init__()
         self.config = c = config
-        d2, d4, d8 = c.dims
+        _, d4, d8 = c.dims
         self.backbone = Backbone(c.dims)
         self.transformer = Transformer(d8, c.heads, c.layers, c.attention)
-        self.merge8, self.merge4, self.merge2 = Merge(d8, d8, d8), Merge(d8, d4, d4), Merge(d4, d2, c.fine_dim)
+        self.merge8, self.merge4 = Merge(d8, d8, d8), Merge(d8, d4, c.fine_dim)
         self.log_temperature = nn.Parameter(torch.tensor(float(c.temperature)).log())
-
-    def _backbone(self, image0, image1):
-        if image0.shape != image1.shape: return self.backbone(image0), self.backbone(image1)
-        return tuple(zip(*(m.chunk(2) for m in self.backbone(torch.cat([image0, image1])))))
 
     def forward(self,
                 image0,            # (B, 1, H0, W0) prepared fixed images
@@ -197,17 +206,16 @@ class Matcher(nn.Module, Pretrained):
         see = lambda fov, im: torch.ones(im.shape[0], *im.shape[2:], dtype=torch.bool, device=im.device) if fov is None else fov
         fov0, fov1 = pad_to(see(fov0, image0), 16), pad_to(see(fov1, image1), 16)
         grid = lambda mask, cell: None if mask is None else mask_to_grid(pad_to(mask, 16), cell)
-        m0, m1 = self._backbone(pad_to(image0, 16), pad_to(image1, 16))
-        t0, t1 = self._attend(m0[3], m1[3], fov0, fov1, grid(mask0, 16), grid(mask1, 16), guidance.attention_lambda)
-        c0, c1 = self.merge8(t0, m0[2]), self.merge8(t1, m1[2])
+        maps = [self.backbone(x) for x in stack(pad_to(image0, 16), pad_to(image1, 16))]
+        t0, t1 = self._attend(*unstack([m[2] for m in maps]), fov0, fov1, grid(mask0, 16), grid(mask1, 16), guidance.attention_lambda)
+        cells = [self.merge8(t, m[1]) for t, m in zip(stack(t0, t1), maps)]
+        fine = unstack([self.merge4(c, m[0]) for c, m in zip(cells, maps)])
+        del maps  # before the similarity, the largest of all
+        c0, c1 = unstack(cells)
         seen0, seen1 = fov_to_grid(fov0, 8).flatten(1), fov_to_grid(fov1, 8).flatten(1)
-        fine = self._fine(c0, m0), self._fine(c1, m1)
-        del m0, m1  # before the similarity, the largest of all
         sim = coarse_similarity(c0.flatten(2).mT, c1.flatten(2).mT, self.log_temperature.exp(), seen0, seen1,
                                 grid(mask0, 8), grid(mask1, 8), guidance.similarity_lambda)
         return CoarseResult(sim, tuple(c0.shape[2:]), tuple(c1.shape[2:]), seen0, seen1, *fine, self.config.fine_radius), (t0, t1)
-
-    def _fine(self, cells, maps): return self.merge2(self.merge4(cells, maps[1]), maps[0])
 
     def _attend(self, c0, c1, fov0, fov1, mask0, mask1, lam):
         x0, x1 = c0.flatten(2).mT, c1.flatten(2).mT
@@ -247,8 +255,8 @@ class Matcher(nn.Module, Pretrained):
 
     def _fine_full(self, image, tokens, size):
         maps = self.backbone(pad_to(image, 16))
-        grid = maps[3].shape[2:]
+        grid = maps[2].shape[2:]
         to_small = torch.from_numpy(resize_matrix(image.shape[2:], size)).to(tokens)
         at = apply_transform(to_small, cell_centres(grid, 16, image.device))
         own = read_features(tokens, torch.zeros(1, dtype=torch.long, device=image.device), at[None], 16)
-        return self._fine(self.merge8(own.mT.unflatten(2, grid), maps[2]), maps)
+        return self.merge4(self.merge8(own.mT.unflatten(2, grid), maps[1]), maps[0])

@@ -31,10 +31,10 @@ def make_matcher(config # MatcherConfig
     from loftr_curriculum.model.reference import ReferenceMatcher
     return ReferenceMatcher(config)
 
-# %% ../../nbs/05_model/07_weights.ipynb #e52baa6c
+# %% ../../nbs/05_model/07_weights.ipynb #ae221eaf
 PACKAGED = Path(str(files("loftr_curriculum"))) / "weights" / "fast.safetensors"
 SHIPPED = "shipped"  # the name of the packaged weights where a file is asked for
-FORMAT = "loftr_curriculum.matcher.1"
+FORMAT = "loftr_curriculum.matcher.2"
 
 
 def save_matcher(path,       # file to write, .safetensors
@@ -75,7 +75,7 @@ def fetch_pretrained(source # folder, or `owner/model` on the Hub
     except ImportError as e: raise ImportError(f"{source}: no such folder; to fetch it from the Hugging Face Hub, install huggingface_hub") from e
     return Path(hf_hub_download(str(source), HUB_FILE))
 
-# %% ../../nbs/05_model/07_weights.ipynb #aff7a01d
+# %% ../../nbs/05_model/07_weights.ipynb #1c6f2fce
 def _pickled(path):
     try: ckpt = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError) as e:
@@ -92,7 +92,9 @@ def _safetensors(path):
             meta, state = f.metadata() or {}, {k: f.get_tensor(k) for k in f.keys()}
     except SafetensorError as e:
         raise ValueError(f"{path}: expected a safetensors file ({e})") from e
-    if meta.get("format") == FORMAT: return json.loads(meta["config"]), state, json.loads(meta["facts"])
+    found = meta.get("format", "")
+    if found == FORMAT: return json.loads(meta["config"]), state, json.loads(meta["facts"])
+    if found.startswith(FORMAT[:-1]): raise ValueError(f"{path}: weights of format {found}, another network than that of {FORMAT}; train them anew")
     return None, state, {"source": path.name}
 
 

@@ -18,7 +18,7 @@ class Verdict(StrEnum):
     DOUBTFUL = "doubtful"
     FAILED = "failed"
 
-# %% ../../nbs/06_registration/00_config.ipynb #dd149ece
+# %% ../../nbs/06_registration/00_config.ipynb #61f4ce73
 TRANSFORMS = ("affine", "similarity", "homography")
 
 
@@ -28,6 +28,7 @@ class RegistrationConfig:
     transform: str = "affine"        # model of the answer: affine, similarity or homography
     long_side: int = 512             # px of the long side of both images in the working frame
     first_long_side: int = 256       # px of the long side in the first and the turned looks
+    retry_long_sides: tuple[int, ...] = (384,)  # px of the long side in the first look of each fresh start, made where the answer is not ok
     second_long_sides: tuple[int, ...] = (384,)  # px of the long side in each second look: warp the moving image by the answer, match again, fit again
     cells: int = 8                   # spatial binning: cells x cells over the fixed field of view
     best_per_cell: int = 5           # matches that each cell may keep, by confidence
@@ -39,7 +40,7 @@ class RegistrationConfig:
     min_side: int = 32               # pixels; a smaller image is not tried
     min_overlap: float = 0.1         # failed below: share of the fixed field that the moving image sees
     min_inliers: int = 10            # failed below: matches that agree with the transform
-    ok_inliers: int = 30             # doubtful below
+    ok_inliers: int = 50             # doubtful below
     ok_inlier_ratio: float = 0.4     # doubtful below: agreeing share of the matches that start in the overlap
     ok_spread: float = 0.2           # doubtful below: share of the overlap's cells that hold an agreeing match
     ok_agreement_px: float = 8.0     # doubtful above: mean distance between the answers of the last two looks, px at 512 px
@@ -47,7 +48,7 @@ class RegistrationConfig:
 
     def __post_init__(self):
         if self.transform not in TRANSFORMS: raise ValueError(f"transform {self.transform!r}: expected one of {', '.join(TRANSFORMS)}")
-        for name in ("long_side", "first_long_side", "second_long_sides"):
+        for name in ("long_side", "first_long_side", "retry_long_sides", "second_long_sides"):
             sides = getattr(self, name)
             if not all(64 <= side <= 2048 for side in (sides if isinstance(sides, tuple) else (sides,))): raise ValueError(f"{name} {sides}: expected 64 to 2048 pixels")
         for name in ("cells", "best_per_cell", "min_side"):

@@ -53,9 +53,9 @@ def read_batch(
     if faults: raise FileError(f"{path}: " + "; ".join(faults[:20]) + (f"; and {len(faults) - 20} more" if len(faults) > 20 else ""))
     return pairs
 
-# %% ../../nbs/06_registration/04_many.ipynb #9a79bc8d
+# %% ../../nbs/06_registration/04_many.ipynb #f199061c
 MATRIX = tuple(f"m{r}{c}" for r in range(3) for c in range(3))
-NUMBERS = ("inliers", "inlier_ratio", "spread", "overlap", "agreement_px", "straight_px", "turned_deg")
+NUMBERS = ("inliers", "inlier_ratio", "spread", "overlap", "agreement_px", "straight_px", "turned_deg", "first_long_side")
 FIELDS = COLUMNS + ("verdict",) + NUMBERS + ("seconds", "reasons", "error") + MATRIX
 
 

@@ -147,7 +147,7 @@ def curves(recording, # Recording
     rows = [take(record) for record in recording.records]
     return {name: [round(row[name], 4) for row in rows] for name in LOOKS}
 
-# %% ../../nbs/09_training/13_ablation.ipynb #4f1a4cbe
+# %% ../../nbs/09_training/13_ablation.ipynb #2d54fde9
 REAL = ("landmark_SR@10", "landmark_AUC@10", "landmark_AUC@20", "no_answer")
 
 _real_probes = lru_cache(1)(real_probes)
@@ -159,7 +159,7 @@ def real_scores(weights, # file
                ) -> dict:
     "Scores of the real pairs, two looks each, and the mean collapse index, coverage and inlier ratio of one unguided pass."
     matcher = load_matcher(weights)
-    config = RegistrationConfig(long_side=side, first_long_side=side, second_long_sides=(side,), turn_when_unsure=False)
+    config = RegistrationConfig(long_side=side, first_long_side=side, second_long_sides=(side,), retry_long_sides=(), turn_when_unsure=False)
     score = evaluate_set(folder, matcher=matcher, config=config, progress=False)
     probes = _real_probes(str(folder), side)
     with torch.inference_mode(): found = match_probes(matcher, probes)

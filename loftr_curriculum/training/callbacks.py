@@ -62,7 +62,7 @@ class PatientStopping(EarlyStopping):
     def on_train_epoch_end(self, trainer, pl_module):
         if trainer.current_epoch >= self.stop_from: super().on_train_epoch_end(trainer, pl_module)
 
-# %% ../../nbs/09_training/05_callbacks.ipynb #aa04ce3b
+# %% ../../nbs/09_training/05_callbacks.ipynb #6540a19e
 class RealPairs(pl.Callback):
     "Registers real pairs with landmarks after every `every`-th validation; logs, never monitors."
     def __init__(self,
@@ -75,7 +75,7 @@ class RealPairs(pl.Callback):
         if trainer.sanity_checking or trainer.current_epoch % self.every: return
         errors, was = [], pl_module.matcher.training
         pl_module.matcher.eval()
-        config = RegistrationConfig(turn_when_unsure=False, second_long_sides=(256,))
+        config = RegistrationConfig(turn_when_unsure=False, second_long_sides=(256,), retry_long_sides=())
         for p in self.pairs:
             r = register(p.fixed, p.moving, matcher=pl_module.matcher, config=config)
             errors.append(at_512(landmark_error(r.moving_to_fixed, p.fixed_points, p.moving_points), image_size(p.fixed)))

@@ -28,14 +28,14 @@ def weighted_mean(loss,   # any shape
     "Sum of weighted losses over the sum of weights; 0 where there is nothing to sum."
     return (loss * weight).sum() / weight.sum().clamp(min=1e-9)
 
-# %% ../../nbs/09_training/03_losses.ipynb #896be71a
+# %% ../../nbs/09_training/03_losses.ipynb #f6ee3651
 LOG_SMALL = -6.9  # log of the confidence under which a negative is left out of the sum
 
 
-def _linked(sim, log_norm, links, m_from, m_to, scaler):
+def _linked(log_p, links, m_from, m_to, scaler):
     b, i = (links >= 0).nonzero(as_tuple=True)
     j = links[b, i]
-    return log_norm[b, i] - sim[b, i, j], pair_weight(m_from[b, i], m_to[b, j], scaler)
+    return -log_p[b, i, j], pair_weight(m_from[b, i], m_to[b, j], scaler)
 
 
 def coarse_loss(sim,     # (B, L, S) logits of the dual softmax
@@ -45,13 +45,13 @@ def coarse_loss(sim,     # (B, L, S) logits of the dual softmax
                 scaler,  # vessel_loss_weight_scaler
                ):
     "Positive and negative term, two scalars."
-    row, col = sim.logsumexp(2), sim.logsumexp(1)
-    terms = (_linked(sim, row, targets.forward, m0, m1, scaler), _linked(sim.mT, col, targets.backward, m1, m0, scaler))
+    row, col = sim.log_softmax(2), sim.log_softmax(1)
+    terms = (_linked(row, targets.forward, m0, m1, scaler), _linked(col.mT, targets.backward, m1, m0, scaler))
     positive = weighted_mean(*(torch.cat(t) for t in zip(*terms)))
     with torch.no_grad():
         total = pair_weight(m0[:, :, None], m1[:, None, :], scaler)[targets.negative].sum() if scaler != 1 else targets.negative.sum()
-        b, i, j = ((2 * sim - row[:, :, None] - col[:, None, :] > LOG_SMALL) & targets.negative).nonzero(as_tuple=True)
-    conf = (2 * sim[b, i, j] - row[b, i] - col[b, j]).exp().clamp(max=1 - 1e-6)
+        b, i, j = ((row + col > LOG_SMALL) & targets.negative).nonzero(as_tuple=True)
+    conf = (row[b, i, j] + col[b, i, j]).exp().clamp(max=1 - 1e-6)
     weight = pair_weight(m0[b, i], m1[b, j], scaler)
     return positive, (-conf.square() * torch.log1p(-conf) * weight).sum() / total.clamp(min=1)
 

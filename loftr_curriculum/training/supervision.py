@@ -13,7 +13,7 @@ import torch
 from ..geometry import apply_transform
 from ..model.coarse import COARSE, cell_centres, cell_index
 
-# %% ../../nbs/09_training/02_supervision.ipynb #e8c92a58
+# %% ../../nbs/09_training/02_supervision.ipynb #3f40b359
 NEAR = 1.5  # cells of the coarser image within which a pair is no negative
 
 
@@ -56,7 +56,8 @@ def supervise(T_0to1, # (B, 3, 3) true map from image 0 to image 1, pixels
     c0, c1 = cell_centres(grid0, device=T_0to1.device), cell_centres(grid1, device=T_0to1.device)
     p1, p0 = _true_points(T_0to1, c0, grid0, map_0to1), _true_points(torch.linalg.inv(T_0to1), c1, grid1, map_1to0)
     forward, backward = _links(p1, grid1, seen0, seen1), _links(p0, grid0, seen1, seen0)
-    near = torch.minimum(torch.cdist(p1, c1[None]), torch.cdist(p0, c0[None]).mT) <= NEAR * COARSE
+    close = lambda p, c: torch.cdist(p, c[None]) <= NEAR * COARSE
+    near = close(p1, c1) | close(p0, c0).mT
     positive = torch.zeros_like(near)
     b, i = (forward >= 0).nonzero(as_tuple=True)
     positive[b, i, forward[b, i]] = True
