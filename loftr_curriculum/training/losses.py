@@ -28,14 +28,13 @@ def weighted_mean(loss,   # any shape
     "Sum of weighted losses over the sum of weights; 0 where there is nothing to sum."
     return (loss * weight).sum() / weight.sum().clamp(min=1e-9)
 
-# %% ../../nbs/09_training/03_losses.ipynb #f6ee3651
+# %% ../../nbs/09_training/03_losses.ipynb #7bafed7e
 LOG_SMALL = -6.9  # log of the confidence under which a negative is left out of the sum
 
 
-def _linked(log_p, links, m_from, m_to, scaler):
+def _pairs(links):
     b, i = (links >= 0).nonzero(as_tuple=True)
-    j = links[b, i]
-    return -log_p[b, i, j], pair_weight(m_from[b, i], m_to[b, j], scaler)
+    return b, i, links[b, i]
 
 
 def coarse_loss(sim,     # (B, L, S) logits of the dual softmax
@@ -46,13 +45,16 @@ def coarse_loss(sim,     # (B, L, S) logits of the dual softmax
                ):
     "Positive and negative term, two scalars."
     row, col = sim.log_softmax(2), sim.log_softmax(1)
-    terms = (_linked(row, targets.forward, m0, m1, scaler), _linked(col.mT, targets.backward, m1, m0, scaler))
-    positive = weighted_mean(*(torch.cat(t) for t in zip(*terms)))
+    (b0, i0, j0), (b1, j1, i1) = _pairs(targets.forward), _pairs(targets.backward)
     with torch.no_grad():
         total = pair_weight(m0[:, :, None], m1[:, None, :], scaler)[targets.negative].sum() if scaler != 1 else targets.negative.sum()
         b, i, j = ((row + col > LOG_SMALL) & targets.negative).nonzero(as_tuple=True)
-    conf = (row[b, i, j] + col[b, i, j]).exp().clamp(max=1 - 1e-6)
-    weight = pair_weight(m0[b, i], m1[b, j], scaler)
+    gather = lambda log_p, *at: log_p[tuple(torch.cat(t) for t in zip(at, (b, i, j)))].split((len(at[0]), len(b)))  # one read of each matrix, so one dense gradient
+    (true0, false0), (true1, false1) = gather(row, b0, i0, j0), gather(col, b1, i1, j1)
+    weigh = lambda b, i, j: pair_weight(m0[b, i], m1[b, j], scaler)
+    positive = weighted_mean(-torch.cat([true0, true1]), torch.cat([weigh(b0, i0, j0), weigh(b1, i1, j1)]))
+    conf = (false0 + false1).exp().clamp(max=1 - 1e-6)
+    weight = weigh(b, i, j)
     return positive, (-conf.square() * torch.log1p(-conf) * weight).sum() / total.clamp(min=1)
 
 # %% ../../nbs/09_training/03_losses.ipynb #807c9119

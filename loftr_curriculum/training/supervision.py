@@ -13,7 +13,7 @@ import torch
 from ..geometry import apply_transform
 from ..model.coarse import COARSE, cell_centres, cell_index
 
-# %% ../../nbs/09_training/02_supervision.ipynb #3f40b359
+# %% ../../nbs/09_training/02_supervision.ipynb #8c918ad7
 NEAR = 1.5  # cells of the coarser image within which a pair is no negative
 
 
@@ -37,6 +37,13 @@ def _links(points, grid, seen_from, seen_to):
     return torch.where(ok, index, -1)
 
 
+def _close(points, grid): # which cells (b, point, cell) lie within NEAR of a point: only the 5 x 5 around it can
+    around = torch.floor((points + 0.5) / COARSE)[:, :, None] * COARSE + cell_centres((5, 5), device=points.device) - 2 * COARSE
+    index = torch.where((around - points[:, :, None]).norm(dim=-1) <= NEAR * COARSE, cell_index(around, grid), -1)
+    b, i, k = (index >= 0).nonzero(as_tuple=True)
+    return b, i, index[b, i, k]
+
+
 def _true_points(T, centres, grid, points):
     if points is None: return apply_transform(T, centres[None])
     if points.shape[1:] != (*grid, 2): raise ValueError(f"expected a true map of shape (B, {grid[0]}, {grid[1]}, 2), got {tuple(points.shape)}")
@@ -56,9 +63,11 @@ def supervise(T_0to1, # (B, 3, 3) true map from image 0 to image 1, pixels
     c0, c1 = cell_centres(grid0, device=T_0to1.device), cell_centres(grid1, device=T_0to1.device)
     p1, p0 = _true_points(T_0to1, c0, grid0, map_0to1), _true_points(torch.linalg.inv(T_0to1), c1, grid1, map_1to0)
     forward, backward = _links(p1, grid1, seen0, seen1), _links(p0, grid0, seen1, seen0)
-    close = lambda p, c: torch.cdist(p, c[None]) <= NEAR * COARSE
-    near = close(p1, c1) | close(p0, c0).mT
-    positive = torch.zeros_like(near)
+    near, positive = torch.zeros((2, *forward.shape, backward.shape[1]), dtype=torch.bool, device=forward.device)
+    b, i, j = _close(p1, grid1)
+    near[b, i, j] = True
+    b, j, i = _close(p0, grid0)
+    near[b, i, j] = True
     b, i = (forward >= 0).nonzero(as_tuple=True)
     positive[b, i, forward[b, i]] = True
     b, j = (backward >= 0).nonzero(as_tuple=True)
