@@ -67,14 +67,14 @@ def test_a_right_answer_succeeds_everywhere_and_none_nowhere(oracle):
 
 def test_a_stopped_sweep_goes_on_and_ends_like_an_uninterrupted_one(oracle, tmp_path):
     out = tmp_path / "sweep.json"
-    oracle.stop_after = 15
+    oracle.stop_after = 3 * len(VARIANTS) + 3  # a warm-up, three pairs, and in the midst of the fourth
     with pytest.raises(KeyboardInterrupt):
         sweep(Nothing(), TINY, out, progress=False)
     kept = json.loads(out.read_text())
     assert sum(len(pairs) for values in kept["tried"].values() for pairs in values.values()) == 3 and "curves" not in kept
     oracle.stop_after, before = None, len(oracle.asked)
     sweep(Nothing(), TINY, out, progress=False)
-    assert len(oracle.asked) - before == 4 * 5 + 1  # five pairs were left; one warm-up
+    assert len(oracle.asked) - before == 5 * len(VARIANTS) + 1  # five pairs were left; one warm-up
     whole = sweep(Nothing(), TINY, tmp_path / "whole.json", progress=False)
     read = json.loads(out.read_text())
     for axis, c in whole["curves"].items():
