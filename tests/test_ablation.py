@@ -7,8 +7,11 @@ import pytest
 import torch
 
 from loftr_curriculum.data.module import PairDataModule
+from loftr_curriculum.data.pseudo_real import PseudoReal, pseudo_real_pair
 from loftr_curriculum.evaluation.recording import Recording
-from loftr_curriculum.io.files import read_json
+from loftr_curriculum.geometry import apply_transform, invert
+from loftr_curriculum.io.files import read_json, write_json
+from loftr_curriculum.io.images import write_image
 from loftr_curriculum.model.config import Guidance, MatcherConfig
 from loftr_curriculum.training import ablation
 from loftr_curriculum.training.ablation import Settings, choose, config_of, differences, run_ablation
@@ -18,6 +21,18 @@ from loftr_curriculum.training.run import train
 
 NET = MatcherConfig(dims=(8, 16, 32), layers=1, heads=1)
 TINY = Settings(arms=("v2.1", "v2.2-adaptive"), seeds=(0,), strengths=(0.5, 1.0), epochs=2, steps=1, batch=2, size=64, worlds=2, eye=256, probes=1, pseudo_real=1, matcher=NET)
+
+
+def landmark_set(folder):
+    "One generated pair as a real one: images and landmarks."
+    pair, wide = pseudo_real_pair("cf-fa", 0, replace(PseudoReal(), size=(256, 256))), np.mgrid[60:200:3j, 60:200:3j].reshape(2, -1).T
+    points = apply_transform(pair.T_0to1, wide)
+    for side, image in (("fixed", pair.fixed), ("moving", pair.moving)):
+        write_image(folder / f"images/1_{side}.png", image)
+    (folder / "landmarks").mkdir()
+    np.savetxt(folder / "landmarks/1.csv", np.c_[wide, points], "%.3f", ",", header="fixed_x,fixed_y,moving_x,moving_y", comments="")
+    write_json(folder / "landmarks/1.json", {"moving_to_fixed": invert(pair.T_0to1)})
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +47,7 @@ def test_every_arm_is_run_at_the_strength_that_was_chosen(ran):
     assert {(r["arm"], r["seed"], r["strength"]) for r in result["runs"]} == {(arm, 0, result["choice"]["strength"]) for arm in TINY.arms}
     assert {r["seed"] for r in result["choice"]["runs"]} == {TINY.choice_seed}
     for run in result["runs"]:
-        assert run["real"] is None and len(run["epochs"]) == TINY.epochs
+        assert "real" not in run and run["landmarks"] is None and len(run["epochs"]) == TINY.epochs
         assert all(len(values) == TINY.epochs for kind in ("generated", "pseudo-real") for values in run[kind].values())
 
 
@@ -62,10 +77,23 @@ def test_the_choice_is_on_disk_before_the_arms_are_run(ran, tmp_path, monkeypatc
 
 
 def test_differences_are_paired_by_seed():
-    run = lambda arm, seed, index: {"arm": arm, "seed": seed, "epochs": [0], "real": None, "generated": {"collapse_index": [index]}}
+    run = lambda arm, seed, index: {"arm": arm, "seed": seed, "epochs": [0], "generated": {"collapse_index": [index]}}
     result = {"runs": [run("v2.1", 0, 0.5), run("v2.1", 1, 0.7), run("v2.1", 2, 0.1), run("v2.2", 1, 0.2), run("v2.2", 0, 0.3)]}
     assert sorted(differences(result, "v2.2", "v2.1", "index, generated")) == pytest.approx([-0.5, -0.2])
     assert len(differences(result, "v2.2", "v2.1", "index, real")) == 0
+
+
+def test_real_pairs_are_watched_every_epoch_and_decide_nothing(ran, tmp_path):
+    real = landmark_set(tmp_path / "real")
+    once = replace(TINY, strengths=(ran[1]["choice"]["strength"],))
+    result = run_ablation(str(tmp_path / "a.json"), str(tmp_path / "cache"), str(real), 1, once)
+    for run, blind in zip(result["runs"], ran[1]["runs"]):
+        assert all(len(values) == TINY.epochs for values in run["real"].values())
+        assert 0 <= run["landmarks"]["landmark_AUC@20"] <= 1
+        same = lambda r: {k: v for k, v in r.items() if k not in ("real", "landmarks", "seconds")}
+        assert same(run) == same(blind)
+    assert all("real" not in run for run in result["choice"]["runs"])
+    assert [f.get_title() for f in ablation.draw_arms(result, ("v2.1",)).axes][-3:] == ["collapse index, real", "coverage, real", "AUC@20, real"]
 
 
 class Stops(pl.Callback):
