@@ -13,13 +13,13 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-# %% ../nbs/01_geometry/00_geometry.ipynb #c93b686c
+# %% ../nbs/01_geometry/00_geometry.ipynb #58650c11
 def apply_transform(T,      # (3, 3) or (B, 3, 3) matrix, NumPy or torch
                     points, # (..., N, 2) points (x, y) of the source image; with a (B, 3, 3) matrix (B, N, 2)
                    ):
     "Points mapped by `T`, same shape and kind as `points`. Points on the horizon of a homography become inf or nan."
     Tt = T.swapaxes(-1, -2)
-    q = points @ Tt[..., :2, :] + Tt[..., 2:, :]
+    q = points[..., :1] * Tt[..., :1, :] + points[..., 1:] * Tt[..., 1:2, :] + Tt[..., 2:, :]  # no matrix product: autocast would make it one of bfloat16, a pixel off
     with np.errstate(divide="ignore", invalid="ignore"):
         return q[..., :2] / q[..., 2:]
 

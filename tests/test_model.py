@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from loftr_curriculum.geometry import apply_transform, resize_matrix
 from loftr_curriculum.model.coarse import cell_centres, dual_softmax, mutual_maxima
 from loftr_curriculum.model.config import UNGUIDED, Guidance, MatcherConfig
-from loftr_curriculum.model.fine import refine
+from loftr_curriculum.model.fine import FlowHead, follow, settle
 from loftr_curriculum.model.matcher import Matcher
 from loftr_curriculum.model.weights import load_matcher, save_matcher
 from loftr_curriculum.training.losses import matching_loss
@@ -122,12 +122,10 @@ def smooth(size, seed=0):
     return F.interpolate(coarse, size, mode="bicubic", align_corners=False)
 
 
-def test_an_enlarged_image_gives_the_matches_of_the_small_one_scaled(monkeypatch):
+def test_an_enlarged_image_gives_the_matches_of_the_small_one_scaled():
     small, net = smooth((96, 120)), tiny(threshold=0.0, coarse_side=120)
     large = F.interpolate(small, (480, 600), mode="bilinear", align_corners=False)
-    plain = net.match(small, small)[0]
-    flat = torch.zeros(1, net.config.fine_dim, 120, 150)  # the full-resolution window stays where it is
-    monkeypatch.setattr(net, "_fine_full", lambda *_: flat)
+    plain = net.match(small, small)[0]  # an untrained flow head leaves every match on the consensus
     T = resize_matrix((96, 120), (480, 600))
     for image0, image1, T0, T1 in ((large, large, T, T), (large, small, T, np.eye(3)), (small, large, np.eye(3), T)):
         m = net.match(image0, image1)[0]
@@ -156,21 +154,26 @@ def test_tokens_of_the_shrunk_image_stand_at_the_same_places_of_the_large_one():
     assert inside.sum() > 50 and np.abs(taken[0][0, :2].numpy() - want)[:, inside].max() < 1e-3
 
 
+def known_flow(shift):
+    "A head that reads a code of the position off the features that were brought home: what is left of `shift`."
+    class Known(FlowHead):
+        def forward(self, f0, home, seen):
+            own = (f0 - home)[:, :2, ::2, ::2] * seen[:, 1:]
+            return own, own[:, 0] * 0
+
+    return Known()
+
+
 def test_full_resolution_refines_what_the_shrunk_images_left_open(monkeypatch):
-    net, shift = tiny(threshold=0.0, coarse_side=128), np.array([3.0, -2.0])
-    image = smooth((512, 512))
-    g = torch.arange(-8.0, 520, 4)
-
-    def code(dx, dy):
-        bump = lambda d: 12 * torch.exp(-((torch.arange(128) * 4 + 1.5 - d)[:, None] - g) ** 2 / 50).T
-        return torch.cat([bump(dx)[:, None].expand(-1, 128, -1), bump(dy)[:, :, None].expand(-1, -1, 128)])[None]
-
-    maps = [code(0, 0), code(*shift)]
+    net, shift = tiny(threshold=0.0, coarse_side=128), torch.tensor([3.0, -2.0])
+    image, c = smooth((512, 512)), cell_centres((128, 128), 4).T.reshape(1, 2, 128, 128)
+    maps = [c, c - shift.view(1, 2, 1, 1)]  # what image 1 shows at x stands at x - shift in image 0
     monkeypatch.setattr(net, "_fine_full", lambda *_: maps.pop(0))
+    net.flow_head = known_flow(shift)
     m = net.match(image, image)[0]
-    inner = ((m.points0 > 20) & (m.points0 < 490)).all(1)
-    near = inner & (np.abs(m.points1 - m.points0 - shift).max(1) < 8)
-    assert near.sum() > 50 and np.abs(m.points1 - m.points0 - shift)[near].max() < 0.2
+    inner = ((m.points0 > 40) & (m.points0 < 470)).all(1)
+    off = np.abs(m.points1 - m.points0 - shift.numpy()).max(1)
+    assert (inner & (off < 8)).sum() > 50 and off[inner & (off < 8)].max() < 0.2
 
 
 MEMORY = """
@@ -204,13 +207,40 @@ def test_a_pair_of_512_pixels_takes_little_memory():
     assert peak_mb(512) < 260
 
 
-def test_the_fine_window_is_in_pixels_of_the_moving_image():
-    _, sigma = refine(torch.zeros(1, 4, 32, 32), torch.zeros(1, 4, 32, 32), torch.tensor([0]), torch.tensor([[30.0, 30.0]]), torch.tensor([[30.0, 30.0]]), 3)
-    assert sigma.item() == pytest.approx((2 * 4 * 4.0) ** 0.5, rel=1e-4)  # uniform over 7 x 7 samples, 2 px apart
+@pytest.mark.parametrize("scale", [0.5, 1.0, 2.0])
+def test_the_flow_is_in_pixels_of_the_fixed_image(scale):
+    right = torch.tensor([[scale, 0, 5.0], [0, scale, -3.0], [0, 0, 1]])
+    wrong = right @ torch.tensor([[1.0, 0, 4.0], [0, 1, 2.0], [0, 0, 1]])
+    c0, c1 = (cell_centres((h, w), 4) for h, w in ((32, 32), (80, 80)))
+    fine0 = c0.T.reshape(1, 2, 32, 32)
+    fine1 = apply_transform(torch.linalg.inv(right), c1).T.reshape(1, 2, 80, 80)  # where in image 0 it is
+    seen0, seen1 = torch.ones(1, 1, 16, 16), torch.ones(1, 1, 40, 40)
+    flow, log_sigma = follow(known_flow(None), fine0, fine1, seen0, seen1, wrong[None])
+    inner = flow[0, :, 4:12, 4:12]
+    assert torch.allclose(inner, torch.tensor([-4.0, -2.0])[:, None, None].expand_as(inner), atol=1e-3)
+    middle = torch.zeros(1, 1, 16, 16)
+    middle[..., 4:12, 4:12] = 1
+    assert torch.allclose(settle(wrong[None], flow, log_sigma, middle)[0], right, atol=1e-2)
+
+
+def test_a_match_that_disagrees_stays_on_its_cell():
+    net = tiny(threshold=0.0)
+    image = smooth((128, 128))
+    cells = net.match(image, image)[0]
+    with torch.no_grad():
+        net.flow_head.out.bias[:2] = torch.tensor([0.25, -0.5])  # one and minus two pixels
+    moved = net.match(image, image)[0]
+    off = cells.points1 - cells.points0
+    agree = np.linalg.norm(off, axis=1) < 4
+    assert agree.sum() > 50
+    assert np.allclose((moved.points1 - moved.points0)[agree], 2 * np.array([1.0, -2.0]), atol=0.6)  # two rounds
+    far = np.linalg.norm(off, axis=1) > 30
+    assert np.allclose(moved.points1[far], cells.points1[far])
 
 
 def test_every_parameter_learns():
     net, p = tiny().train(), pair((64, 64))
+    torch.nn.init.normal_(net.flow_head.out.weight, std=0.1)  # it begins at zero, and shields what lies before it
     r = net(p["image0"], p["image1"])
     t = supervise(torch.eye(3).repeat(2, 1, 1), r.grid0, r.grid1, r.seen0, r.seen1)
     matching_loss(r, t, p["mask0"], p["mask1"], torch.Generator().manual_seed(0), UNGUIDED).total.backward()

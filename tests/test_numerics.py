@@ -9,9 +9,9 @@ from loftr_curriculum.geometry import similarity
 from loftr_curriculum.model.attention import ATTEND
 from loftr_curriculum.model.coarse import coarse_similarity, dual_softmax, mutual_maxima
 from loftr_curriculum.model.config import UNGUIDED, Guidance, MatcherConfig
-from loftr_curriculum.model.fine import refine
+from loftr_curriculum.model.fine import FlowHead, bring_home, consensus, follow, settle
 from loftr_curriculum.model.matcher import Matcher
-from loftr_curriculum.training.losses import coarse_loss, matching_loss
+from loftr_curriculum.training.losses import coarse_loss, matching_loss, nearby
 from loftr_curriculum.training.supervision import Targets, supervise
 
 SIDE = 64
@@ -183,7 +183,7 @@ def links(forward, backward, n):
         if j >= 0:
             positive[0, i, j] = True
     points = torch.zeros(1, n, 2)
-    return Targets(torch.tensor([forward]), torch.tensor([backward]), points, points, positive, ~positive)
+    return Targets(torch.tensor([forward]), torch.tensor([backward]), torch.eye(3)[None], points, points, positive, ~positive)
 
 
 @pytest.mark.parametrize("right", [True, False])
@@ -203,18 +203,29 @@ def test_confidence_of_exactly_zero_and_one_has_a_finite_loss(right):
     assert certain.isfinite() and (certain > 0.5) == right
 
 
-@pytest.mark.parametrize("sharpness", [0.0, 1e3, 1e6])
-def test_a_heat_map_without_spread_has_a_finite_gradient(sharpness):
-    "One sample takes everything: the variance is 0, and the derivative of its root would be infinite."
-    fine0 = torch.zeros(1, 4, 16, 16).index_fill_(1, torch.tensor([0]), sharpness).requires_grad_()
-    fine1 = torch.zeros(1, 4, 16, 16)
-    fine1[0, 0, 8, 8] = 1.0
-    fine1.requires_grad_()
-    at = torch.tensor([[33.5, 33.5]])  # the middle of sample 8
-    points, sigma = refine(fine0, fine1, torch.tensor([0]), at, at, 3)
-    (points.sum() + (1 / sigma).sum()).backward()
-    assert (sigma > 0).all() and sigma.isfinite().all() and (sharpness > 0) == (sigma < 0.1).item()
-    assert fine0.grad.isfinite().all() and fine1.grad.isfinite().all()
+@pytest.mark.parametrize("sharpness", [0.0, 1e2, 1e4])
+def test_flow_of_features_without_bounds_is_finite(sharpness):
+    "Nothing to compare, far too much, a first answer that leaves the image: flow, deviation and gradients stay finite."
+    torch.manual_seed(0)
+    head = FlowHead(8)
+    torch.nn.init.normal_(head.out.weight)
+    fine0, fine1 = (sharpness * torch.randn(2, 2, 4, 16, 16)).requires_grad_()
+    seen = torch.ones(2, 1, 8, 8)
+    T = torch.eye(3).repeat(2, 1, 1)
+    T[1, 0, 2] = 1e4
+    flow, log_sigma = follow(head, fine0, fine1, seen, seen, T)
+    (flow.norm(dim=1) * (-log_sigma).exp() + log_sigma).mean().backward()
+    assert flow.isfinite().all() and log_sigma.abs().max() <= 4
+    assert all(p.grad.isfinite().all() for p in head.parameters())
+    assert settle(T, flow, log_sigma, seen).isfinite().all()
+    assert settle(T, flow, log_sigma, seen * 0).isfinite().all()
+
+
+def test_no_consensus_is_no_error():
+    p = torch.rand(20, 2) * 100
+    for q in (p * 0, p.flip(0) * 0 + 5, torch.full_like(p, float("nan")), p * torch.tensor([1.0, 0.0])):
+        assert consensus(p, q) is None
+    assert consensus(p[:3], p[:3]) is None and consensus(p[:0], p[:0]) is None
 
 
 def test_guidance_of_lambda_20_stays_a_distribution():
@@ -225,3 +236,19 @@ def test_guidance_of_lambda_20_stays_a_distribution():
         r = net(**b, guidance=Guidance(20.0))
     assert r.sim.isfinite().all() and r.conf_matrix.isfinite().all()
     assert r.conf_matrix.sum((1, 2)).max() <= SIDE**2 / 64 + 1e-3
+
+
+def test_the_truth_is_not_rounded_by_autocast():
+    "bfloat16 has 8 bits: a point at 200 px would be known to a pixel."
+    T = torch.tensor([[[0.9, -0.31, 40.3], [0.28, 1.1, -7.7], [0, 0, 1]]])
+    seen = torch.ones(1, 1024, dtype=torch.bool)
+    exact = supervise(T, (32, 32), (32, 32), seen, seen)
+    near = nearby(T, (256, 256), torch.Generator().manual_seed(0))
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = supervise(T, (32, 32), (32, 32), seen, seen)
+        assert torch.equal(nearby(T, (256, 256), torch.Generator().manual_seed(0)), near)
+    assert torch.equal(rounded.points1, exact.points1) and torch.equal(rounded.points0, exact.points0)
+    x = torch.arange(64.0).expand(1, 1, 64, 64) * 4 + 1.5
+    with torch.autocast("cpu", torch.bfloat16):
+        home = bring_home(x, T, (64, 64))
+    assert torch.equal(home, bring_home(x, T, (64, 64)))

@@ -32,7 +32,7 @@ class Guidance:
 
 UNGUIDED = Guidance()
 
-# %% ../../nbs/05_model/00_config.ipynb #0fc15e2d
+# %% ../../nbs/05_model/00_config.ipynb #15cf4935
 @dataclass(frozen=True)
 class MatcherConfig:
     "Which matcher, and its size; the size of `reference` is the published one."
@@ -43,7 +43,7 @@ class MatcherConfig:
     attention: str = "softmax"      # "softmax" or "linear" (kernelised, elu + 1)
     temperature: float = 10.0       # first value of the learned factor on the cosine similarity
     fine_dim: int = 32              # channels of the fine features at 1/4
-    fine_radius: int = 3            # the fine window has 2 r + 1 samples a side, 2 pixels apart
+    flow_width: int = 48            # channels of the fine stage's flow head
     threshold: float = 0.1          # least dual-softmax confidence of a match, in [0, 1)
     coarse_side: int = 512          # `match` shrinks a longer image to this long side for coarse matching, px; `forward` never does
     temp_bug_fix: bool = False      # reference only: positions as `indoor_new` learned them; false: as `outdoor` did

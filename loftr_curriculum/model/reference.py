@@ -6,10 +6,10 @@
 __all__ = ['TEMPERATURE', 'BORDER', 'RADIUS', 'FINE', 'GuidedAttention', 'sitting', 'vessel_weight', 'off_border',
            'ReferenceResult', 'published_similarity', 'ReferenceMatcher']
 
-# %% ../../nbs/05_model/08_reference.ipynb #55c8e9e3
+# %% ../../nbs/05_model/08_reference.ipynb #99042283
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -22,10 +22,10 @@ from torch import nn
 
 from ..geometry import apply_transform, resize_matrix
 from .attention import attend_linear
-from .coarse import COARSE, cell_centres
+from .coarse import COARSE, cell_centres, mutual_maxima
 from .config import REFERENCE, UNGUIDED
 from .guidance import check_guidance, key_bias, mask_to_grid, pair_bias
-from .matcher import CoarseResult, Pretrained, check_pair, locate, shrink_pair, split_matches
+from .matcher import CoarseResult, Pretrained, check_pair, shrink_pair, split_matches
 
 # %% ../../nbs/05_model/08_reference.ipynb #ce63c2cd
 class GuidedAttention(nn.Module):
@@ -66,7 +66,7 @@ def off_border(grid,  # (h, w) cells
     inner[width:grid[0] - width, width:grid[1] - width] = True
     return inner.flatten()
 
-# %% ../../nbs/05_model/08_reference.ipynb #312990a5
+# %% ../../nbs/05_model/08_reference.ipynb #d35aed3d
 @dataclass(frozen=True)
 class ReferenceResult(CoarseResult):
     "What the reference knows about a batch of pairs."
@@ -75,12 +75,12 @@ class ReferenceResult(CoarseResult):
     find: Callable         # the fine stage: (maps, tokens, maps, tokens, b, i, j) -> offsets (M, 2) and deviation (M,), pixels
 
     shift = COARSE // 2
+    reach = 4.0            # pixels on either side of the fine window
 
     def refine(self,
                b,          # (M,) which pair of the batch
                i,          # (M,) cells that are followed
                j,          # (M,) cells of the other image where they are sought
-               nudge=0.0,  # not read: windows sit on cells
                back=False, # follow cells of image 1 into image 0?
               ):
         "Where the cells' points lie in the other image, (M, 2) pixels in the frame of `cell_centres`, and the deviation of the heat map (M,)."
@@ -104,7 +104,7 @@ def published_similarity(x0,    # (B, L, C) coarse tokens of image 0
         sim = (x0.float() / x0.shape[-1]) @ x1.float().mT / TEMPERATURE + bias
         return sim.masked_fill(~(seen0[:, :, None] & seen1[:, None, :]), torch.finfo(sim.dtype).min)
 
-# %% ../../nbs/05_model/08_reference.ipynb #fc4862a9
+# %% ../../nbs/05_model/08_reference.ipynb #81f17ea5
 BORDER = 2  # cells at the border that do not match
 RADIUS = 2  # samples on either side of the fine window
 FINE = 2    # pixels between these samples
@@ -148,7 +148,7 @@ class ReferenceMatcher(nn.Module, Pretrained):
         x0, x1 = (self.pos_encoding(c).flatten(2).mT.contiguous() for c in (c0, c1))
         x0, x1 = self.loftr_coarse(x0, x1, (key_bias(m0, lam, x0), seen0), (key_bias(m1, lam, x1), seen1))
         sim = published_similarity(x0, x1, seen0, seen1, pair_bias(m0, m1, guidance.similarity_lambda))
-        return ReferenceResult(sim, grid0, grid1, seen0, seen1, f0, f1, RADIUS, x0, x1, self.find)
+        return ReferenceResult(sim, grid0, grid1, seen0, seen1, f0, f1, x0, x1, self.find)
 
     def find(self,
              fine_from, # (B, 128, h, w) fine features of the image whose cells are followed
@@ -186,6 +186,7 @@ class ReferenceMatcher(nn.Module, Pretrained):
         sizes, small = shrink_pair(self.config.coarse_side, (image0, image1), (fov0, fov1), (mask0, mask1))
         r = self(*small, guidance=guidance)
         inner = [seen & off_border(grid, BORDER, seen.device) for seen, grid in ((r.seen0, r.grid0), (r.seen1, r.grid1))]
-        b, p0, p1, conf = locate(replace(r, seen0=inner[0], seen1=inner[1]), self.config.threshold if threshold is None else threshold)
+        b, i, j, conf = mutual_maxima(r.sim, *inner, self.config.threshold if threshold is None else threshold)
+        p0, p1 = cell_centres(r.grid0, device=b.device)[i] - r.shift, r.refine(b, i, j)[0] - r.shift
         full = lambda p, size, image: apply_transform(torch.from_numpy(resize_matrix(size, image.shape[2:])).to(p), p)
         return split_matches(b, full(p0, sizes[0], image0), full(p1, sizes[1], image1), conf, len(image0))

@@ -31,10 +31,10 @@ def make_matcher(config # MatcherConfig
     from loftr_curriculum.model.reference import ReferenceMatcher
     return ReferenceMatcher(config)
 
-# %% ../../nbs/05_model/07_weights.ipynb #ae221eaf
+# %% ../../nbs/05_model/07_weights.ipynb #9fe14a55
 PACKAGED = Path(str(files("loftr_curriculum"))) / "weights" / "fast.safetensors"
 SHIPPED = "shipped"  # the name of the packaged weights where a file is asked for
-FORMAT = "loftr_curriculum.matcher.2"
+FORMAT = "loftr_curriculum.matcher.3"
 
 
 def save_matcher(path,       # file to write, .safetensors

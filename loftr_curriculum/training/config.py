@@ -61,7 +61,7 @@ def find_curriculum(name # one of CURRICULA
     if name not in CURRICULA: raise ValueError(f"curriculum {name!r}: expected one of {', '.join(CURRICULA)}")
     return CURRICULA[name]
 
-# %% ../../nbs/09_training/00_config.ipynb #c39dc3d9
+# %% ../../nbs/09_training/00_config.ipynb #5457b6c2
 FROM_RANDOM = {"curriculum": "v2.2", "lr": 1e-3}  # what a field that is None becomes
 FROM_GIVEN = {"curriculum": "v2.1", "lr": 1e-4}   # the same where the weights are given
 
@@ -86,6 +86,7 @@ class TrainConfig:
     stop_from: int = 0               # no early stop before this epoch, nor before the independence phase
     keep: str = "best"               # whose weights the run leaves: "best" val/auc of the independence phase, or "last" epoch, where validation is too small to choose
     init: str | None = None          # weights to start from: shipped (those of the package), or a file (.safetensors or .ckpt, of ours or LoFTR's published format); None: random ones
+    only_fine: bool = False          # train the fine stage of `fast` alone; all else stays as `init` has it
     record_every: int = 1            # epochs between recordings of the matches on the probe pairs; 0 records nothing
     probes: int = 4                  # validation pairs among the probe pairs
     probe_pseudo_real: int = 1       # pairs of each pseudo-real mode among the probe pairs
@@ -103,6 +104,7 @@ class TrainConfig:
         if self.epochs < 1: raise ValueError(f"epochs {self.epochs}: expected at least 1")
         for name in ("record_every", "probes", "probe_pseudo_real"):
             if getattr(self, name) < 0: raise ValueError(f"{name} {getattr(self, name)}: expected 0 or more")
+        if self.only_fine and (not self.init or self.matcher.variant != "fast"): raise ValueError("only_fine: expected init, and the variant fast")
         if self.keep not in ("best", "last"): raise ValueError(f"keep {self.keep!r}: expected best or last")
         if self.checkpoint_minutes < 0: raise ValueError(f"checkpoint_minutes {self.checkpoint_minutes}: expected 0 or more")
         if self.collapse_patience < 1: raise ValueError(f"collapse_patience {self.collapse_patience}: expected at least 1")

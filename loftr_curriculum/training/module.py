@@ -47,7 +47,7 @@ def mean_auc(errors # (N,) pixels at 512 px
     "Mean of AUC@5, AUC@10 and AUC@20, the figure that chooses checkpoints."
     return float(np.mean([auc(errors, t) for t in (5, 10, 20)]))
 
-# %% ../../nbs/09_training/04_module.ipynb #6edb19e6
+# %% ../../nbs/09_training/04_module.ipynb #01dcb353
 def first_matcher(config # TrainConfig
                  ):
     "What a run starts from: random weights, or those of `init` with the configuration that they carry; ValueError where `config.matcher` asks for another one."
@@ -58,6 +58,9 @@ def first_matcher(config # TrainConfig
     if has.variant != want.variant: raise ValueError(f"{config.init}: holds the variant {has.variant}, train it with --matcher.variant {has.variant}")
     other = [n for n, v in asdict(want).items() if v not in (getattr(plain, n), getattr(has, n))]
     if other: raise ValueError(f"{config.init}: holds a matcher with {', '.join(f'{n} {getattr(has, n)}' for n in other)}; leave out {', '.join(f'--matcher.{n}' for n in other)}")
+    if config.only_fine:
+        matcher.requires_grad_(False)
+        for part in matcher.fine_stage: part.requires_grad_(True)
     return matcher.train()
 
 
