@@ -6,7 +6,7 @@
 __all__ = ['ROUNDS', 'AGREE', 'Merge', 'CoarseResult', 'FlowResult', 'check_pair', 'matched_cells', 'move_to_flow',
            'split_matches', 'working_size', 'shrink', 'shrink_pair', 'Pretrained', 'stack', 'unstack', 'Matcher']
 
-# %% ../../nbs/05_model/06_matcher.ipynb #e5c243fd
+# %% ../../nbs/05_model/06_matcher.ipynb #d8ad51d0
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +18,7 @@ from .attention import Transformer
 from .backbone import Backbone, conv_norm
 from .coarse import COARSE, cell_centres, coarse_similarity, dual_softmax, mutual_maxima
 from .config import UNGUIDED, Matches, MatcherConfig
-from .fine import FINE, REACH, FlowHead, consensus, follow, read_features, settle
+from .fine import FlowHead, consensus, follow, read_features, settle
 from .guidance import check_guidance, fov_to_grid, key_bias, mask_to_grid, pad_to
 
 # %% ../../nbs/05_model/06_matcher.ipynb #16edb7f5

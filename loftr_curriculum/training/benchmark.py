@@ -8,7 +8,7 @@ __all__ = ['MOTIONS', 'SYSTEMS', 'PARTS', 'memory_mb', 'Settings', 'draw_pairs',
            'measure_training', 'measure_product', 'measure_sides', 'shares', 'measure_cuda', 'run_benchmark',
            'benchmark_table', 'draw_sides', 'main']
 
-# %% ../../nbs/09_training/10_benchmark.ipynb #f897c25e
+# %% ../../nbs/09_training/10_benchmark.ipynb #d32e739b
 import json
 import os
 import subprocess
@@ -34,7 +34,6 @@ from ..data.speed import this_machine
 from ..geometry import Motion, mild, resize_image
 from ..io.files import read_json, write_json
 from ..model.config import Guidance, MatcherConfig
-from ..model.matcher import find_matches
 from ..model.weights import load_matcher, order_for_cpu
 from ..registration.config import RegistrationConfig
 from ..registration.pair import register
@@ -317,7 +316,7 @@ def shares(result # with registration, training and product
         for p in ("32", "bf16"): rows[f"{v}, training step, {p}"] = row(training[v]["operations"], training[v][p]["median_s"], p)
     return rows
 
-# %% ../../nbs/09_training/10_benchmark.ipynb #21cffc7f
+# %% ../../nbs/09_training/10_benchmark.ipynb #f962bc47
 def _rate(f, pairs, repeats):
     for _ in range(3): f()
     return round(pairs / float(np.median([_timed(f)[0] for _ in range(repeats)])), 2)
@@ -332,12 +331,12 @@ def measure_cuda(given,    # what `draw_pairs` wrote
     pick = lambda x, n: x[torch.arange(n) % len(x)].cuda()
     for compiled in (False, True):
         matcher = load_matcher(settings.weights, "cuda")
-        forward = torch.compile(matcher.forward) if compiled else matcher.forward
+        if compiled: matcher._forward = torch.compile(matcher._forward)
         steps = training_steps(MatcherConfig(), "cuda", compiled)
         for precision in ("32", "bf16"):
             @torch.inference_mode()
             def infer(images):
-                with torch.autocast("cuda", torch.bfloat16, enabled=precision == "bf16"): return find_matches(forward(*images), matcher.config.threshold)
+                with torch.autocast("cuda", torch.bfloat16, enabled=precision == "bf16"): return matcher.match(*images)
             jobs = {f"inference, batch {n}": (infer, ([pick(x, n) for x in large],), n) for n in (1, 16)}
             train = {k: v.cuda() for k, v in given["batches"][0].items()}
             jobs[f"training, batch {settings.batch}, {settings.train_size} px"] = (steps, (train, precision), settings.batch)
