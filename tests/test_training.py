@@ -174,7 +174,8 @@ def test_overfitting_one_pair_registers_it():
     torch.manual_seed(0)
     net = Matcher(MatcherConfig(dims=(16, 32, 64), layers=2))
     optimizer, T = torch.optim.AdamW(net.parameters(), 2e-3), torch.from_numpy(s.T_0to1).float()[None]
-    for step in range(160):
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 240)
+    for step in range(240):
         net.train()
         r = net(**given)
         t = supervise(T, r.grid0, r.grid1, r.seen0, r.seen1)
@@ -183,5 +184,6 @@ def test_overfitting_one_pair_registers_it():
         loss.backward()
         torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
         optimizer.step()
+        schedule.step()
     found = net.eval().match(given["image0"], given["image1"], given["fov0"], given["fov1"])[0]
     assert quick_error(found, s.fov0, s.T_0to1, (size, size)) * size / 512 < 2

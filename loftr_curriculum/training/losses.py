@@ -62,7 +62,7 @@ def coarse_loss(sim,     # (B, L, S) logits of the dual softmax
     weight = weigh(b, i, j)
     return positive, (-conf.square() * torch.log1p(-conf) * weight).sum() / total.clamp(min=1)
 
-# %% ../../nbs/09_training/03_losses.ipynb #69262a39
+# %% ../../nbs/09_training/03_losses.ipynb #44bc786e
 STRENGTHS = (1.0, 0.3, 0.1)  # of the error of a first answer, drawn with equal chance
 
 
@@ -71,13 +71,12 @@ def nearby(T_0to1,    # (B, 3, 3)
            generator, # torch.Generator
           ) -> torch.Tensor:
     "`T_0to1` behind random affines near the identity, (B, 3, 3): at full strength up to 10 px a shift, and 0.05 of deviation in every entry of the matrix."
-    B, device = len(T_0to1), T_0to1.device
+    B, draw = len(T_0to1), lambda *shape: torch.randn(*shape, generator=generator)
     strength = torch.tensor(STRENGTHS)[torch.randint(len(STRENGTHS), (B,), generator=generator)][:, None, None]
-    E = torch.eye(3).repeat(B, 1, 1)
-    E[:, :2, :2] += 0.05 * strength * torch.randn(B, 2, 2, generator=generator)
-    middle = torch.tensor([(size[1] - 1) / 2, (size[0] - 1) / 2])
-    E[:, :2, 2] = middle - E[:, :2, :2] @ middle + 10 * strength[:, 0] * (2 * torch.rand(B, 2, generator=generator) - 1)
-    with torch.autocast(device.type, enabled=False): return T_0to1 @ E.to(device)
+    E, middle = torch.eye(3).repeat(B, 1, 1), torch.tensor([(size[1] - 1) / 2, (size[0] - 1) / 2])
+    E[:, :2, :2] += 0.05 * strength * draw(B, 2, 2)
+    E[:, :2, 2] = middle - (E[:, :2, :2] * middle).sum(-1) + 10 * strength[:, 0] * (2 * torch.rand(B, 2, generator=generator) - 1)
+    with torch.autocast(T_0to1.device.type, enabled=False): return T_0to1 @ E.to(T_0to1)
 
 
 def flow_loss(result,    # FlowResult
