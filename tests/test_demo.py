@@ -52,6 +52,7 @@ def test_it_registers_an_unseen_eye_within_eight_minutes(tmp_path, record_proper
         record_property(f"corner error in px at 512, {name} weights", round(report[name]["corner_error_px_at_512"] or -1, 2))
     record_property("val/auc of the last epoch", round(report["epochs"][-1]["val/auc"], 3))
     for name in ("shipped", "trained"):
-        assert report[name]["verdict"] == "ok" and report[name]["corner_error_px_at_512"] < 5
+        # after minutes of training the first of two looks may be far off the second: right, and doubted
+        assert report[name]["verdict"] in (("ok",) if name == "shipped" else ("ok", "doubtful")) and report[name]["corner_error_px_at_512"] < 5
     assert {p.name for p in tmp_path.iterdir()} == set(LEFT)
     assert seconds < 480
