@@ -31,6 +31,13 @@ def test_no_false_answer_is_ok_where_they_were_found_and_few_elsewhere():
     assert elsewhere["false_ok"] <= 3 and elsewhere["ok_of_right"] > 0.5
 
 
+def test_a_twentieth_of_the_promises_is_given_up_for_strictness():
+    evidence = np.array([[70, 0.55, 0.65, 1.2]] * 38 + [[22, 0.55, 0.65, 1.2]] * 2)  # two answers with few inliers
+    assert choose_thresholds(evidence, np.full(40, 2.0)).ok_inliers == 60
+    assert choose_thresholds(evidence, np.full(40, 2.0), margin=0.0).ok_inliers == 20
+    assert choose_thresholds(evidence[:-1], np.full(39, 2.0), margin=0.02).ok_inliers == 20
+
+
 def test_of_equally_good_thresholds_the_strictest_is_taken():
     found = choose_thresholds(np.full((5, 4), [70, 0.55, 0.65, 1.2]), np.full(5, 2.0))
     assert found == Thresholds(60, 0.5, 0.6, 1.5)

@@ -13,7 +13,7 @@ from loftr_curriculum.geometry import apply_transform, resize_matrix
 from loftr_curriculum.model.coarse import cell_centres, dual_softmax, mutual_maxima
 from loftr_curriculum.model.config import UNGUIDED, Guidance, MatcherConfig
 from loftr_curriculum.model.fine import FlowHead, follow, settle
-from loftr_curriculum.model.matcher import Matcher
+from loftr_curriculum.model.matcher import Matcher, matched_cells, shrink_pair
 from loftr_curriculum.model.weights import load_matcher, save_matcher
 from loftr_curriculum.training.losses import matching_loss
 from loftr_curriculum.training.supervision import supervise
@@ -140,7 +140,8 @@ def test_full_resolution_features_without_shrinking_are_the_ordinary_ones():
     net, image = tiny(), smooth((100, 173))
     with torch.no_grad():
         r, tokens = net._forward(image, image, None, None, None, None, UNGUIDED)
-        assert (net._fine_full(image, tokens[0], (100, 173)) - r.fine0).abs().max() < 1e-4
+        for full, fine in zip(net._fine_full((image, image), tokens, [(100, 173)] * 2), (r.fine0, r.fine1)):
+            assert (full - fine).abs().max() < 1e-4
 
 
 def test_tokens_of_the_shrunk_image_stand_at_the_same_places_of_the_large_one():
@@ -148,7 +149,7 @@ def test_tokens_of_the_shrunk_image_stand_at_the_same_places_of_the_large_one():
     net.merge8.register_forward_pre_hook(lambda _, args: taken.append(args[0]))
     ramp = cell_centres((4, 8), 16).T.reshape(1, 2, 4, 8)
     with torch.no_grad():
-        net._fine_full(smooth(size), F.pad(ramp, (0, 0, 0, 0, 0, 30)), small)
+        list(net._fine_full([smooth(size)] * 2, [F.pad(ramp, (0, 0, 0, 0, 0, 30))] * 2, [small] * 2))
     want = apply_transform(resize_matrix(size, small), cell_centres((10, 21), 16).double().numpy()).T.reshape(2, 10, 21)
     inside = (want >= 7.5).all(0) & (want[0] <= 119.5) & (want[1] <= 55.5)
     assert inside.sum() > 50 and np.abs(taken[0][0, :2].numpy() - want)[:, inside].max() < 1e-3
@@ -168,7 +169,7 @@ def test_full_resolution_refines_what_the_shrunk_images_left_open(monkeypatch):
     net, shift = tiny(threshold=0.0, coarse_side=128), torch.tensor([3.0, -2.0])
     image, c = smooth((512, 512)), cell_centres((128, 128), 4).T.reshape(1, 2, 128, 128)
     maps = [c, c - shift.view(1, 2, 1, 1)]  # what image 1 shows at x stands at x - shift in image 0
-    monkeypatch.setattr(net, "_fine_full", lambda *_: maps.pop(0))
+    monkeypatch.setattr(net, "_fine_full", lambda *_: maps)
     net.flow_head = known_flow(shift)
     m = net.match(image, image)[0]
     inner = ((m.points0 > 40) & (m.points0 < 470)).all(1)
@@ -223,19 +224,20 @@ def test_the_flow_is_in_pixels_of_the_fixed_image(scale):
     assert torch.allclose(settle(wrong[None], flow, log_sigma, middle)[0], right, atol=1e-2)
 
 
-def test_a_match_that_disagrees_stays_on_its_cell():
-    net = tiny(threshold=0.0)
-    image = smooth((128, 128))
-    cells = net.match(image, image)[0]
+@pytest.mark.parametrize("side, times", [(128, 2 + 2), (256, 2 * 2 + 2)])  # two rounds of the shrunk images, in their pixels, and two of the full ones
+def test_the_flow_moves_what_agrees_and_leaves_the_rest_on_its_cells(side, times):
+    net = tiny(threshold=0.0, coarse_side=128)
+    k, image = side // 128, smooth((side, side))
+    other = torch.cat([image[:, :, : 80 * k], image[:, :, 80 * k :].roll(64 * k, 3)], 2)  # the lower part lies elsewhere
     with torch.no_grad():
-        net.flow_head.out.bias[:2] = torch.tensor([0.25, -0.5])  # one and minus two pixels
-    moved = net.match(image, image)[0]
-    off = cells.points1 - cells.points0
-    agree = np.linalg.norm(off, axis=1) < 4
-    assert agree.sum() > 50
-    assert np.allclose((moved.points1 - moved.points0)[agree], 2 * np.array([1.0, -2.0]), atol=0.6)  # two rounds
-    far = np.linalg.norm(off, axis=1) > 30
-    assert np.allclose(moved.points1[far], cells.points1[far])
+        net.flow_head.out.bias[:2] = torch.tensor([0.25, -0.5])  # one and minus two pixels a round
+        _, *cells, _ = matched_cells(net(*shrink_pair(128, (image, other))[1]), 0.0)
+    cells0, cells1 = (apply_transform(resize_matrix((128, 128), (side, side)), c.double().numpy()) for c in cells)
+    m = net.match(image, other)[0]
+    off = np.linalg.norm(cells1 - cells0, axis=1)
+    agree, far = off < 4 * k, off > 32 * k
+    assert agree.sum() > 50 and np.allclose((m.points1 - m.points0)[agree], times * np.array([1.0, -2.0]), atol=0.6 * k)
+    assert far.sum() > 10 and np.allclose(m.points1[far], cells1[far])
 
 
 def test_every_parameter_learns():

@@ -32,7 +32,7 @@ class Guidance:
 
 UNGUIDED = Guidance()
 
-# %% ../../nbs/05_model/00_config.ipynb #15cf4935
+# %% ../../nbs/05_model/00_config.ipynb #cdfc5dd0
 @dataclass(frozen=True)
 class MatcherConfig:
     "Which matcher, and its size; the size of `reference` is the published one."
@@ -45,7 +45,7 @@ class MatcherConfig:
     fine_dim: int = 32              # channels of the fine features at 1/4
     flow_width: int = 48            # channels of the fine stage's flow head
     threshold: float = 0.1          # least dual-softmax confidence of a match, in [0, 1)
-    coarse_side: int = 512          # `match` shrinks a longer image to this long side for coarse matching, px; `forward` never does
+    coarse_side: int = 320          # `match` shrinks a longer image to this long side for coarse matching, px; `forward` never does
     temp_bug_fix: bool = False      # reference only: positions as `indoor_new` learned them; false: as `outdoor` did
 
     def __post_init__(self):

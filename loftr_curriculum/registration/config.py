@@ -18,7 +18,7 @@ class Verdict(StrEnum):
     DOUBTFUL = "doubtful"
     FAILED = "failed"
 
-# %% ../../nbs/06_registration/00_config.ipynb #00b85abe
+# %% ../../nbs/06_registration/00_config.ipynb #256e7c53
 TRANSFORMS = ("affine", "similarity", "homography")
 
 
@@ -40,10 +40,10 @@ class RegistrationConfig:
     min_side: int = 32               # pixels; a smaller image is not tried
     min_overlap: float = 0.1         # failed below: share of the fixed field that the moving image sees
     min_inliers: int = 10            # failed below: matches that agree with the transform
-    ok_inliers: int = 60             # doubtful below
+    ok_inliers: int = 80             # doubtful below
     ok_inlier_ratio: float = 0.6     # doubtful below: agreeing share of the matches that start in the overlap
     ok_spread: float = 0.4           # doubtful below: share of the overlap's cells that hold an agreeing match
-    ok_agreement_px: float = 5.0     # doubtful above: mean distance between the answers of the last two looks, px at 512 px
+    ok_agreement_px: float = 8.0     # doubtful above: mean distance between the answers of the last two looks, px at 512 px
     failed_agreement_px: float = 20. # failed above, where the inliers are fewer than ok_inliers as well, px at 512 px
 
     def __post_init__(self):

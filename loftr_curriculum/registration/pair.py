@@ -8,7 +8,7 @@ __all__ = ['RANK', 'check_image', 'open_image', 'Subject', 'View', 'warp_to_fixe
            'JudgedMatches', 'Registration', 'unusable', 'first_look', 'second_looks', 'register', 'attempt',
            'best_attempt']
 
-# %% ../../nbs/06_registration/03_pair.ipynb #31e6ef08
+# %% ../../nbs/06_registration/03_pair.ipynb #7d8085bb
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from ..data.preprocess import Prepared, normalise, prepare, to_gray
-from ..geometry import (apply_transform, centre, check_transform, compose, fit_similarity, invert, resample,
+from ..geometry import (apply_transform, centre, check_transform, compose, fit_similarity, fit_size, invert, resample,
                                        resize_image, resize_matrix, similarity, warp_image)
 from ..io.images import ImageError, read_image
 from ..model.config import UNGUIDED, Matches
@@ -76,7 +76,7 @@ def warp_to_fixed(
     "The moving image in the frame of the fixed one, averaged where it shrinks."
     return resample(image, moving_to_fixed, fixed_size, mode)
 
-# %% ../../nbs/06_registration/03_pair.ipynb #b8058e22
+# %% ../../nbs/06_registration/03_pair.ipynb #1a64e098
 def make_subject(
     image,     # (H, W) or (H, W, 3), uint8 or uint16
     mask,      # (H, W) vessel mask, bool, uint8 or float in [0, 1]; or None
@@ -92,9 +92,10 @@ def plain_view(
     long_side, # px of the view's long side
 ) -> View:
     "The whole image, at the working size or another one."
-    p = subject.prepared if long_side == max(subject.size) else prepare(subject.gray, long_side)
-    mask = None if subject.mask is None else resize_image(subject.mask, p.fov.shape)
-    return View(p.image, p.fov, mask, resize_matrix(subject.size, p.fov.shape))
+    size, p = fit_size(subject.gray.shape, long_side), subject.prepared
+    fov = p.fov if size == subject.size else resize_image(p.fov.astype(np.float32), size) >= 0.5
+    image = p.image if size == subject.size else normalise(resize_image(subject.gray, size), fov)
+    return View(image, fov, None if subject.mask is None else resize_image(subject.mask, size), resize_matrix(subject.size, size))
 
 
 def turned_view(
