@@ -859,6 +859,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                 'loftr_curriculum/model/fine.py'),
                                              'loftr_curriculum.model.fine.read_features': ( '05_model/fine.html#read_features',
                                                                                             'loftr_curriculum/model/fine.py'),
+                                             'loftr_curriculum.model.fine.refine': ( '05_model/fine.html#refine',
+                                                                                     'loftr_curriculum/model/fine.py'),
                                              'loftr_curriculum.model.fine.settle': ( '05_model/fine.html#settle',
                                                                                      'loftr_curriculum/model/fine.py'),
                                              'loftr_curriculum.model.fine.weighted_affine': ( '05_model/fine.html#weighted_affine',
