@@ -149,7 +149,7 @@ def test_tokens_of_the_shrunk_image_stand_at_the_same_places_of_the_large_one():
     net.merge8.register_forward_pre_hook(lambda _, args: taken.append(args[0]))
     ramp = cell_centres((4, 8), 16).T.reshape(1, 2, 4, 8)
     with torch.no_grad():
-        list(net._fine_full([smooth(size)] * 2, [F.pad(ramp, (0, 0, 0, 0, 0, 30))] * 2, [small] * 2))
+        net._fine_full([smooth(size)] * 2, [F.pad(ramp, (0, 0, 0, 0, 0, 30))] * 2, [small] * 2)
     want = apply_transform(resize_matrix(size, small), cell_centres((10, 21), 16).double().numpy()).T.reshape(2, 10, 21)
     inside = (want >= 7.5).all(0) & (want[0] <= 119.5) & (want[1] <= 55.5)
     assert inside.sum() > 50 and np.abs(taken[0][0, :2].numpy() - want)[:, inside].max() < 1e-3

@@ -161,7 +161,7 @@ class Pretrained:
         if not isinstance(found, cls): raise ValueError(f"{source}: holds a {type(found).__name__}, expected a {cls.__name__}")
         return found
 
-# %% ../../nbs/05_model/06_matcher.ipynb #d2308072
+# %% ../../nbs/05_model/06_matcher.ipynb #f983522d
 def stack(a, # (B, ...) of image 0
           b, # (B, ...) of image 1
          ) -> list:
@@ -242,6 +242,7 @@ class Matcher(nn.Module, Pretrained):
         check_pair(image0, image1)
         images, threshold = (image0, image1), self.config.threshold if threshold is None else threshold
         sizes, small = shrink_pair(self.config.coarse_side, (image0, image1), (fov0, fov1), (mask0, mask1))
+        larger = any(tuple(im.shape[2:]) != size for im, size in zip(images, sizes))
         r, tokens = self._forward(*small, guidance)
         b, p0, p1, conf = matched_cells(r, threshold)
         scale = [torch.from_numpy(resize_matrix(size, im.shape[2:])).to(p0) for im, size in zip(images, sizes)]
@@ -253,7 +254,7 @@ class Matcher(nn.Module, Pretrained):
             seen = [s[k].unflatten(0, g)[None, None].float() for s, g in ((r.seen0, r.grid0), (r.seen1, r.grid1))]
             fine = r.fine0[k:k + 1], r.fine1[k:k + 1]
             T = settle(*refine(self.flow_head, *fine, *seen, T[None]), seen[0])
-            if any(tuple(im.shape[2:]) != size for im, size in zip(images, sizes)): fine = list(self._fine_full(*([x[k:k + 1] for x in both] for both in (images, tokens)), sizes))
+            if larger: fine = self._fine_full(*([x[k:k + 1] for x in both] for both in (images, tokens)), sizes)
             seen = [self._seen_at(s, f, S) for s, f, S in zip(seen, fine, scale)]
             T, flow, _ = refine(self.flow_head, *fine, *seen, scale[1] @ T @ torch.linalg.inv(scale[0]))
             points1[own] = move_to_flow(points0[own], points1[own], T, flow, AGREE * scale[0][0, 0])
@@ -266,8 +267,10 @@ class Matcher(nn.Module, Pretrained):
         return read_features(seen, torch.zeros(1, dtype=torch.long, device=fine.device), at[None], COARSE)[0].T.unflatten(1, grid)[None]
 
     def _fine_full(self, images, tokens, sizes): # of one pair; sizes are those of the shrunk images
-        maps, none = zip(*(unstack(level) for level in zip(*(self.backbone(pad_to(x, 16)) for x in stack(*images))))), torch.zeros(1, dtype=torch.long, device=images[0].device)
+        maps = zip(*(unstack(level) for level in zip(*(self.backbone(pad_to(x, 16)) for x in stack(*images)))))  # of either image, at 1/4, 1/8, 1/16
+        none, fine = torch.zeros(1, dtype=torch.long, device=images[0].device), []
         for image, t, size, (m4, m8, m16) in zip(images, tokens, sizes, maps):
             at = apply_transform(torch.from_numpy(resize_matrix(image.shape[2:], size)).to(t), cell_centres(m16.shape[2:], 16, image.device))
             own = read_features(t, none, at[None], 16)
-            yield self.merge4(self.merge8(own.mT.unflatten(2, m16.shape[2:]), m8), m4)
+            fine.append(self.merge4(self.merge8(own.mT.unflatten(2, m16.shape[2:]), m8), m4))
+        return fine
