@@ -75,13 +75,14 @@ def _largest(
     area[0] = 0
     return (area >= max(1, share * area.max()))[labels].astype(np.uint8)
 
-# %% ../../nbs/04_data/00_preprocess.ipynb #7435abd0
+# %% ../../nbs/04_data/00_preprocess.ipynb #66b6aa51
 def _hull(
     mask,  # (h, w) uint8, 0 or 1
     size,  # (height, width) of the result
 ) -> np.ndarray:  # size bool
     "The convex hull of a small mask, drawn at full size."
-    points = cv2.convexHull(cv2.findNonZero(mask))[:, 0].astype(np.float64)
+    outline = cv2.findContours(mask, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_SIMPLE)[0]  # few points: a hull of all of them is slow
+    points = cv2.convexHull(np.concatenate(outline))[:, 0].astype(np.float64)
     T = resize_matrix(mask.shape, size)
     points = points @ T[:2, :2].T + T[:2, 2]
     out = np.zeros(size, np.uint8)

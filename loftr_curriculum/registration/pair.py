@@ -8,14 +8,14 @@ __all__ = ['RANK', 'check_image', 'open_image', 'Subject', 'View', 'warp_to_fixe
            'JudgedMatches', 'Registration', 'unusable', 'first_look', 'second_looks', 'register', 'attempt',
            'best_attempt']
 
-# %% ../../nbs/06_registration/03_pair.ipynb #7d8085bb
+# %% ../../nbs/06_registration/03_pair.ipynb #b294e933
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
 
 import numpy as np
 
-from ..data.preprocess import Prepared, normalise, prepare, to_gray
+from ..data.preprocess import estimate_fov, normalise, to_gray
 from ..geometry import (apply_transform, centre, check_transform, compose, fit_similarity, fit_size, invert, resample,
                                        resize_image, resize_matrix, similarity, warp_image)
 from ..io.images import ImageError, read_image
@@ -46,16 +46,17 @@ def open_image(
     "The pixels of a file, or the array itself."
     return read_image(image) if isinstance(image, (str, Path)) else check_image(image, name)
 
-# %% ../../nbs/06_registration/03_pair.ipynb #c8bde2d2
+# %% ../../nbs/06_registration/03_pair.ipynb #c0692797
 @dataclass(frozen=True)
 class Subject:
     "One image of the pair, in its own pixels and in the working frame."
     gray: np.ndarray         # (H, W) float32 in [0, 1], original pixels
-    prepared: Prepared       # the working frame; prepared.T maps original to working points
     mask: np.ndarray | None  # (H, W) float32 in [0, 1]: vessels, original pixels
+    fov: np.ndarray          # (h, w) bool, working frame
+    T: np.ndarray            # (3, 3) original points -> working points
 
     @property
-    def size(self): return self.prepared.fov.shape
+    def size(self): return self.fov.shape
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ def warp_to_fixed(
     "The moving image in the frame of the fixed one, averaged where it shrinks."
     return resample(image, moving_to_fixed, fixed_size, mode)
 
-# %% ../../nbs/06_registration/03_pair.ipynb #1a64e098
+# %% ../../nbs/06_registration/03_pair.ipynb #0be6bb02
 def make_subject(
     image,     # (H, W) or (H, W, 3), uint8 or uint16
     mask,      # (H, W) vessel mask, bool, uint8 or float in [0, 1]; or None
@@ -84,18 +85,19 @@ def make_subject(
 ) -> Subject:
     "An image with its working frame."
     gray = to_gray(image)
-    return Subject(gray, prepare(gray, long_side), None if mask is None else to_gray(mask))
+    size = fit_size(gray.shape, long_side)
+    return Subject(gray, None if mask is None else to_gray(mask), estimate_fov(resize_image(gray, size)), resize_matrix(gray.shape, size))
 
 
 def plain_view(
     subject,   # Subject
     long_side, # px of the view's long side
 ) -> View:
-    "The whole image, at the working size or another one."
-    size, p = fit_size(subject.gray.shape, long_side), subject.prepared
-    fov = p.fov if size == subject.size else resize_image(p.fov.astype(np.float32), size) >= 0.5
-    image = p.image if size == subject.size else normalise(resize_image(subject.gray, size), fov)
-    return View(image, fov, None if subject.mask is None else resize_image(subject.mask, size), resize_matrix(subject.size, size))
+    "The whole image, at any size."
+    size = fit_size(subject.gray.shape, long_side)
+    fov = resize_image(subject.fov, size)
+    mask = None if subject.mask is None else resize_image(subject.mask, size)
+    return View(normalise(resize_image(subject.gray, size), fov), fov, mask, resize_matrix(subject.size, size))
 
 
 def turned_view(
@@ -117,8 +119,8 @@ def warped_view(
     size,    # (height, width) of the view
 ) -> View:
     "The subject seen through `T`: taken from the original pixels, normalised as it is seen."
-    A = compose(subject.prepared.T, T)
-    fov = warp_image(subject.prepared.fov, T, size)
+    A = compose(subject.T, T)
+    fov = warp_image(subject.fov, T, size)
     mask = None if subject.mask is None else warp_to_fixed(subject.mask, A, size)
     return View(normalise(warp_to_fixed(subject.gray, A, size), fov), fov, mask, T)
 
@@ -290,18 +292,18 @@ class Registration:
         if self.moving_to_fixed is None: return None
         return warp_to_fixed(open_image(self._moving, "moving"), self.moving_to_fixed, self.fixed_size)
 
-# %% ../../nbs/06_registration/03_pair.ipynb #ce90e876
+# %% ../../nbs/06_registration/03_pair.ipynb #329756a4
 def unusable(
     subject, # Subject
     name,    # "fixed" or "moving"
     config,  # RegistrationConfig
 ) -> list: # reasons
     "Why an image cannot be registered by anybody."
-    size, field_of_view = subject.gray.shape, subject.prepared.fov
+    size, seen = subject.gray.shape, resize_image(subject.gray, subject.size)[subject.fov]
     if min(*size, *subject.size) < config.min_side:
         return [f"the {name} image of {size[1]} x {size[0]} pixels is too small or too narrow"]
-    if field_of_view.sum() < config.min_side ** 2: return [f"the {name} image is black"]
-    if not np.abs(subject.prepared.image).max() > 0: return [f"the {name} image has no structure"]
+    if len(seen) < config.min_side ** 2: return [f"the {name} image is black"]
+    if not seen.std() > 1e-6: return [f"the {name} image has no structure"]
     return []
 
 
@@ -315,7 +317,7 @@ def first_look(
 ) -> tuple: # (Look, turned by how many degrees)
     "The first look, and three turned ones where it is unsure; the one with the most inliers."
     view0, view1 = plain_view(fixed, long_side), plain_view(moving, long_side)
-    ask = lambda view: look(matcher, view0, view, fixed.prepared.fov, config, config.first_threshold_px, guidance)
+    ask = lambda view: look(matcher, view0, view, fixed.fov, config, config.first_threshold_px, guidance)
     looks = [ask(view1)]
     sure = looks[0].T_0to1 is not None and looks[0].inliers >= max(config.ok_inliers, config.ok_inlier_ratio * len(looks[0].kept))
     if config.turn_when_unsure and not sure: looks += [ask(turned_view(view1, k)) for k in (1, 2, 3)]
@@ -336,14 +338,14 @@ def second_looks(
     for k, side in enumerate(config.second_long_sides):
         view0 = plain_view(fixed, side)
         view1 = warped_view(moving, compose(invert(best.T_0to1), nudge(k, fixed.size, config.nudge), view0.T), view0.fov.shape)
-        again = look(matcher, view0, view1, fixed.prepared.fov, config, config.threshold_px, guidance)
-        both = seen_by_both(best.T_0to1, fixed.prepared.fov, moving.prepared.fov)
+        again = look(matcher, view0, view1, fixed.fov, config, config.threshold_px, guidance)
+        both = seen_by_both(best.T_0to1, fixed.fov, moving.fov)
         off = lambda T: distance(again.T_0to1, T, both) * 512 / config.long_side
         witness = dict(agreement_px=off(best.T_0to1), straight_px=off(compose(view0.T, invert(view1.T))))
         if again.support(again.T_0to1, config.threshold_px) >= best.support(best.T_0to1, config.threshold_px) and again.T_0to1 is not None: best = again
     return best, witness
 
-# %% ../../nbs/06_registration/03_pair.ipynb #f4428e23
+# %% ../../nbs/06_registration/03_pair.ipynb #0e2f3738
 @lru_cache(maxsize=1)
 def _shipped_matcher():
     from loftr_curriculum.model.weights import load_matcher
@@ -360,9 +362,9 @@ def _open_mask(mask, size, name):
 def _home(look, fixed, moving, config):
     m, T = look.matches, look.T_0to1
     agrees = np.zeros(len(m), bool) if T is None else residuals(T, m.points0, m.points1) <= config.threshold_px
-    return JudgedMatches(apply_transform(invert(fixed.prepared.T), m.points0), apply_transform(invert(moving.prepared.T), m.points1), m.confidence, agrees)
+    return JudgedMatches(apply_transform(invert(fixed.T), m.points0), apply_transform(invert(moving.T), m.points1), m.confidence, agrees)
 
-# %% ../../nbs/06_registration/03_pair.ipynb #29ffb90c
+# %% ../../nbs/06_registration/03_pair.ipynb #9471e6bd
 def register(
     fixed,             # file path, or array (H, W) or (H, W, 3) RGB, uint8 or uint16
     moving,            # the same, of any other size
@@ -403,7 +405,7 @@ def attempt(
     best, turned = first_look(matcher, fixed, moving, config, guidance, long_side)
     witness = None
     if best.T_0to1 is not None: best, witness = second_looks(best, matcher, fixed, moving, config, guidance)
-    evidence = dict(gather_evidence(best, witness, fixed.prepared.fov, moving.prepared.fov, config), turned_deg=turned, first_long_side=long_side)
+    evidence = dict(gather_evidence(best, witness, fixed.fov, moving.fov, config), turned_deg=turned, first_long_side=long_side)
     return best, evidence, *judge(evidence, best.reasons, config)
 
 
@@ -428,7 +430,7 @@ def best_attempt(
 def _walk(matcher, fixed, moving, sizes, config, guidance, source):
     best, evidence, verdict, reasons = best_attempt(matcher, fixed, moving, config, guidance)
     if verdict == Verdict.FAILED: return Registration(None, verdict, reasons, _home(replace(best, T_0to1=None), fixed, moving, config), *sizes, evidence, source)
-    M, matches = compose(moving.prepared.T, invert(best.T_0to1), invert(fixed.prepared.T)), _home(best, fixed, moving, config)
+    M, matches = compose(moving.T, invert(best.T_0to1), invert(fixed.T)), _home(best, fixed, moving, config)
     if config.transform == "similarity": # the working sizes are whole pixels, so their aspect ratios differ from the originals' a little
         M = fit_similarity(matches.points1[matches.inliers], matches.points0[matches.inliers])
     return Registration(M / M[2, 2], verdict, reasons, matches, *sizes, evidence, source)
