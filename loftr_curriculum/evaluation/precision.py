@@ -49,7 +49,7 @@ def draw_bin(source, # GeneratedSource
         if lo <= decompose(sample.T_0to1, sample.fov0.shape)["scale"] <= hi: found.append(sample)
     return found
 
-# %% ../../nbs/07_evaluation/10_precision.ipynb #c09f6eb6
+# %% ../../nbs/07_evaluation/10_precision.ipynb #8cd89622
 STAGES = ("cells alone", "flow, shrunk", "flow, full", "their affine")
 
 
@@ -76,7 +76,7 @@ def figures(errors # list of (N,) px, one array a pair
     "What the errors of many pairs say."
     every, counts = np.concatenate(errors), [len(e) for e in errors]
     share = {f"precision@{t}": float((every < t).mean()) if len(every) else 0.0 for t in (1, 3, 5)}
-    return share | {"median_px": float(np.median(every)) if len(every) else float("inf"), "matches": float(np.median(counts)), "fewest": min(counts)}
+    return share | {"median_px": float(np.median(every)) if len(every) else float("inf"), "matches": float(np.median(counts)), "fewest": min(counts), "pairs@100": float(np.mean(np.array(counts) >= 100))}
 
 
 def measure_precision(matcher,                  # Matcher in evaluation mode
@@ -91,12 +91,12 @@ def measure_precision(matcher,                  # Matcher in evaluation mode
         out[name] = {n: figures([e[n] for e in errors]) for n in STAGES}
     return out
 
-# %% ../../nbs/07_evaluation/10_precision.ipynb #cd5bc550
+# %% ../../nbs/07_evaluation/10_precision.ipynb #24634d27
 def lines_of(result # of `precision_file`
             ) -> str:
     "One line for every bin and stage."
-    line = lambda name, n, f: f"{name:8}{n:14}" + "".join(f"{f[k]:13.3f}" for k in ("precision@1", "precision@3", "precision@5", "median_px")) + f"{f['matches']:10.0f}{f['fewest']:8d}"
-    head = f"{'scale':8}{'':14}" + "".join(f"{k:>13}" for k in ("precision@1", "precision@3", "precision@5", "median_px")) + f"{'matches':>10}{'fewest':>8}"
+    line = lambda name, n, f: f"{name:8}{n:14}" + "".join(f"{f[k]:13.3f}" for k in ("precision@1", "precision@3", "precision@5", "median_px")) + f"{f['matches']:10.0f}{f['fewest']:8d}{f['pairs@100']:11.2f}"
+    head = f"{'scale':8}{'':14}" + "".join(f"{k:>13}" for k in ("precision@1", "precision@3", "precision@5", "median_px")) + f"{'matches':>10}{'fewest':>8}{'pairs@100':>11}"
     return "\n".join([head] + [line(name, n, f) for name, rows in result["bins"].items() for n, f in rows.items()])
 
 

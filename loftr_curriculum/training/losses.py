@@ -33,7 +33,7 @@ def weighted_mean(loss,   # any shape
     "Sum of weighted losses over the sum of weights; 0 where there is nothing to sum."
     return (loss * weight).sum() / weight.sum().clamp(min=1e-9)
 
-# %% ../../nbs/09_training/03_losses.ipynb #7bafed7e
+# %% ../../nbs/09_training/03_losses.ipynb #0012be52
 LOG_SMALL = -6.9  # log of the confidence under which a negative is left out of the sum
 
 
@@ -51,9 +51,9 @@ def coarse_loss(sim,     # (B, L, S) logits of the dual softmax
     "Positive and negative term, two scalars."
     row, col = sim.log_softmax(2), sim.log_softmax(1)
     (b0, i0, j0), (b1, j1, i1) = _pairs(targets.forward), _pairs(targets.backward)
-    with torch.no_grad():
-        total = pair_weight(m0[:, :, None], m1[:, None, :], scaler)[targets.negative].sum() if scaler != 1 else targets.negative.sum()
-        b, i, j = ((row + col > LOG_SMALL) & targets.negative).nonzero(as_tuple=True)
+    with torch.no_grad():  # one pair of images at a time: what is written stays in the cache
+        total = sum((pair_weight(w0[:, None], w1, scaler) * no).sum() for w0, w1, no in zip(m0, m1, targets.negative)) if scaler != 1 else targets.negative.sum()
+        b, i, j = torch.stack([(r + c > LOG_SMALL) & no for r, c, no in zip(row, col, targets.negative)]).nonzero(as_tuple=True)
     gather = lambda log_p, *at: log_p[tuple(torch.cat(t) for t in zip(at, (b, i, j)))].split((len(at[0]), len(b)))  # one read of each matrix, so one dense gradient
     (true0, false0), (true1, false1) = gather(row, b0, i0, j0), gather(col, b1, i1, j1)
     weigh = lambda b, i, j: pair_weight(m0[b, i], m1[b, j], scaler)
