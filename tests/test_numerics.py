@@ -1,4 +1,4 @@
-"Losses and gradients stay finite: from scratch, in every precision, on the inputs that are known to break matchers of this family."
+"Losses and gradients stay finite: from scratch, in every precision, on the inputs that are known to break matchers of this family (zju3dv/LoFTR issues 188, 189 and 285: NaN at 16 bits, fills beyond the range of float16)."
 from contextlib import nullcontext
 from dataclasses import replace
 
@@ -82,8 +82,8 @@ def loss_of(net, case, seed, cast=None, device="cpu"):
 
 
 def walk(net, steps, cast=None, device="cpu", scaler=None):
-    "Train on the cases in turn; the numbers of the steps whose loss or gradients were not finite, and the first and last plain loss."
-    optimizer, bad, plain = torch.optim.AdamW(net.parameters(), 1e-3), [], []
+    "Train on the cases in turn; the numbers of the steps whose loss or gradients were not finite."
+    optimizer, bad = torch.optim.AdamW(net.parameters(), 1e-3, weight_decay=0), []
     for step in range(steps):
         case = list(CASES)[step % len(CASES)]
         loss = loss_of(net, case, step, cast, device).total
@@ -97,9 +97,7 @@ def walk(net, steps, cast=None, device="cpu", scaler=None):
         optimizer.step() if scaler is None else scaler.step(optimizer)
         if scaler is not None:
             scaler.update()
-        if case == "plain":
-            plain.append(loss.item())
-    return bad, plain[0], plain[-1]
+    return bad
 
 
 @pytest.mark.parametrize("cast", [None, torch.bfloat16], ids=["fp32", "bf16"])
@@ -108,7 +106,7 @@ def test_training_from_scratch_stays_finite(attention, steps, cast):
     torch.manual_seed(0)
     net = Matcher(replace(NET, attention=attention))
     start = [p.detach().clone() for p in net.parameters()]
-    bad, _, _ = walk(net, steps, cast)
+    bad = walk(net, steps, cast)
     assert bad == []
     assert all(not torch.equal(a, b) for a, b in zip(start, net.parameters()))
 
@@ -119,7 +117,7 @@ def test_training_from_scratch_stays_finite(attention, steps, cast):
 def test_a_thousand_steps_on_a_gpu_stay_finite(attention, cast):
     torch.manual_seed(0)
     scaler = torch.amp.GradScaler("cuda", init_scale=128.0, growth_interval=10**6) if cast == torch.float16 else None
-    bad, _, _ = walk(Matcher(replace(NET, attention=attention)).cuda(), 1000, cast, "cuda", scaler)
+    bad = walk(Matcher(replace(NET, attention=attention)).cuda(), 1000, cast, "cuda", scaler)
     assert bad == []
 
 
@@ -142,9 +140,9 @@ def test_each_hard_case_by_itself(case, cast):
     if change:
         change(b)
     with nullcontext() if cast is None else torch.autocast("cpu", cast):
-        for m in net.eval().match(**b, guidance=guidance, threshold=0.0):
+        for k, m in enumerate(net.eval().match(**b, guidance=guidance, threshold=0.0)):
             assert all(torch.from_numpy(a).isfinite().all() for a in (m.points0, m.points1, m.confidence))
-            assert "masked" not in case or case.startswith("one") or len(m) == 0
+            assert (len(m) == 0) == (not (b["fov0"][k].any() and b["fov1"][k].any()))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -165,7 +163,7 @@ def test_attention_under_a_full_mask_and_large_logits(attention, dtype):
     assert torch.equal(some[1], ATTEND[attention](q, k, hidden, torch.zeros(2, 12), seen)[1])  # what is not seen is not read
 
 
-def test_similarity_fills_with_the_lowest_number_and_confidence_zero():
+def test_what_is_not_seen_has_no_confidence_and_no_match():
     f = torch.randn(1, 20, 8, generator=torch.Generator().manual_seed(0)).bfloat16()
     seen = torch.arange(20)[None] < 12
     sim = coarse_similarity(f, f, torch.tensor(10.0), seen, seen)
@@ -228,14 +226,18 @@ def test_no_consensus_is_no_error():
     assert consensus(p[:3], p[:3]) is None and consensus(p[:0], p[:0]) is None
 
 
-def test_guidance_of_lambda_20_stays_a_distribution():
+def test_guidance_of_lambda_20_is_finite_and_favours_vessels():
     torch.manual_seed(0)
     net, b = Matcher(NET).eval(), batch(0)
+    no_vessel(b)
     half_vessel(b)
     with torch.no_grad():
         r = net(**b, guidance=Guidance(20.0))
+        vessel0, vessel1 = torch.arange(64) % 8 < 4, torch.arange(64) % 8 >= 4  # the halves that are vessels
+        to_vessel = lambda sim: vessel1[sim[:, vessel0].argmax(2)]
+        plain = net(b["image0"], b["image1"]).sim
     assert r.sim.isfinite().all() and r.conf_matrix.isfinite().all()
-    assert r.conf_matrix.sum((1, 2)).max() <= SIDE**2 / 64 + 1e-3
+    assert to_vessel(r.sim).all() and not to_vessel(plain).all()
 
 
 def test_the_truth_is_not_rounded_by_autocast():

@@ -69,6 +69,18 @@ def test_confidence_and_matches_are_kornias(both, size0, size1):
     assert np.abs(found.confidence - said["confidence"].numpy()).max() < 1e-5
 
 
+def test_a_pair_gives_alone_what_it_gives_in_a_batch(both):
+    _, ours = both
+    im0, im1 = (prepared(x) for x in images((72, 96), batch=3))
+    fov = torch.ones(3, 72, 96, dtype=torch.bool)
+    fov[1, :, 64:] = False
+    together = ours.match(im0, im1, fov, threshold=0.0)
+    for k, batched in enumerate(together):
+        (alone,) = ours.match(im0[k : k + 1], im1[k : k + 1], fov[k : k + 1], threshold=0.0)
+        assert len(alone) > 3 and np.array_equal(alone.points0, batched.points0)
+        assert np.abs(alone.points1 - batched.points1).max() < 1e-3 and np.abs(alone.confidence - batched.confidence).max() < 1e-4
+
+
 def test_padding_as_a_field_of_view_is_kornias_mask(both):
     theirs, ours = both
     im0, im1 = images((96, 112), batch=2)
@@ -92,6 +104,8 @@ def test_a_long_image_is_shrunk_and_its_points_come_home(both):
     (found,) = small.match(prepared(im0), prepared(im1), threshold=0.0)
     cells = (found.points0 - (-1 + 0.5)) / 16  # at half the size a cell stands for pixel 8 c - 0.5, and so for 16 c - 0.5
     assert len(found) > 3 and np.allclose(cells, cells.round(), atol=1e-4)
+    (same,) = small.match(prepared(im0), prepared(im0), threshold=0.0)
+    assert len(same) > 3 and (np.abs(same.points1 - same.points0).max(1) <= 8).mean() > 0.9  # two fine samples of the shrunk image: the window of the same cell
 
 
 def test_guidance_acts_at_each_site_as_a_bias_on_logits(both):

@@ -62,7 +62,7 @@ def dual_softmax(sim # (B, L, S)
     "Logarithm of the confidence matrix, (B, L, S); 0 after `exp` where a cell is not seen."
     return 2 * sim - sim.logsumexp(2, keepdim=True) - sim.logsumexp(1, keepdim=True)
 
-# %% ../../nbs/05_model/04_coarse.ipynb #508823d2
+# %% ../../nbs/05_model/04_coarse.ipynb #e62d68f1
 BAND = 2 ** 18  # cell pairs worked on at a time, 1 MB
 
 
@@ -77,20 +77,20 @@ def mutual_maxima(sim,       # (B, L, S) guided similarity
     bands = lambda x: x.split(max(1, band // (B * S)), 1)
     high = sim.amax((1, 2))[:, None, None]
     low = torch.minimum(*(sim.amax(k).masked_fill(~seen, torch.inf).amin(1) for k, seen in ((2, seen0), (1, seen1))))[:, None, None]
-    kind, least = (torch.float64, -700) if (high - low > 80).any() else (torch.float32, -80)  # below that exp is slow, then 0
+    kind, least = (torch.float64, -700) if (high - low > 80).any() else (torch.float32, -80)
     row, col = [], sim.new_zeros(B, 1, S, dtype=kind)
     for s in bands(sim):
         e = (s - high).to(kind).clamp_(min=least).exp_()
         row.append(e.sum(2, keepdim=True))
         col += e.sum(1, keepdim=True)
     row, col = (x.log().to(sim.dtype) for x in (torch.cat(row, 1), col))
-    log_conf = lambda s, high, r, c: (s - high).mul_(2).sub_(r).sub_(c)
+    log_p = lambda s, high, r, c: (s - high).mul_(2).sub_(r).sub_(c)
     best, top = [], sim.new_full((B, S), -torch.inf)
     for s, r in zip(bands(sim), bands(row)):
-        found = log_conf(s, high, r, col)
+        found = log_p(s, high, r, col)
         best.append(found.amax(2))
         top = torch.maximum(top, found.amax(1))
     b, i = ((torch.cat(best, 1).exp() > threshold) & seen0).nonzero(as_tuple=True)
-    conf, j = log_conf(sim[b, i], high[b, 0], row[b, i], col[b, 0]).max(1)
+    conf, j = log_p(sim[b, i], high[b, 0], row[b, i], col[b, 0]).max(1)
     keep = (conf == top[b, j]) & seen1[b, j]
     return b[keep], i[keep], j[keep], conf[keep].exp()

@@ -16,25 +16,19 @@ from torch import nn
 from ..geometry import apply_transform
 from .coarse import COARSE, cell_centres
 
-# %% ../../nbs/05_model/05_fine.ipynb #40914270
+# %% ../../nbs/05_model/05_fine.ipynb #1cd01b6b
 FINE = 4  # pixels between samples of the fine features
 
 
 def read_features(maps,   # (B, C, h, w) features at 1 / stride
-                  b,      # (M,) which image of the batch
-                  points, # (M, K, 2) pixels (x, y)
+                  points, # (B, K, 2) pixels (x, y)
                   stride=FINE, # pixels between samples
+                  outside="border", # what lies outside the map: its "border", or "zeros"
                  ) -> torch.Tensor:
-    "Features at the points, (M, K, C), bilinear, clamped at the border."
-    B, C, h, w = maps.shape
-    u = ((points + 0.5) / stride - 0.5).clamp(min=0)
-    u = torch.minimum(u, u.new_tensor([w - 1, h - 1]))
-    lo = torch.minimum(u.floor(), u.new_tensor([max(w - 2, 0), max(h - 2, 0)]))
-    f, lo = (u - lo).to(maps.dtype)[..., None], lo.long()
-    flat = maps.permute(0, 2, 3, 1).reshape(-1, C)
-    at = lambda dx, dy: flat[(b[:, None] * h + (lo[..., 1] + dy).clamp(max=h - 1)) * w + (lo[..., 0] + dx).clamp(max=w - 1)]
-    fx, fy = f[..., 0, :], f[..., 1, :]
-    return (at(0, 0) * (1 - fx) + at(1, 0) * fx) * (1 - fy) + (at(0, 1) * (1 - fx) + at(1, 1) * fx) * fy
+    "Features at the points, (B, C, K) float32, bilinear."
+    size = points.new_tensor([maps.shape[3], maps.shape[2]]) * stride
+    with torch.autocast(maps.device.type, enabled=False):
+        return F.grid_sample(maps.float(), ((2 * points + 1) / size - 1)[:, None], padding_mode=outside, align_corners=False)[:, :, 0]
 
 
 def bring_home(maps,   # (B, C, h1, w1) features of image 1 at 1 / stride
@@ -43,9 +37,7 @@ def bring_home(maps,   # (B, C, h1, w1) features of image 1 at 1 / stride
                stride=FINE, # pixels between samples
               ) -> torch.Tensor:
     "The features of image 1 where `T_0to1` puts the samples of image 0, (B, C, h0, w0) float32, bilinear; zero outside image 1."
-    points = apply_transform(T_0to1, cell_centres(grid, stride, maps.device)[None]).unflatten(1, grid)
-    size = points.new_tensor([maps.shape[3], maps.shape[2]]) * stride
-    with torch.autocast(maps.device.type, enabled=False): return F.grid_sample(maps.float(), (2 * points + 1) / size - 1, align_corners=False)
+    return read_features(maps, apply_transform(T_0to1, cell_centres(grid, stride, maps.device)[None]), stride, "zeros").unflatten(2, grid)
 
 # %% ../../nbs/05_model/05_fine.ipynb #f0cc298b
 LEAST = 8  # matches that have to agree

@@ -42,10 +42,10 @@ def fov_to_grid(fov,  # (B, H, W) bool field of view
     "Which tokens see the eye: at least half of their cell lies in the field of view. (B, h, w) bool."
     return cell_share(fov, cell) >= 0.5
 
-# %% ../../nbs/05_model/01_guidance.ipynb #512e7bec
+# %% ../../nbs/05_model/01_guidance.ipynb #560744cd
 def key_bias(mask,  # (B, h, w) token weights in [0, 1], or None
              lam,   # vessel_soft_lambda of this site, >= 0
-             like,  # (B, N, C) tokens whose shape, device and dtype the bias takes
+             like,  # (B, N, C) tokens whose shape and device the bias takes; it is float32
             ) -> torch.Tensor:
     "Additive bias on the logits of every key, (B, N)."
     zeros = torch.zeros(like.shape[:2], device=like.device)

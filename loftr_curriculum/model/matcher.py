@@ -79,7 +79,7 @@ def check_pair(image0, # (B, 1, H0, W0) expected
         if x.ndim != 4 or x.shape[1] != 1: raise ValueError(f"{name}: expected (B, 1, H, W), got {tuple(x.shape)}")
     if len(image0) != len(image1): raise ValueError(f"expected as many fixed as moving images, got {len(image0)} and {len(image1)}")
 
-# %% ../../nbs/05_model/06_matcher.ipynb #4041927d
+# %% ../../nbs/05_model/06_matcher.ipynb #046242c3
 AGREE = 2 * COARSE  # pixels of image 0, at the size that cells are matched at, within which a match follows the flow
 
 
@@ -99,7 +99,7 @@ def move_to_flow(points0, # (M, 2) pixels of image 0
                  agree,   # pixels of image 0
                 ) -> torch.Tensor: # (M, 2)
     "The partners that the flow leads to, of those matches that agree with it; the others stay."
-    at = read_features(flow, torch.zeros(len(points0), dtype=torch.long, device=flow.device), points0[:, None], COARSE)[:, 0]
+    at = read_features(flow, points0[None], COARSE)[0].T
     to = apply_transform(T_0to1[0], points0 + at)
     scale = torch.linalg.det(T_0to1[0, :2, :2]).abs().sqrt()
     return torch.where(((to - points1).norm(dim=1) <= agree * scale)[:, None], to, points1)
@@ -161,7 +161,7 @@ class Pretrained:
         if not isinstance(found, cls): raise ValueError(f"{source}: holds a {type(found).__name__}, expected a {cls.__name__}")
         return found
 
-# %% ../../nbs/05_model/06_matcher.ipynb #f983522d
+# %% ../../nbs/05_model/06_matcher.ipynb #13f65058
 def stack(a, # (B, ...) of image 0
           b, # (B, ...) of image 1
          ) -> list:
@@ -264,13 +264,13 @@ class Matcher(nn.Module, Pretrained):
         grid = fine.shape[2] // 2, fine.shape[3] // 2
         if grid == tuple(seen.shape[2:]): return seen
         at = apply_transform(torch.linalg.inv(scale), cell_centres(grid, device=fine.device))
-        return read_features(seen, torch.zeros(1, dtype=torch.long, device=fine.device), at[None], COARSE)[0].T.unflatten(1, grid)[None]
+        return read_features(seen, at[None], COARSE).unflatten(2, grid)
 
     def _fine_full(self, images, tokens, sizes): # of one pair; sizes are those of the shrunk images
         maps = zip(*(unstack(level) for level in zip(*(self.backbone(pad_to(x, 16)) for x in stack(*images)))))  # of either image, at 1/4, 1/8, 1/16
-        none, fine = torch.zeros(1, dtype=torch.long, device=images[0].device), []
+        fine = []
         for image, t, size, (m4, m8, m16) in zip(images, tokens, sizes, maps):
             at = apply_transform(torch.from_numpy(resize_matrix(image.shape[2:], size)).to(t), cell_centres(m16.shape[2:], 16, image.device))
-            own = read_features(t, none, at[None], 16)
-            fine.append(self.merge4(self.merge8(own.mT.unflatten(2, m16.shape[2:]), m8), m4))
+            own = read_features(t, at[None], 16)
+            fine.append(self.merge4(self.merge8(own.unflatten(2, m16.shape[2:]), m8), m4))
         return fine
