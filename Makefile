@@ -48,14 +48,15 @@ $(BROWSER): $(STAMP)
 demo: setup ## train the curriculum on generated eyes, register a pair; results in demo_out/ (minutes)
 	$(BIN)/loftr-curriculum demo --out $(DEMO)
 
-train-weights: setup ## train what configs/weights.yaml and weights-2.yaml to -6.yaml say (hours; stop and go on at will), then put it into the package
+train-weights: setup ## train what configs/weights.yaml and weights-2.yaml to -7.yaml say (hours; stop and go on at will), then put it into the package
 	$(BIN)/loftr-curriculum train --config configs/weights.yaml --out runs/weights
 	$(BIN)/loftr-curriculum train --config configs/weights-2.yaml --out runs/weights-2
 	$(BIN)/loftr-curriculum train --config configs/weights-3.yaml --out runs/weights-3
 	$(BIN)/loftr-curriculum train --config configs/weights-4.yaml --out runs/weights-4
 	$(BIN)/loftr-curriculum train --config configs/weights-5.yaml --out runs/weights-5
 	$(BIN)/loftr-curriculum train --config configs/weights-6.yaml --out runs/weights-6
-	mkdir -p loftr_curriculum/weights && cp runs/weights-6/weights.safetensors loftr_curriculum/weights/fast.safetensors
+	$(BIN)/loftr-curriculum train --config configs/weights-7.yaml --out runs/weights-7
+	mkdir -p loftr_curriculum/weights && cp runs/weights-7/weights.safetensors loftr_curriculum/weights/fast.safetensors
 
 test: instep nbtest pytest ## what CI runs: the in-step gate, the notebooks, pytest
 

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from loftr_curriculum.evaluation import calibration
 from loftr_curriculum.evaluation.calibration import EVIDENCE, GRID, Thresholds, choose_thresholds, promises_kept, table_of
 from loftr_curriculum.registration.config import RegistrationConfig
 
@@ -64,3 +65,31 @@ def test_the_defaults_are_the_calibrated_ones():
         pytest.skip("not calibrated yet: python -m loftr_curriculum.evaluation.calibration --out nbs/07_evaluation/calibration.json")
     written, config = json.loads(file.read_text())["thresholds"], RegistrationConfig()
     assert {k: getattr(config, k) for k in written} == written
+
+
+def test_the_first_start_that_is_ok_answers_and_else_the_one_with_most_inliers():
+    good, poor, none = [70, 0.55, 0.65, 1.2], [30, 0.55, 0.65, 1.2], [np.nan] * 4
+    t = Thresholds(60, 0.5, 0.6, 1.5)
+    told = lambda *starts: promises_kept([{"id": "a", "error": e} | {k: None if np.isnan(x) else x for k, x in zip(EVIDENCE, v)} for v, e in starts], t)
+    assert told((good, 50.0), (good, 2.0)) == {"pairs": 1, "answers": 1, "right": 0, "ok": 1, "ok_of_right": None, "false_ok": 1}
+    assert told((poor, 50.0), (good, 2.0)) == {"pairs": 1, "answers": 1, "right": 1, "ok": 1, "ok_of_right": 1.0, "false_ok": 0}
+    assert told((none, None), (poor, 2.0))["right"] == 1 and told((poor, 2.0), (none, None))["right"] == 1
+
+
+def test_every_start_of_a_pair_is_an_answer_and_a_pair_stays_in_one_half(monkeypatch, tmp_path):
+    from types import SimpleNamespace
+
+    sides = []
+    pairs = [SimpleNamespace(id=str(k), mode="cf-fa", fixed=np.zeros((512, 512), np.uint8), moving=None, fixed_points=np.zeros((1, 2)), moving_points=np.zeros((1, 2))) for k in range(4)]
+
+    def answers(fixed, moving, matcher, config):
+        assert config.retry_long_sides == ()
+        sides.append(config.first_long_side)
+        return SimpleNamespace(moving_to_fixed=np.eye(3), evidence=dict(zip(EVIDENCE, (90, 0.9, 0.9, 0.5))))
+
+    monkeypatch.setattr(calibration, "register", answers)
+    monkeypatch.setattr(calibration, "pseudo_real_pairs", lambda *a, **k: iter(pairs))
+    result = calibration.calibrate(str(tmp_path / "c.json"), per_mode=1)
+    config = RegistrationConfig()
+    assert sides == [config.first_long_side, *config.retry_long_sides] * 4
+    assert len(result["rows"]) == 4 * (1 + len(config.retry_long_sides)) and result["found_on"]["pairs"] == result["checked_on"]["pairs"] == 2

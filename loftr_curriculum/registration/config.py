@@ -18,7 +18,7 @@ class Verdict(StrEnum):
     DOUBTFUL = "doubtful"
     FAILED = "failed"
 
-# %% ../../nbs/06_registration/00_config.ipynb #256e7c53
+# %% ../../nbs/06_registration/00_config.ipynb #5c0a4ee6
 TRANSFORMS = ("affine", "similarity", "homography")
 
 
@@ -29,21 +29,22 @@ class RegistrationConfig:
     long_side: int = 512             # px of the long side of both images in the working frame
     first_long_side: int = 256       # px of the long side in the first and the turned looks
     retry_long_sides: tuple[int, ...] = (384,)  # px of the long side in the first look of each fresh start, made where the answer is not ok
-    second_long_sides: tuple[int, ...] = (384,)  # px of the long side in each second look: warp the moving image by the answer, match again, fit again
+    second_long_sides: tuple[int, ...] = (320,)  # px of the long side in each second look: warp the moving image by the answer, match again, fit again
     cells: int = 8                   # spatial binning: cells x cells over the fixed field of view
     best_per_cell: int = 5           # matches that each cell may keep, by confidence
     first_threshold_px: float = 8.0  # largest residual of an inlier in the first look, px
     threshold_px: float = 5.0        # largest residual of an inlier in second looks and in the evidence, px
     nudge: float = 0.03              # displacement of each second look from the expected answer, share of the long side
+    sure_inliers: int = 100          # matches that agree in a first look that needs no turned ones
     turn_when_unsure: bool = True    # also match the moving image turned by 90, 180 and 270 degrees after an unsure first look
     limits: Limits = Limits()        # which transforms between the two working frames are plausible
     min_side: int = 32               # pixels; a smaller image is not tried
     min_overlap: float = 0.1         # failed below: share of the fixed field that the moving image sees
     min_inliers: int = 10            # failed below: matches that agree with the transform
     ok_inliers: int = 80             # doubtful below
-    ok_inlier_ratio: float = 0.6     # doubtful below: agreeing share of the matches that start in the overlap
-    ok_spread: float = 0.4           # doubtful below: share of the overlap's cells that hold an agreeing match
-    ok_agreement_px: float = 8.0     # doubtful above: mean distance between the answers of the last two looks, px at 512 px
+    ok_inlier_ratio: float = 0.7     # doubtful below: agreeing share of the matches that start in the overlap
+    ok_spread: float = 0.5           # doubtful below: share of the overlap's cells that hold an agreeing match
+    ok_agreement_px: float = 5.0     # doubtful above: mean distance between the answers of the last two looks, px at 512 px
     failed_agreement_px: float = 20. # failed above, where the inliers are fewer than ok_inliers as well, px at 512 px
 
     def __post_init__(self):

@@ -292,7 +292,7 @@ class Registration:
         if self.moving_to_fixed is None: return None
         return warp_to_fixed(open_image(self._moving, "moving"), self.moving_to_fixed, self.fixed_size)
 
-# %% ../../nbs/06_registration/03_pair.ipynb #329756a4
+# %% ../../nbs/06_registration/03_pair.ipynb #9ba6af90
 def unusable(
     subject, # Subject
     name,    # "fixed" or "moving"
@@ -319,7 +319,7 @@ def first_look(
     view0, view1 = plain_view(fixed, long_side), plain_view(moving, long_side)
     ask = lambda view: look(matcher, view0, view, fixed.fov, config, config.first_threshold_px, guidance)
     looks = [ask(view1)]
-    sure = looks[0].T_0to1 is not None and looks[0].inliers >= max(config.ok_inliers, config.ok_inlier_ratio * len(looks[0].kept))
+    sure = looks[0].T_0to1 is not None and looks[0].inliers >= max(config.sure_inliers, config.ok_inlier_ratio * len(looks[0].kept))
     if config.turn_when_unsure and not sure: looks += [ask(turned_view(view1, k)) for k in (1, 2, 3)]
     best = max(range(len(looks)), key=lambda k: (looks[k].T_0to1 is not None, looks[k].inliers))
     return looks[best], 90 * best
