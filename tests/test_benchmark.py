@@ -1,6 +1,7 @@
 "Guards of the benchmark: systems are asked in turn, the warm-up does not count, a dead process is named, shares follow from the figures."
 import json
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from loftr_curriculum.model.weights import make_matcher, save_matcher
 from loftr_curriculum.training import benchmark
 from loftr_curriculum.training.benchmark import Process, Settings, ask_kornia, ask_ours, ask_training, benchmark_table, draw_pairs, draw_sides, in_turn, main, run_benchmark, shares
 
+COMMITTED = Path(__file__).parents[1] / "nbs" / "09_training" / "benchmark.json"
 TINY = Settings(size=64, train_size=64, batch=2, repeats=1, sides=(64,), product=64, threads=1, eye=256)
 
 
@@ -104,3 +106,12 @@ def test_what_cannot_be_measured_is_refused():
         Settings(size=32)
     with pytest.raises(SystemExit, match="expected some of"):
         main(["--parts", json.dumps(["speed"])])
+
+
+def test_the_committed_figures_keep_the_promise():
+    if not COMMITTED.is_file():
+        pytest.skip("not measured yet")
+    result = read_json(COMMITTED)
+    assert result["settings"]["size"] == 512 and result["settings"]["threads"] == 2 and result["settings"]["repeats"] >= 5
+    assert result["registration"]["mild"]["times_faster"] >= 15 and result["registration"]["memory_share"] <= 0.25
+    assert result["training"]["times_faster"]["32"] >= 15

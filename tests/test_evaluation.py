@@ -176,3 +176,16 @@ def test_thirds_excess_against_a_lower_overlap():
     lower = fov & (np.arange(300) >= 200)[:, None]
     points = np.random.default_rng(0).uniform((0, 200), (299, 299), (500, 2))
     assert thirds_excess(points, lower, fov) < 0.02 and thirds_excess(points, fov, fov) == pytest.approx(2 / 3, abs=0.02)
+
+
+def test_the_committed_precision_is_that_of_the_packaged_weights_and_keeps_the_promise():
+    from loftr_curriculum.model.weights import PACKAGED, load_matcher
+    from loftr_curriculum.registration.many import fingerprint
+
+    file = Path(__file__).parents[1] / "nbs" / "07_evaluation" / "precision.json"
+    if not (file.is_file() and PACKAGED.is_file()):
+        pytest.skip("not measured yet")
+    result = json.loads(file.read_text())
+    level = result["bins"]["level"]["flow, full"]
+    assert result["matcher"] == fingerprint(load_matcher()) and result["settings"]["size"] == 512
+    assert level["precision@3"] >= 0.9 and level["median_px"] <= 0.8
