@@ -19,7 +19,7 @@ WORKERS ?= $(shell n=$(CORES); echo $$((n > 4 ? 4 : n)))
 # nbdev-test forks: with more than one thread each, torch's workers fight for the cores. IN_TEST would silence nbdev-export.
 QUIET   := env -u IN_TEST OMP_NUM_THREADS=1 MPLBACKEND=agg
 
-.PHONY: help setup demo test test-full nbtest pytest instep prepare readme train-weights
+.PHONY: help setup demo test test-full lint nbtest pytest instep prepare readme train-weights
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -58,13 +58,17 @@ train-weights: setup ## train what configs/weights.yaml and weights-2.yaml to -7
 	$(BIN)/loftr-curriculum train --config configs/weights-7.yaml --out runs/weights-7
 	mkdir -p loftr_curriculum/weights && cp runs/weights-7/weights.safetensors loftr_curriculum/weights/fast.safetensors
 
-test: instep nbtest pytest ## what CI runs: the in-step gate, the notebooks, pytest
+test: lint instep nbtest pytest ## what CI runs: the layout, the in-step gate, the notebooks, pytest
+
+lint: setup ## are layout and rules of pyproject.toml kept?
+	@$(BIN)/ruff format --check --quiet . || { echo "make prepare puts the layout right"; exit 1; }
+	@$(BIN)/ruff check --quiet .
 
 nbtest: setup
 	$(QUIET) $(BIN)/nbdev-test --n-workers $(WORKERS) --do-print --timing
 
 pytest: setup
-	$(QUIET) $(BIN)/python -m pytest -q
+	$(QUIET) $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile
 
 test-full: test $(BROWSER) ## make test, then everything slow; results recorded in tests/last_full_run.md
 	$(QUIET) $(BIN)/python tools/full_run.py tests/last_full_run.md
@@ -72,9 +76,9 @@ test-full: test $(BROWSER) ## make test, then everything slow; results recorded 
 instep: setup ## are notebooks, package and README in step? (works on a copy, changes nothing)
 	@$(QUIET) $(BIN)/python tools/instep.py
 
-prepare: setup ## before a commit: clean the notebooks, export the package, make the README
-	$(QUIET) $(BIN)/nbdev-clean
-	$(QUIET) $(BIN)/nbdev-export
+prepare: setup ## before a commit: lay out and clean the notebooks, export the package, make the README
+	$(BIN)/ruff format --quiet nbs tests tools examples setup.py
+	$(QUIET) $(BIN)/python tools/export.py
 	$(QUIET) $(BIN)/python tools/readme.py
 
 readme: setup ## README.md from nbs/index.ipynb

@@ -1,4 +1,5 @@
 """Hand the metadata of settings.ini to setuptools; the version is the one that the package states about itself."""
+
 import configparser
 import re
 from pathlib import Path
@@ -20,7 +21,7 @@ def read_version(package: str) -> str:
     text = (ROOT / package / "__init__.py").read_text(encoding="utf-8")
     found = re.search(r"""^__version__\s*=\s*["']([^"']+)["']""", text, re.MULTILINE)
     if found is None:
-        raise ValueError(f"{package}/__init__.py: expected a line __version__ = \"...\"")
+        raise ValueError(f'{package}/__init__.py: expected a line __version__ = "..."')
     return found.group(1)
 
 

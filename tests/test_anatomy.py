@@ -1,4 +1,5 @@
 """Guards of the measurements of the eye: rulers against drawings of known size, faults, one whole eye, the command."""
+
 import json
 import subprocess
 import sys
@@ -8,7 +9,22 @@ import numpy as np
 import pytest
 
 from loftr_curriculum.retina.anatomy import (
-    PUBLISHED, Disc, Fovea, branching_exponent, crossings, find_disc, find_fovea, junctions, loops, mass_dimension, measure_eye, measure_eyes, tortuosity, trace, trunk_calibre, turns,
+    PUBLISHED,
+    Disc,
+    Fovea,
+    branching_exponent,
+    crossings,
+    find_disc,
+    find_fovea,
+    junctions,
+    loops,
+    mass_dimension,
+    measure_eye,
+    measure_eyes,
+    tortuosity,
+    trace,
+    trunk_calibre,
+    turns,
 )
 from loftr_curriculum.retina.config import EyeConfig, seeds_of
 from loftr_curriculum.retina.world import make_world
@@ -34,16 +50,24 @@ def test_calibre_is_measured_at_any_angle(width, angle):
     tip = 180 * np.array([np.cos(a), np.sin(a)])
     (segment,), _, _ = trace(drawing([(*(256 - tip), *(256 + tip), width)]))
     assert segment.calibre(slice(20, -20)) == pytest.approx(width, rel=0.06)
-    assert tortuosity([segment], 100)["tortuosity_wide" if width * 10 >= 60 else "tortuosity_thin"] == pytest.approx(1, abs=0.01)
+    assert tortuosity([segment], 100)[
+        "tortuosity_wide" if width * 10 >= 60 else "tortuosity_thin"
+    ] == pytest.approx(1, abs=0.01)
 
 
 def test_a_thin_side_branch_does_not_become_the_parent():
     main = [(40, 256, 256, 256, 9), (256, 256, 470, 256, 9.3), (256, 256, 256, 450, 4)]
     segments, nodes, _ = trace(drawing(main))
     (row,) = junctions(segments, nodes, Disc(np.array([40.0, 256.0]), 20.0), 100)
-    assert row[0] == pytest.approx(90, abs=4) and row[1] == pytest.approx(93, abs=4) and row[2] == pytest.approx(40, abs=4)
+    assert (
+        row[0] == pytest.approx(90, abs=4)
+        and row[1] == pytest.approx(93, abs=4)
+        and row[2] == pytest.approx(40, abs=4)
+    )
     assert row[3] == pytest.approx(90, abs=5)
-    assert len(junctions(segments, nodes, Disc(np.array([400.0, 60.0]), 5.0), 100)) == 0, "no way to the disc, no parent"
+    assert len(junctions(segments, nodes, Disc(np.array([400.0, 60.0]), 5.0), 100)) == 0, (
+        "no way to the disc, no parent"
+    )
 
 
 def test_crossings_loops_and_runs_side_by_side():
@@ -54,7 +78,9 @@ def test_crossings_loops_and_runs_side_by_side():
     assert crossings(bones[0], bones[1], everywhere) == 1
     assert crossings(bones[0], bones[2], everywhere) == 0
     assert crossings(bones[0], bones[1], ~everywhere) == 0
-    square = drawing([(100, 100, 400, 100, 6), (400, 100, 400, 400, 6), (400, 400, 100, 400, 6), (100, 400, 100, 97, 6)])
+    square = drawing(
+        [(100, 100, 400, 100, 6), (400, 100, 400, 400, 6), (400, 400, 100, 400, 6), (100, 400, 100, 97, 6)]
+    )
     assert loops(square, NOWHERE, 25) == 1 and loops(one, NOWHERE, 25) == 0
     assert loops(square, NOWHERE, 100_000) == 0
 
@@ -63,6 +89,7 @@ def test_turns_know_order_from_disorder():
     def spokes(angles):
         ends = [256 + 200 * np.array([np.cos(a), np.sin(a)]) for a in np.deg2rad(angles)]
         return drawing([(256, 256, *e, 5) for e in ends])
+
     middle = np.array([256.0, 256.0])
     assert turns(np.stack([spokes([0, 90, 180, 270]), spokes([45, 135, 225, 315])]), middle, 120) == 1
     assert turns(np.stack([spokes([0, 20, 40, 60]), spokes([120, 140, 160, 180])]), middle, 120) == 0.25
@@ -70,15 +97,19 @@ def test_turns_know_order_from_disorder():
 
 
 def test_trunks_are_measured_where_they_should_be():
-    segments, _, _ = trace(drawing([(256, 256, 330, 30, 12), (256, 256, 330, 480, 8), (256, 256, 30, 256, 20)]))
+    segments, _, _ = trace(
+        drawing([(256, 256, 330, 30, 12), (256, 256, 330, 480, 8), (256, 256, 30, 256, 20)])
+    )
     disc, fovea = Disc(np.array([256.0, 256.0]), 30.0), Fovea(np.array([480.0, 256.0]), 10.0)
-    assert trunk_calibre(segments, disc, fovea, 100, 0.8) == pytest.approx(100, rel=0.06), "the nasal trunk does not count"
+    assert trunk_calibre(segments, disc, fovea, 100, 0.8) == pytest.approx(100, rel=0.06), (
+        "the nasal trunk does not count"
+    )
     assert np.isnan(trunk_calibre([], disc, fovea, 100, 0.8))
 
 
 def test_exponent_needs_junctions_of_the_right_size():
     d = np.random.default_rng(0).uniform(30, 55, (40, 2))
-    table = np.c_[(d ** 1.95).sum(1) ** (1 / 1.95), d]
+    table = np.c_[(d**1.95).sum(1) ** (1 / 1.95), d]
     table = table[table[:, 0] < 100]
     assert branching_exponent(table) == pytest.approx(1.95, abs=0.01)
     assert np.isnan(branching_exponent(table * 10)) and np.isnan(branching_exponent(np.zeros((0, 4))))
@@ -104,8 +135,24 @@ def test_one_eye_gives_every_published_figure():
 
 
 def test_the_command_writes_what_it_returns(tmp_path):
-    done = subprocess.run([sys.executable, "-m", "loftr_curriculum.retina.anatomy", "--eyes", "2", "--size", "512", "--out", "a.json", "--workers", "1"],
-                          cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "loftr_curriculum.retina.anatomy",
+            "--eyes",
+            "2",
+            "--size",
+            "512",
+            "--out",
+            "a.json",
+            "--workers",
+            "1",
+        ],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / "a.json").read_text())
     assert result["eyes"] == 2 and result["config"]["size"] == 512 and "disc_fovea_mm" in done.stdout
@@ -117,8 +164,11 @@ def test_the_command_writes_what_it_returns(tmp_path):
 
 def test_the_committed_figures_are_those_of_this_generator():
     from loftr_curriculum.retina.config import GENERATOR_VERSION
+
     committed = json.loads((Path(__file__).parents[1] / "nbs" / "03_retina" / "anatomy.json").read_text())
-    assert committed["generator"] == GENERATOR_VERSION, "draw the eyes again: python -m loftr_curriculum.retina.anatomy --out nbs/03_retina/anatomy.json"
+    assert committed["generator"] == GENERATOR_VERSION, (
+        "draw the eyes again: python -m loftr_curriculum.retina.anatomy --out nbs/03_retina/anatomy.json"
+    )
 
 
 def test_mass_dimension_needs_vessels_away_from_the_border():
@@ -133,6 +183,12 @@ def test_where_there_is_no_avascular_zone_none_is_found():
     flat = np.random.default_rng(0).integers(90, 110, (512, 512), dtype=np.uint8)
     y, x = np.mgrid[:512, :512]
     spot = np.exp(-((x - 350) ** 2 + (y - 256) ** 2) / 800)
-    fovea = find_fovea(np.uint8(flat - 85 * spot), np.uint8(flat + 40 * spot), Disc(np.array([200.0, 256.0]), 30.0), 30.0)
-    assert np.hypot(*(fovea.centre - [350, 256])) < 15 and np.isnan(fovea.radius), "dark in the angiogram, but full of capillaries"
-    assert junctions(*trace(drawing([(40, 256, 470, 256, 6)]))[:2], NOWHERE, 100).shape == (0, 4), "a vessel without branches"
+    fovea = find_fovea(
+        np.uint8(flat - 85 * spot), np.uint8(flat + 40 * spot), Disc(np.array([200.0, 256.0]), 30.0), 30.0
+    )
+    assert np.hypot(*(fovea.centre - [350, 256])) < 15 and np.isnan(fovea.radius), (
+        "dark in the angiogram, but full of capillaries"
+    )
+    assert junctions(*trace(drawing([(40, 256, 470, 256, 6)]))[:2], NOWHERE, 100).shape == (0, 4), (
+        "a vessel without branches"
+    )

@@ -1,4 +1,5 @@
 "Guards of the attention maps: they are what the layers computed, of the right image, token and head; lambda acts as the formula says."
+
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -53,7 +54,13 @@ def test_weights_reproduce_every_message(kind, image):
             for n, layer in enumerate(group):
                 source = asked[layer][image]
                 values = layer.kv(layer.norm_k(source)).chunk(2, -1)[1].unflatten(-1, (HEADS, -1))[0]
-                built = torch.cat([torch.from_numpy(getattr(m, side)[n]).flatten(1) @ values[:, k] for k, m in enumerate(maps)], -1)
+                built = torch.cat(
+                    [
+                        torch.from_numpy(getattr(m, side)[n]).flatten(1) @ values[:, k]
+                        for k, m in enumerate(maps)
+                    ],
+                    -1,
+                )
                 assert built.shape == sent[layer.out][image][0].shape
                 assert (built - sent[layer.out][image][0]).abs().max() < 1e-4
 
@@ -62,9 +69,18 @@ def test_weights_reproduce_every_message(kind, image):
 def test_maps_sum_to_one_and_leave_out_what_is_not_seen(kind):
     m = attention_maps(tiny(kind), **a_pair(), guidance=GUIDED)
     assert m.own.shape == (2, 24, 4, 6) and m.other.shape == (2, 24, 5, 4)
-    assert not m.seen_own[:, 0].any() and m.seen_own[:, 1:].all() and not m.seen_other[4].any() and m.seen_other[:4].all()
+    assert (
+        not m.seen_own[:, 0].any()
+        and m.seen_own[:, 1:].all()
+        and not m.seen_other[4].any()
+        and m.seen_other[:4].all()
+    )
     for maps, seen in ((m.own, m.seen_own), (m.other, m.seen_other)):
-        assert np.allclose(maps.sum((2, 3)), 1, atol=1e-5) and (maps[..., ~seen] == 0).all() and (maps[..., seen] > 0).all()
+        assert (
+            np.allclose(maps.sum((2, 3)), 1, atol=1e-5)
+            and (maps[..., ~seen] == 0).all()
+            and (maps[..., seen] > 0).all()
+        )
 
 
 @pytest.mark.parametrize("kind", ["softmax", "linear"])
@@ -72,7 +88,10 @@ def test_maps_sum_to_one_and_leave_out_what_is_not_seen(kind):
 def test_lambda_multiplies_the_ratio_of_any_two_cells_and_lifts_the_share(kind, head):
     matcher, pair = tiny(kind), a_pair()
     cells = mask_to_grid(pair["mask0"], TOKEN)[0].numpy()
-    by = {lam: attention_maps(matcher, **pair, head=head, guidance=Guidance(vessel_soft_lambda=lam)) for lam in (0.0, 1.0, 2.0)}
+    by = {
+        lam: attention_maps(matcher, **pair, head=head, guidance=Guidance(vessel_soft_lambda=lam))
+        for lam in (0.0, 1.0, 2.0)
+    }
     seen = by[0.0].seen_own
     assert np.ptp(cells[seen]) > 0.2
     first = {lam: m.own[0][:, seen].astype(float) for lam, m in by.items()}
@@ -89,7 +108,9 @@ def test_points_choose_tokens_and_heads_average():
     some = attention_maps(matcher, **pair, points=[[95.4, 63], [-0.5, 16]])
     for side in ("own", "other"):
         maps, chosen = getattr(every, side), getattr(some, side)
-        assert np.allclose(chosen, maps[:, [23, 6]], atol=1e-6) and not np.allclose(chosen, maps[:, [22, 7]], atol=1e-4)
+        assert np.allclose(chosen, maps[:, [23, 6]], atol=1e-6) and not np.allclose(
+            chosen, maps[:, [22, 7]], atol=1e-4
+        )
     heads = [attention_maps(matcher, **pair, head=k).other for k in range(HEADS)]
     assert np.allclose(np.mean(heads, 0), every.other, atol=1e-6) and not np.allclose(*heads, atol=1e-4)
 
@@ -98,7 +119,10 @@ def test_points_choose_tokens_and_heads_average():
 def test_the_images_change_places(sizes):
     matcher, pair = tiny(), a_pair(sizes)
     swapped = {k[:-1] + "10"[int(k[-1])]: v for k, v in pair.items()}
-    a, b = attention_maps(matcher, **pair, image=1, guidance=GUIDED), attention_maps(matcher, **swapped, image=0, guidance=GUIDED)
+    a, b = (
+        attention_maps(matcher, **pair, image=1, guidance=GUIDED),
+        attention_maps(matcher, **swapped, image=0, guidance=GUIDED),
+    )
     assert np.allclose(a.own, b.own, atol=1e-5) and np.allclose(a.other, b.other, atol=1e-5)
     assert np.array_equal(a.seen_own, b.seen_own) and np.array_equal(a.seen_other, b.seen_other)
 

@@ -1,4 +1,5 @@
 "Guards of the benchmark: systems are asked in turn, the warm-up does not count, a dead process is named, shares follow from the figures."
+
 import json
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -10,7 +11,20 @@ from loftr_curriculum.io.files import read_json, write_json
 from loftr_curriculum.model.config import MatcherConfig
 from loftr_curriculum.model.weights import make_matcher, save_matcher
 from loftr_curriculum.training import benchmark
-from loftr_curriculum.training.benchmark import Process, Settings, ask_kornia, ask_ours, ask_training, benchmark_table, draw_pairs, draw_sides, in_turn, main, run_benchmark, shares
+from loftr_curriculum.training.benchmark import (
+    Process,
+    Settings,
+    ask_kornia,
+    ask_ours,
+    ask_training,
+    benchmark_table,
+    draw_pairs,
+    draw_sides,
+    in_turn,
+    main,
+    run_benchmark,
+    shares,
+)
 
 COMMITTED = Path(__file__).parents[1] / "nbs" / "09_training" / "benchmark.json"
 TINY = Settings(size=64, train_size=64, batch=2, repeats=1, sides=(64,), product=64, threads=1, eye=256)
@@ -61,7 +75,14 @@ def recorder(monkeypatch):
 
 def test_systems_are_asked_in_turn_and_the_warm_up_does_not_count(recorder):
     told = in_turn(("a", "b"), None, Settings(repeats=2), ("x",))
-    assert [q[:2] for q in recorder.asked if q[2] == "x"] == [("a", 0), ("b", 0), ("a", 1), ("b", 1), ("a", 2), ("b", 2)]
+    assert [q[:2] for q in recorder.asked if q[2] == "x"] == [
+        ("a", 0),
+        ("b", 0),
+        ("a", 1),
+        ("b", 1),
+        ("a", 2),
+        ("b", 2),
+    ]
     assert [a["seconds"] for a in told["a", "x"]] == [4.0, 4.0]
 
 
@@ -69,8 +90,14 @@ def test_the_file_holds_ratios_of_medians_and_keeps_parts_measured_before(record
     out = tmp_path / "b.json"
     assert "work" not in run_benchmark(out, TINY, ("registration", "training"))
     result = run_benchmark(out, TINY, ("product", "sides", "cuda"))
-    assert all(result["registration"][motion]["times_faster"] == 4 for motion in ("mild", "full")) and result["training"]["times_faster"] == {"32": 4, "bf16": 4}
-    assert result["work"]["fast, training step, 32"] == {"gflop": 1.0, "gflop_per_s": 1.0, "share": 4.0}  # the stand-in's product takes 4 s
+    assert all(result["registration"][motion]["times_faster"] == 4 for motion in ("mild", "full")) and result[
+        "training"
+    ]["times_faster"] == {"32": 4, "bf16": 4}
+    assert result["work"]["fast, training step, 32"] == {
+        "gflop": 1.0,
+        "gflop_per_s": 1.0,
+        "share": 4.0,
+    }  # the stand-in's product takes 4 s
     assert result == read_json(out) and shares(result) == result["work"]
     table = benchmark_table(result)
     assert "4.0 times faster" in table and "report, 2 eyes" in table
@@ -82,7 +109,9 @@ def test_the_file_holds_ratios_of_medians_and_keeps_parts_measured_before(record
 def test_every_system_answers(given, weights):
     ours = ask_ours(given, replace(TINY, weights=weights), 64)
     answer = ours(1)
-    assert answer["seconds"] > 0 and answer["passes"] >= 1 and answer["verdict"] in ("ok", "doubtful", "failed")
+    assert (
+        answer["seconds"] > 0 and answer["passes"] >= 1 and answer["verdict"] in ("ok", "doubtful", "failed")
+    )
     assert ours(1, "pass")["seconds"] > 0
     kornia = ask_kornia(given, TINY)(1, "operations")["operations"]
     assert kornia > 10 * ours(1, "operations")["operations"] > 0
@@ -112,6 +141,13 @@ def test_the_committed_figures_keep_the_promise():
     if not COMMITTED.is_file():
         pytest.skip("not measured yet")
     result = read_json(COMMITTED)
-    assert result["settings"]["size"] == 512 and result["settings"]["threads"] == 2 and result["settings"]["repeats"] >= 5
-    assert result["registration"]["mild"]["times_faster"] >= 15 and result["registration"]["memory_share"] <= 0.25
+    assert (
+        result["settings"]["size"] == 512
+        and result["settings"]["threads"] == 2
+        and result["settings"]["repeats"] >= 5
+    )
+    assert (
+        result["registration"]["mild"]["times_faster"] >= 15
+        and result["registration"]["memory_share"] <= 0.25
+    )
     assert result["training"]["times_faster"]["32"] >= 15

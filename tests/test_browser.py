@@ -3,6 +3,7 @@
 Needs `pip install -e '.[browser]'` and a Chromium (Debian's package `chromium`, or `playwright install chromium`).
 With SCREENSHOT set (`make test-full SCREENSHOT=1`), the picture of the documentation is taken anew.
 """
+
 import hashlib
 import importlib.util
 import json
@@ -39,8 +40,12 @@ def chromium():
         own = playwright.chromium.executable_path
         path = next(filter(None, map(shutil.which, (*BROWSERS, own))), None)
         if path is None:
-            pytest.skip(f"no Chromium: none of {', '.join(BROWSERS)} on the PATH, and Playwright has not installed its own")
-        browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox", "--disable-dev-shm-usage"])
+            pytest.skip(
+                f"no Chromium: none of {', '.join(BROWSERS)} on the PATH, and Playwright has not installed its own"
+            )
+        browser = playwright.chromium.launch(
+            executable_path=path, args=["--no-sandbox", "--disable-dev-shm-usage"]
+        )
         yield browser
         browser.close()
 
@@ -56,11 +61,26 @@ def lab(chromium, tmp_path_factory):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     token, log = secrets.token_hex(16), home / "log"
-    own = {name: str(home) for name in ("JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR", "IPYTHONDIR")}
-    command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--ServerApp.ip=127.0.0.1", f"--ServerApp.port={port}",
-               "--ServerApp.port_retries=0", f"--IdentityProvider.token={token}", f"--ServerApp.root_dir={folder}"]
+    own = {
+        name: str(home)
+        for name in ("JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR", "IPYTHONDIR")
+    }
+    command = [
+        sys.executable,
+        "-m",
+        "jupyterlab",
+        "--no-browser",
+        "--allow-root",
+        "--ServerApp.ip=127.0.0.1",
+        f"--ServerApp.port={port}",
+        "--ServerApp.port_retries=0",
+        f"--IdentityProvider.token={token}",
+        f"--ServerApp.root_dir={folder}",
+    ]
     with open(log, "w") as out:
-        server = subprocess.Popen(command, cwd=folder, env={**os.environ, **own}, stdout=out, stderr=subprocess.STDOUT)
+        server = subprocess.Popen(
+            command, cwd=folder, env={**os.environ, **own}, stdout=out, stderr=subprocess.STDOUT
+        )
     try:
         base, deadline = f"http://127.0.0.1:{port}", time.monotonic() + WAIT
         while True:
@@ -93,7 +113,9 @@ class Notebook:
         self.page = browser.new_page(viewport={"width": 1300, "height": 1000})
         self.page.set_default_timeout(1000 * WAIT)
         self.page.goto(address(name))
-        self.page.get_by_text("Python 3 (ipykernel) | Idle").wait_for()  # "Run All" before this makes JupyterLab ask for a kernel
+        self.page.get_by_text(
+            "Python 3 (ipykernel) | Idle"
+        ).wait_for()  # "Run All" before this makes JupyterLab ask for a kernel
         self.page.get_by_role("menuitem", name="Run", exact=True).click()
         self.page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
         self.board = self.page.locator(".jp-OutputArea-output .widget-vbox")
@@ -103,15 +125,23 @@ class Notebook:
 
     def finish(self):
         """Until every cell has run; fails with the traceback of a cell that raised."""
-        self.page.wait_for_function(r"() => { const all = [...document.querySelectorAll('.jp-CodeCell .jp-InputPrompt')]; return all.length > 5 && all.every(p => /\d/.test(p.textContent)) }")
+        self.page.wait_for_function(
+            r"() => { const all = [...document.querySelectorAll('.jp-CodeCell .jp-InputPrompt')]; return all.length > 5 && all.every(p => /\d/.test(p.textContent)) }"
+        )
         raised = self.page.locator('.jp-OutputArea-output[data-mime-type="application/vnd.jupyter.error"]')
         assert raised.count() == 0, raised.first.inner_text()
         self.board.scroll_into_view_if_needed()
 
     def look(self):
         """What is to be seen: hash of the picture's bytes, its name, the slider's reading."""
-        data = self.picture.evaluate("async image => Array.from(new Uint8Array(await (await fetch(image.src)).arrayBuffer()))")
-        return hashlib.sha256(bytes(data)).hexdigest(), self.picture.get_attribute("alt"), self.board.locator(".widget-readout").first.inner_text()
+        data = self.picture.evaluate(
+            "async image => Array.from(new Uint8Array(await (await fetch(image.src)).arrayBuffer()))"
+        )
+        return (
+            hashlib.sha256(bytes(data)).hexdigest(),
+            self.picture.get_attribute("alt"),
+            self.board.locator(".widget-readout").first.inner_text(),
+        )
 
     def after(self, act, title):
         """Act, and wait until the picture's name matches; the new look, whose picture must be another one."""
@@ -123,7 +153,9 @@ class Notebook:
             if re.match(title, seen[1] or "") and seen[0] != before:
                 return seen
             time.sleep(0.1)
-        pytest.fail(f"no other picture named {title}: {self.look()[1]}, {'the same' if self.look()[0] == before else 'another'} picture")
+        pytest.fail(
+            f"no other picture named {title}: {self.look()[1]}, {'the same' if self.look()[0] == before else 'another'} picture"
+        )
 
     def press(self, *keys):
         self.handle.focus()
@@ -144,7 +176,11 @@ class Notebook:
         self.page.mouse.move(0, 0)
         self.page.evaluate("document.activeElement.blur()")
         cell = self.page.locator(".jp-CodeCell", has=self.board)
-        image = Image.open(BytesIO(cell.screenshot())).convert("RGB").quantize(128, Image.Quantize.MAXCOVERAGE, kmeans=1, dither=Image.Dither.NONE)
+        image = (
+            Image.open(BytesIO(cell.screenshot()))
+            .convert("RGB")
+            .quantize(128, Image.Quantize.MAXCOVERAGE, kmeans=1, dither=Image.Dither.NONE)
+        )
         path.parent.mkdir(exist_ok=True)
         with atomic_path(path) as temporary:
             image.save(temporary, format="PNG", optimize=True)
@@ -211,7 +247,9 @@ def test_it_follows_a_run_that_is_still_training(lab, chromium, tmp_path):
                 reached.set()
                 go_on.wait(5 * WAIT)
 
-    training = threading.Thread(target=train, args=(quick(tmp_path, epochs=4),), kwargs=dict(progress=False, callbacks=[Pause()]))
+    training = threading.Thread(
+        target=train, args=(quick(tmp_path, epochs=4),), kwargs=dict(progress=False, callbacks=[Pause()])
+    )
     training.start()
     try:
         assert reached.wait(WAIT)

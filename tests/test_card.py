@@ -1,4 +1,5 @@
 """Guards of the model card: intervals over eyes, resuming, whose scores are shown, histories of several runs, and that the committed card belongs to the committed weights."""
+
 import configparser
 from dataclasses import replace
 from pathlib import Path
@@ -32,7 +33,11 @@ def weights(tmp_path):
 
     def make(pairs, facts=None):
         torch.manual_seed(pairs)
-        save_matcher(tmp_path / f"{pairs}.safetensors", Matcher(MatcherConfig(dims=(8, 16, 32), layers=1)), facts or told(pairs))
+        save_matcher(
+            tmp_path / f"{pairs}.safetensors",
+            Matcher(MatcherConfig(dims=(8, 16, 32), layers=1)),
+            facts or told(pairs),
+        )
         return str(tmp_path / f"{pairs}.safetensors")
 
     return make
@@ -60,7 +65,10 @@ def test_pairs_of_one_eye_are_drawn_together():
     eyes = np.repeat(np.arange(5), [1, 2, 3, 4, 5])
     for take in card.resample(eyes, draws=20):
         counts = np.bincount(take, minlength=15)
-        assert all(len(set(counts[eyes == e])) == 1 for e in range(5)) and sum(counts[eyes == e][0] for e in range(5)) == 5
+        assert (
+            all(len(set(counts[eyes == e])) == 1 for e in range(5))
+            and sum(counts[eyes == e][0] for e in range(5)) == 5
+        )
 
 
 def test_intervals_hold_what_they_promise():
@@ -70,7 +78,7 @@ def test_intervals_hold_what_they_promise():
         errors = np.where(rng.random(60) < 0.7, 2.0, 40.0)
         _, low, high = card.figures_of(errors, draws=100, seed=k, level=0.9)["SR@10"]
         held += low <= 0.7 <= high
-    assert 30 <= held
+    assert held >= 30
 
 
 def test_missing_answers_count_in_shares_and_not_in_the_median():
@@ -84,7 +92,12 @@ def test_missing_answers_count_in_shares_and_not_in_the_median():
 
 def test_an_interrupted_measurement_goes_on(weights, stays, tmp_path):
     path, out, folder = weights(8), tmp_path / "card.json", tmp_path / "list"
-    measure = lambda: card.score_weights(path, out=str(out), folder=str(folder), workers=1, progress=False, spec=QUICK)
+
+    def measure():
+        return card.score_weights(
+            path, out=str(out), folder=str(folder), workers=1, progress=False, spec=QUICK
+        )
+
     stays.stop = 3
     with pytest.raises(KeyboardInterrupt):
         measure()
@@ -108,10 +121,23 @@ def test_the_packaged_card_is_not_overwritten_by_other_weights(weights):
 
 def test_scores_of_real_pairs_name_no_pair(stays, monkeypatch):
     points = np.array([[10.0, 10], [80, 20], [30, 90]])
-    pairs = [SimpleNamespace(id=f"p{k}", fixed=np.zeros((256, 512)), moving=np.zeros((9, 9)), fixed_points=points, moving_points=points + [d, 0]) for k, d in enumerate((3, 30))]
+    pairs = [
+        SimpleNamespace(
+            id=f"p{k}",
+            fixed=np.zeros((256, 512)),
+            moving=np.zeros((9, 9)),
+            fixed_points=points,
+            moving_points=points + [d, 0],
+        )
+        for k, d in enumerate((3, 30))
+    ]
     monkeypatch.setattr(card, "read_landmark_set", lambda folder: pairs)
     real = card.score_real("somewhere", None, progress=False)
-    assert (real["pairs"], real["SR@10"][0], real["median_px"][0]) == (2, 0.5, 16.5) and "p0" not in repr(real) and "somewhere" not in repr(real)
+    assert (
+        (real["pairs"], real["SR@10"][0], real["median_px"][0]) == (2, 0.5, 16.5)
+        and "p0" not in repr(real)
+        and "somewhere" not in repr(real)
+    )
 
 
 # ---- histories
@@ -121,15 +147,39 @@ def test_a_run_that_starts_from_weights_tells_what_came_before(tmp_path):
     from loftr_curriculum.training.config import TrainConfig
     from loftr_curriculum.training.run import train
 
-    data = DataConfig(worlds=1, val_worlds=1, size=64, pairs_per_epoch=4, val_pairs=2, batch_size=2, workers=0, render_workers=1, cache=str(tmp_path / "worlds"), eye=EyeConfig(size=128))
-    c = TrainConfig(out=str(tmp_path / "a"), epochs=1, data=data, matcher=MatcherConfig(dims=(8, 16, 32), layers=1), precision="32", record_every=0)
+    data = DataConfig(
+        worlds=1,
+        val_worlds=1,
+        size=64,
+        pairs_per_epoch=4,
+        val_pairs=2,
+        batch_size=2,
+        workers=0,
+        render_workers=1,
+        cache=str(tmp_path / "worlds"),
+        eye=EyeConfig(size=128),
+    )
+    c = TrainConfig(
+        out=str(tmp_path / "a"),
+        epochs=1,
+        data=data,
+        matcher=MatcherConfig(dims=(8, 16, 32), layers=1),
+        precision="32",
+        record_every=0,
+    )
     first = train(c, progress=False).weights
     second = train(replace(c, out=str(tmp_path / "b"), init=str(first), seed=5), progress=False).weights
     facts = load_matcher(second).facts
     assert facts["before"] == load_matcher(first).facts and "before" not in facts["before"]
-    assert {k: card.totals(facts)[k] for k in ("pairs", "steps", "complete")} == dict(pairs=8, steps=4, complete=True)
+    assert {k: card.totals(facts)[k] for k in ("pairs", "steps", "complete")} == dict(
+        pairs=8, steps=4, complete=True
+    )
     said = card.card_text(second)
-    assert "from the weights of the run before: 2 steps" in said and "seed 5" in said and "No real image was used" in said
+    assert (
+        "from the weights of the run before: 2 steps" in said
+        and "seed 5" in said
+        and "No real image was used" in said
+    )
     last = tmp_path / "b" / "last.ckpt"
     assert card.totals(card.facts_from(last, load_matcher(last).facts))["pairs"] == 8
     first.unlink()
@@ -148,7 +198,10 @@ def test_what_is_not_told_is_not_claimed():
 
 def test_a_curve_grows_by_files_and_refuses_those_of_unknown_history(weights, stays, tmp_path):
     out = str(tmp_path / "curve.json")
-    more = lambda *files: card.curve(list(files), 1, out, str(tmp_path / "list"), workers=1, progress=False, spec=QUICK)
+
+    def more(*files):
+        return card.curve(list(files), 1, out, str(tmp_path / "list"), workers=1, progress=False, spec=QUICK)
+
     assert "at least two" in card.in_words(more(weights(16)))
     pairs, errors, _ = card.points_of(more(weights(16), weights(8)))
     assert pairs.tolist() == [8, 16] and errors.shape == (2, len(MODES)) and stays.count == 2 * len(MODES)

@@ -1,4 +1,5 @@
 """Guards of the command line: what help costs, exit codes, one line for bad input, interruptions, and every command end to end."""
+
 import json
 import os
 import runpy
@@ -26,7 +27,24 @@ from loftr_curriculum.training.config import TrainConfig, find_curriculum
 ROOT = Path(__file__).resolve().parents[1]
 HEAVY = ("torch", "lightning", "kornia", "cv2", "scipy", "skimage", "matplotlib", "PIL", "pandas")
 PROGRAM = "import sys; from loftr_curriculum.cli import main; sys.exit(main())"
-TINY = "--data.size 64 --data.pairs-per-epoch 8 --data.val-pairs 4 --data.batch-size 4 --data.workers 0 --matcher.dims [8,16,32] --matcher.layers 1 --precision 32".split()
+TINY = [
+    "--data.size",
+    "64",
+    "--data.pairs-per-epoch",
+    "8",
+    "--data.val-pairs",
+    "4",
+    "--data.batch-size",
+    "4",
+    "--data.workers",
+    "0",
+    "--matcher.dims",
+    "[8,16,32]",
+    "--matcher.layers",
+    "1",
+    "--precision",
+    "32",
+]
 
 
 def run(*words):
@@ -63,7 +81,12 @@ print(code, len(said.getvalue()), time.process_time(), *heavy)
 def test_help_answers_in_half_a_second_and_imports_nothing_heavy(command):
     seconds = []
     for _ in range(3):
-        done = subprocess.run([sys.executable, "-c", CHILD, *command.split(), "--help"], capture_output=True, text=True, check=True)
+        done = subprocess.run(
+            [sys.executable, "-c", CHILD, *command.split(), "--help"],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
         code, length, cpu, *heavy = done.stdout.split()
         assert heavy == [] and code == "0" and int(length) > 200
         seconds.append(float(cpu))
@@ -97,7 +120,10 @@ def test_comments_are_the_help():
         ("register-many a --out c --long-sid 256", "the nearest is --long_side"),
         ("synth a --eye.densty 2", "the nearest is --eye.density"),
         ("evaluate --set a --perpair", "the nearest is --per_pair"),
-        ("train --data.worldz 3 --epoch 4", "--data.worldz, the nearest is --data.worlds; unknown flag --epoch, the nearest is --epochs"),
+        (
+            "train --data.worldz 3 --epoch 4",
+            "--data.worldz, the nearest is --data.worlds; unknown flag --epoch, the nearest is --epochs",
+        ),
         ("warp a b --out c --mod nearest", "the nearest is --mode"),
         ("demo --aut x", "the nearest is --out"),
         ("trian", "unknown command trian, the nearest is train"),
@@ -121,9 +147,17 @@ def test_bad_words_are_refused_in_one_line(words, says, tmp_path, complains, mon
 @pytest.mark.parametrize(
     ("command", "text", "says"),
     [
-        ("train", "data:\n  motion: {rotaton_deg: 3}\n", "unknown key data.motion.rotaton_deg, the nearest is data.motion.rotation_deg"),
+        (
+            "train",
+            "data:\n  motion: {rotaton_deg: 3}\n",
+            "unknown key data.motion.rotaton_deg, the nearest is data.motion.rotation_deg",
+        ),
         ("train", "sede: 1\n", "unknown key sede, the nearest is seed"),
-        ("register a b --out c", "long_side: 256\nlimits:\n  scales: 3\n", "unknown key limits.scales, the nearest is limits.scale"),
+        (
+            "register a b --out c",
+            "long_side: 256\nlimits:\n  scales: 3\n",
+            "unknown key limits.scales, the nearest is limits.scale",
+        ),
         ("synth a", "eye: {dennsity: 3}\n", "unknown key eye.dennsity, the nearest is eye.density"),
         ("train", "data: [\n", "settings.yaml"),
         ("train", "data: {size: large}\n", "data.size: expected int"),
@@ -140,18 +174,40 @@ def test_the_packaged_weights_are_those_of_their_configuration_files(tmp_path):
     from loftr_curriculum.evaluation.card import runs_of, totals
     from loftr_curriculum.model.weights import PACKAGED, load_matcher
 
-    read = lambda config: read_settings(TrainConfig, ["--config", str(config), "--out", "x"])
+    def read(config):
+        return read_settings(TrainConfig, ["--config", str(config), "--out", "x"])
+
     c = read(ROOT / "configs/weights.yaml")
-    assert set(c.data.modes) == set(MODES) and (c.phases.teach_until, c.phases.wean_until, c.phases.unit) == (0.25, 0.5, "fraction")
+    assert set(c.data.modes) == set(MODES) and (c.phases.teach_until, c.phases.wean_until, c.phases.unit) == (
+        0.25,
+        0.5,
+        "fraction",
+    )
     if not PACKAGED.is_file():
         pytest.skip("no packaged weights in this checkout")
-    facts, files = load_matcher().facts, ("weights.yaml", "weights-2.yaml", "weights-3.yaml", "weights-4.yaml", "weights-5.yaml", "weights-6.yaml", "weights-7.yaml")
+    facts, files = (
+        load_matcher().facts,
+        (
+            "weights.yaml",
+            "weights-2.yaml",
+            "weights-3.yaml",
+            "weights-4.yaml",
+            "weights-5.yaml",
+            "weights-6.yaml",
+            "weights-7.yaml",
+        ),
+    )
     assert totals(facts)["complete"] and len(runs_of(facts)) <= len(files)
     for file, run in zip(files, runs_of(facts)):
         # a field that is newer than the weights has its default in both, one that is gone is left out, and so is the cap, which no view of a training reaches
-        known, matcher = tmp_path / "facts.json", {k: v for k, v in run["config"]["matcher"].items() if k not in ("fine_radius", "coarse_side")}
+        known, matcher = (
+            tmp_path / "facts.json",
+            {k: v for k, v in run["config"]["matcher"].items() if k not in ("fine_radius", "coarse_side")},
+        )
         assert run["config"]["data"]["size"] <= load_matcher().config.coarse_side
-        known.write_text(json.dumps({k: v for k, v in run["config"].items() if k != "out"} | {"matcher": matcher}))
+        known.write_text(
+            json.dumps({k: v for k, v in run["config"].items() if k != "out"} | {"matcher": matcher})
+        )
         theirs, mine = asdict(read(known)), asdict(read(ROOT / "configs" / file))
         for config in (theirs, mine):
             config["out"] = config["data"]["cache"] = None
@@ -198,8 +254,16 @@ def test_register_writes_four_files_and_warp_repeats_the_picture(pair, sees, tmp
     out = tmp_path / "out"
     assert run("register", fixed, moving, "--out", out, *QUICK) == 0
     said = capsys.readouterr().out
-    assert said.startswith("ok: ") and f"look at {out}: transform.json, warped.png, checkerboard.png, matches.png\n" in said
-    assert sorted(p.name for p in out.iterdir()) == ["checkerboard.png", "matches.png", "transform.json", "warped.png"]
+    assert (
+        said.startswith("ok: ")
+        and f"look at {out}: transform.json, warped.png, checkerboard.png, matches.png\n" in said
+    )
+    assert sorted(p.name for p in out.iterdir()) == [
+        "checkerboard.png",
+        "matches.png",
+        "transform.json",
+        "warped.png",
+    ]
     found = np.array(read_json(out / "transform.json")["moving_to_fixed"])
     points = np.array([[100, 100, 1], [300, 120, 1], [200, 330, 1]]).T
     assert np.abs((found @ points)[:2] - (M @ points)[:2]).max() < 3
@@ -219,7 +283,9 @@ def test_the_verdict_is_the_exit_code(pair, sees, tmp_path, capsys):
     assert "the registration failed" in capsys.readouterr().err
 
 
-def test_register_takes_masks_and_hands_guidance_to_the_matcher(pair, tmp_path, complains, monkeypatch, capsys):
+def test_register_takes_masks_and_hands_guidance_to_the_matcher(
+    pair, tmp_path, complains, monkeypatch, capsys
+):
     fixed, moving, _ = pair
     heard = []
 
@@ -238,7 +304,9 @@ def test_register_takes_masks_and_hands_guidance_to_the_matcher(pair, tmp_path, 
     assert set(heard) == {(True, True, 2.0)}
     capsys.readouterr()
     assert "masks and guidance go together" in complains(*words)
-    assert "expected the size of the moving image" in complains(*words, "--moving-mask", masks[0], "--vessel-soft-lambda", "2")
+    assert "expected the size of the moving image" in complains(
+        *words, "--moving-mask", masks[0], "--vessel-soft-lambda", "2"
+    )
 
 
 def test_a_process_of_its_own_fails_with_4_and_refuses_with_2(pair, untrained, tmp_path):
@@ -250,42 +318,76 @@ def test_a_process_of_its_own_fails_with_4_and_refuses_with_2(pair, untrained, t
     (tmp_path / "text.png").write_text("no image")
     done = subprocess.run([*command, str(tmp_path / "text.png"), *more], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == f"loftr-curriculum register: error: {tmp_path}/text.png: cannot be decoded, expected a whole PNG, JPEG or TIFF image\n"
+    assert (
+        done.stderr
+        == f"loftr-curriculum register: error: {tmp_path}/text.png: cannot be decoded, expected a whole PNG, JPEG or TIFF image\n"
+    )
 
 
 def test_input_that_cannot_be_used_is_refused_in_one_line(pair, untrained, tmp_path, complains):
     fixed, moving, _ = pair
     (tmp_path / "file").write_text("x")
     out, weights = ("--out", tmp_path / "o"), ("--weights", untrained)
-    assert "missing.png: no such file" in complains("register", tmp_path / "missing.png", moving, *out, *weights)
-    assert str(tmp_path / "file") in complains("register", fixed, moving, *out, "--weights", tmp_path / "file")
+    assert "missing.png: no such file" in complains(
+        "register", tmp_path / "missing.png", moving, *out, *weights
+    )
+    assert str(tmp_path / "file") in complains(
+        "register", fixed, moving, *out, "--weights", tmp_path / "file"
+    )
     assert "quantum" in complains("register", fixed, moving, *out, *weights, "--device", "quantum")
-    assert str(tmp_path / "file") in complains("register", fixed, moving, "--out", tmp_path / "file", *weights, *QUICK)
+    assert str(tmp_path / "file") in complains(
+        "register", fixed, moving, "--out", tmp_path / "file", *weights, *QUICK
+    )
     assert "columns" in complains("register-many", tmp_path / "file", *out, *weights)
-    assert "affine, similarity, homography" in complains("register", fixed, moving, *out, *weights, "--transform", "rigid")
+    assert "affine, similarity, homography" in complains(
+        "register", fixed, moving, *out, *weights, "--transform", "rigid"
+    )
 
 
 def test_warp_keeps_labels_and_refuses_another_size(pair, tmp_path, complains, capsys):
     fixed, moving, M = pair
-    write_json(tmp_path / "t.json", {"moving_to_fixed": M, "fixed_size": [420, 480], "moving_size": [440, 400]})
+    write_json(
+        tmp_path / "t.json", {"moving_to_fixed": M, "fixed_size": [420, 480], "moving_size": [440, 400]}
+    )
     labels = np.zeros((440, 400), np.uint8)
     cv2.circle(labels, (200, 200), 60, 3, -1)
     cv2.circle(labels, (200, 200), 30, 200, -1)
     write_image(tmp_path / "labels.png", labels)
-    assert run("warp", tmp_path / "labels.png", tmp_path / "t.json", "--out", tmp_path / "w.png", "--mode", "nearest") == 0
+    assert (
+        run(
+            "warp",
+            tmp_path / "labels.png",
+            tmp_path / "t.json",
+            "--out",
+            tmp_path / "w.png",
+            "--mode",
+            "nearest",
+        )
+        == 0
+    )
     assert set(np.unique(read_image(tmp_path / "w.png"))) == {0, 3, 200}
     assert run("warp", tmp_path / "labels.png", tmp_path / "t.json", "--out", tmp_path / "l.png") == 0
     assert len(np.unique(read_image(tmp_path / "l.png"))) > 3
     capsys.readouterr()
-    assert "(440, 400) (height, width), got (420, 480)" in complains("warp", fixed, tmp_path / "t.json", "--out", tmp_path / "x.png")
+    assert "(440, 400) (height, width), got (420, 480)" in complains(
+        "warp", fixed, tmp_path / "t.json", "--out", tmp_path / "x.png"
+    )
     write_json(tmp_path / "bare.json", {"moving_to_fixed": M})
-    assert "expected fixed_size" in complains("warp", moving, tmp_path / "bare.json", "--out", tmp_path / "x.png")
-    assert "expected a name that ends in" in complains("warp", moving, tmp_path / "t.json", "--out", tmp_path / "x.gif")
+    assert "expected fixed_size" in complains(
+        "warp", moving, tmp_path / "bare.json", "--out", tmp_path / "x.png"
+    )
+    assert "expected a name that ends in" in complains(
+        "warp", moving, tmp_path / "t.json", "--out", tmp_path / "x.gif"
+    )
     assert not (tmp_path / "x.png").exists()
 
 
-def test_register_many_goes_on_after_a_bad_pair_and_after_an_interruption(pair, tmp_path, capsys, monkeypatch):
-    (tmp_path / "pairs.csv").write_text("id,fixed,moving\na,fixed.png,moving.tif\nb,fixed.png,none.png\nc,fixed.png,fixed.png\n")
+def test_register_many_goes_on_after_a_bad_pair_and_after_an_interruption(
+    pair, tmp_path, capsys, monkeypatch
+):
+    (tmp_path / "pairs.csv").write_text(
+        "id,fixed,moving\na,fixed.png,moving.tif\nb,fixed.png,none.png\nc,fixed.png,fixed.png\n"
+    )
     tired = UprightSift()
     look = tired.match
 
@@ -298,14 +400,21 @@ def test_register_many_goes_on_after_a_bad_pair_and_after_an_interruption(pair, 
     words = ("register-many", tmp_path / "pairs.csv", "--out", tmp_path / "many", *QUICK)
     monkeypatch.setattr(tired, "match", match)
     assert run(*words) == 130
-    assert "the same command goes on where it stopped: loftr-curriculum register-many " in capsys.readouterr().err
+    assert (
+        "the same command goes on where it stopped: loftr-curriculum register-many "
+        in capsys.readouterr().err
+    )
     monkeypatch.setattr(tired, "match", look)
     tired.calls = 0
     assert run(*words) == 0
     assert tired.calls == 2, "the first pair was registered twice"
     assert capsys.readouterr().out.startswith("2 ok, 0 doubtful, 1 failed, 1 unreadable\nlook at ")
     answers = read_json(tmp_path / "many/transforms.json")
-    assert list(answers) == ["a", "b", "c"] and answers["b"] is None and np.allclose(answers["c"], np.eye(3), atol=0.05)
+    assert (
+        list(answers) == ["a", "b", "c"]
+        and answers["b"] is None
+        and np.allclose(answers["c"], np.eye(3), atol=0.05)
+    )
 
 
 # ---- evaluation
@@ -316,14 +425,40 @@ def test_evaluate_prints_what_the_scorer_prints(tmp_path, capsys):
     answers = predictions(make_set(tmp_path / "set"))["noisy"]
     write_json(tmp_path / "pred.json", answers)
     for more in ((), ("--per-pair",)):
-        theirs = subprocess.run([sys.executable, str(SCORER), "score", str(tmp_path / "pred.json"), "--set", str(tmp_path / "set"), *more], capture_output=True, text=True, check=True)
+        theirs = subprocess.run(
+            [
+                sys.executable,
+                str(SCORER),
+                "score",
+                str(tmp_path / "pred.json"),
+                "--set",
+                str(tmp_path / "set"),
+                *more,
+            ],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
         assert run("evaluate", "--set", tmp_path / "set", "--pred", tmp_path / "pred.json", *more) == 0
         assert capsys.readouterr().out == theirs.stdout
 
 
 def test_evaluate_registers_with_weights_and_prints_nothing_but_json(untrained, tmp_path, capsys):
     make_set(tmp_path / "set", n=2)
-    assert run("evaluate", "--set", tmp_path / "set", "--weights", untrained, "--long-side", "128", "--first-long-side", "128") == 0
+    assert (
+        run(
+            "evaluate",
+            "--set",
+            tmp_path / "set",
+            "--weights",
+            untrained,
+            "--long-side",
+            "128",
+            "--first-long-side",
+            "128",
+        )
+        == 0
+    )
     figures = json.loads(capsys.readouterr().out)
     assert figures["pairs"] == figures["no_answer"] == 2 and figures["wrong_ok"] == 0
 
@@ -331,7 +466,19 @@ def test_evaluate_registers_with_weights_and_prints_nothing_but_json(untrained, 
 # ---- training
 
 
-SYNTH = "synth --size 128 --modalities [cf,fa,oct] --eye.gap 0.5 --eye.size 320 --workers 1".split()
+SYNTH = [
+    "synth",
+    "--size",
+    "128",
+    "--modalities",
+    "[cf,fa,oct]",
+    "--eye.gap",
+    "0.5",
+    "--eye.size",
+    "320",
+    "--workers",
+    "1",
+]
 
 
 @pytest.fixture(scope="session")
@@ -344,11 +491,21 @@ def triplets(tmp_path_factory):
 
 def test_synth_writes_the_owners_layout_with_the_eye_that_was_asked_for(triplets, complains):
     case = triplets / "000002_G"
-    assert sorted(p.name for p in case.iterdir()) == [f"000002_G{end}" for end in (".json", "_cf.png", "_fa.png", "_oct.png", "_seg.png")]
+    assert sorted(p.name for p in case.iterdir()) == [
+        f"000002_G{end}" for end in (".json", "_cf.png", "_fa.png", "_oct.png", "_seg.png")
+    ]
     assert len([p for p in triplets.iterdir() if p.is_dir()]) == 3
-    assert read_json(triplets / "synth.json")["eye"] == {"size": 320, "field_deg": 70.0, "density": 1.0, "disease": 0.6, "gap": 0.5}
+    assert read_json(triplets / "synth.json")["eye"] == {
+        "size": 320,
+        "field_deg": 70.0,
+        "density": 1.0,
+        "disease": 0.6,
+        "gap": 0.5,
+    }
     assert read_image(case / "000002_G_cf.png").shape == (128, 128, 3)
-    assert "field_deg must be at least 40" in complains("synth", triplets.parent / "other", "--eye.field_deg", "35")
+    assert "field_deg must be at least 40" in complains(
+        "synth", triplets.parent / "other", "--eye.field_deg", "35"
+    )
     facts = read_json(case / "000002_G.json")
     assert facts["seed"] == 2 and facts["size"] == 128 and len(facts["disc"]) == len(facts["fovea"]) == 2
     assert facts["um_per_px"] == pytest.approx(1000 * facts["field_deg"] * MM_PER_DEGREE / 128, rel=1e-3)
@@ -358,7 +515,16 @@ def test_synth_writes_the_owners_layout_with_the_eye_that_was_asked_for(triplets
     assert (read_image(case / "000002_G_seg.png") > 127).mean() > 0.02
 
 
-@pytest.mark.parametrize("change", [("--size", "96"), ("--seed", "1"), ("--modalities", "[cf,fa]"), ("--eye.gap", "0.4"), ("--eye.density", "2")])
+@pytest.mark.parametrize(
+    "change",
+    [
+        ("--size", "96"),
+        ("--seed", "1"),
+        ("--modalities", "[cf,fa]"),
+        ("--eye.gap", "0.4"),
+        ("--eye.density", "2"),
+    ],
+)
 def test_synth_refuses_to_mix_with_other_settings(change, triplets, complains):
     before = sorted((p, p.stat().st_mtime_ns) for p in triplets.rglob("*"))
     said = complains(*SYNTH, triplets, "--cases", "4", *change)
@@ -379,20 +545,54 @@ def test_training_mixes_triplets_and_generated_eyes(triplets, tmp_path, capsys, 
 
     drawn = []
     for kind in (TripletSource, GeneratedSource):
-        monkeypatch.setattr(kind, "draw", lambda self, *a, draw=kind.draw, **k: drawn.append(type(self)) or draw(self, *a, **k))
-    eyes = ("--data.share_generated", "0.5", "--data.worlds", "1", "--data.val_worlds", "1", "--data.eye.size", "256", "--data.cache", "null", "--data.render_workers", "1")
-    assert run("train", "--out", tmp_path / "run", "--data.triplets", triplets, *eyes, "--epochs", "1", *TINY) == 0
+        monkeypatch.setattr(
+            kind,
+            "draw",
+            lambda self, *a, draw=kind.draw, **k: drawn.append(type(self)) or draw(self, *a, **k),
+        )
+    eyes = (
+        "--data.share_generated",
+        "0.5",
+        "--data.worlds",
+        "1",
+        "--data.val_worlds",
+        "1",
+        "--data.eye.size",
+        "256",
+        "--data.cache",
+        "null",
+        "--data.render_workers",
+        "1",
+    )
+    assert (
+        run("train", "--out", tmp_path / "run", "--data.triplets", triplets, *eyes, "--epochs", "1", *TINY)
+        == 0
+    )
     assert set(drawn) == {TripletSource, GeneratedSource} and (tmp_path / "run/weights.safetensors").is_file()
 
 
 @pytest.mark.skipif(os.name != "posix", reason="interrupts a group of processes, as a terminal does")
 @pytest.mark.parametrize("workers", [1, 2])
 def test_synth_is_interrupted_in_one_line_and_goes_on(workers, tmp_path):
-    out, words = tmp_path / "eyes", ["--seed", "5", "--size", "64", "--eye.size", "256", "--workers", str(workers)]
+    out, words = (
+        tmp_path / "eyes",
+        ["--seed", "5", "--size", "64", "--eye.size", "256", "--workers", str(workers)],
+    )
     command = [sys.executable, "-c", PROGRAM, "synth", str(out)]
-    process = subprocess.Popen([*command, "--cases", "400", *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    process = subprocess.Popen(
+        [*command, "--cases", "400", *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
     give_up = time.monotonic() + 60
-    finished = lambda: [p for p in out.glob("*/*.json") if not (p.name.startswith(".") or p.parent.name.startswith("."))]
+
+    def finished():
+        return [
+            p for p in out.glob("*/*.json") if not (p.name.startswith(".") or p.parent.name.startswith("."))
+        ]
+
     while not finished() and process.poll() is None and time.monotonic() < give_up:
         time.sleep(0.02)
     os.killpg(process.pid, signal.SIGINT)
@@ -401,12 +601,16 @@ def test_synth_is_interrupted_in_one_line_and_goes_on(workers, tmp_path):
     lines = complained.replace("\r", "\n").strip().split("\n")  # the progress bar, then one line
     assert any(line.startswith("writing cases: ") for line in lines)
     assert all(line.startswith("writing cases: ") or not line for line in lines[:-1]), complained
-    assert lines[-1].startswith(f"interrupted; the same command goes on where it stopped: loftr-curriculum synth {out} --cases 400")
+    assert lines[-1].startswith(
+        f"interrupted; the same command goes on where it stopped: loftr-curriculum synth {out} --cases 400"
+    )
     made = {p: p.stat().st_mtime_ns for p in out.glob("*/*.json")}
     assert 0 < len(made) < 400
     done = subprocess.run([*command, "--cases", str(len(made) + 1), *words], capture_output=True, text=True)
     assert done.returncode == 0 and f"{len(made) + 1} cases in {out}" in done.stdout
-    assert len(list(out.glob("*/*.json"))) == len(made) + 1 and all(p.stat().st_mtime_ns == t for p, t in made.items())
+    assert len(list(out.glob("*/*.json"))) == len(made) + 1 and all(
+        p.stat().st_mtime_ns == t for p, t in made.items()
+    )
     assert not [p for p in out.rglob(".*")], "a half-written file was left behind"
 
 
@@ -415,7 +619,9 @@ def test_train_on_triplets_then_read_the_weights(triplets, tmp_path, capsys, com
     assert run(*words) == 0
     said = capsys.readouterr().out
     assert "epoch" in said and f"{tmp_path}/run/weights.safetensors" in said
-    assert (tmp_path / "run/last.ckpt").is_file() and len(list((tmp_path / "run/recording").glob("epoch_*.npz"))) == 2
+    assert (tmp_path / "run/last.ckpt").is_file() and len(
+        list((tmp_path / "run/recording").glob("epoch_*.npz"))
+    ) == 2
     assert run("weights", tmp_path / "run/weights.safetensors") == 0
     said = capsys.readouterr().out
     assert "2 epochs" in said and "the triplets of a folder" in said and "measure them with" in said
@@ -455,12 +661,19 @@ def test_the_example_runs_the_plan_on_the_users_triplets(triplets, tmp_path, cap
     assert "weights: runs/onGen_v2_2/weights.safetensors" in capsys.readouterr().out
     assert plan.phases == find_curriculum("v2.2") and plan.phases.unit == "epochs"
     config = read_json(tmp_path / "runs/onGen_v2_2/config.json")
-    assert (config["curriculum"], config["fractions"], config["epochs"], config["data"]["triplets"]) == ("v2.2", False, 2, str(triplets))
+    assert (config["curriculum"], config["fractions"], config["epochs"], config["data"]["triplets"]) == (
+        "v2.2",
+        False,
+        2,
+        str(triplets),
+    )
 
 
 def test_demo_calls_its_room(monkeypatch, tmp_path):
     asked = []
-    monkeypatch.setitem(sys.modules, "loftr_curriculum.training.demo", types.SimpleNamespace(demo=asked.append))
+    monkeypatch.setitem(
+        sys.modules, "loftr_curriculum.training.demo", types.SimpleNamespace(demo=asked.append)
+    )
     assert run("demo", "--out", tmp_path / "demo") == 0
     assert asked == [str(tmp_path / "demo")]
 

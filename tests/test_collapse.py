@@ -1,4 +1,5 @@
 "Guards of the collapse laboratory: constructed matches that must score high or low, odd input, the threshold, the recording's files and words."
+
 import subprocess
 import sys
 from pathlib import Path
@@ -7,8 +8,24 @@ import numpy as np
 import pytest
 
 from loftr_curriculum.cli import main
-from loftr_curriculum.evaluation.collapse import SICK, THRESHOLD, believed_transform, calibrate, carriers, collapse_figures
-from loftr_curriculum.evaluation.recording import Recording, in_words, make_probe, measure, summary, table, write_epoch, write_probes
+from loftr_curriculum.evaluation.collapse import (
+    SICK,
+    THRESHOLD,
+    believed_transform,
+    calibrate,
+    carriers,
+    collapse_figures,
+)
+from loftr_curriculum.evaluation.recording import (
+    Recording,
+    in_words,
+    make_probe,
+    measure,
+    summary,
+    table,
+    write_epoch,
+    write_probes,
+)
 from loftr_curriculum.geometry import apply_transform, centre, similarity
 from loftr_curriculum.io.files import FileError, read_json
 from loftr_curriculum.io.images import read_image
@@ -20,7 +37,9 @@ MIDDLE = centre(SIZE)
 
 
 def disc(size=SIZE):
-    return np.hypot(*(np.mgrid[: size[0], : size[1]] - (np.array(size)[:, None, None] - 1) / 2)) < 0.48 * min(size)
+    return np.hypot(*(np.mgrid[: size[0], : size[1]] - (np.array(size)[:, None, None] - 1) / 2)) < 0.48 * min(
+        size
+    )
 
 
 def starts(n, seed=0):
@@ -55,7 +74,9 @@ def test_right_matches_score_low(name, told):
     rng = np.random.default_rng(1)
     truth = believed_transform(p, q, disc(), fov1.shape)
     noisy = q + rng.normal(0, 0.7, q.shape)
-    f = collapse_figures(p, noisy, disc(), fov1, truth if told else None, confidence=rng.uniform(0.4, 0.9, len(p)))
+    f = collapse_figures(
+        p, noisy, disc(), fov1, truth if told else None, confidence=rng.uniform(0.4, 0.9, len(p))
+    )
     assert f.collapse_index < 0.6 * THRESHOLD and f.inlier_ratio > 0.9, f
 
 
@@ -67,31 +88,49 @@ def collapses(n=400):
         "top third": (p, p * (1, 1 / 3)),
         "random in the top third": (p, rng.permutation(p) * (1, 1 / 3)),
         "random many-to-one": (p, rng.choice(p[:20], n)),
-        "the lower half never fires": (MIDDLE + 0.25 * (p - MIDDLE) - (0, 60), MIDDLE + 0.25 * (p - MIDDLE) - (0, 60)),
+        "the lower half never fires": (
+            MIDDLE + 0.25 * (p - MIDDLE) - (0, 60),
+            MIDDLE + 0.25 * (p - MIDDLE) - (0, 60),
+        ),
     }
 
 
 @pytest.mark.parametrize("name", collapses())
-@pytest.mark.parametrize("T", [None, np.eye(3), similarity(40, 1.5, (20, 10), MIDDLE)], ids=["fitted", "identity", "turned"])
+@pytest.mark.parametrize(
+    "T", [None, np.eye(3), similarity(40, 1.5, (20, 10), MIDDLE)], ids=["fitted", "identity", "turned"]
+)
 def test_collapses_score_high_whatever_the_truth(name, T):
     p, q = collapses()[name]
-    assert collapse_figures(p, q, disc(), disc(), T, confidence=np.full(len(p), 0.5)).collapse_index > 1.2 * THRESHOLD
+    assert (
+        collapse_figures(p, q, disc(), disc(), T, confidence=np.full(len(p), 0.5)).collapse_index
+        > 1.2 * THRESHOLD
+    )
 
 
 def test_faint_matches_from_everywhere_do_not_hide_a_collapse():
     p, q = collapses()["one bundle"]
     rng = np.random.default_rng(0)
     everywhere = starts(600, 5)
-    p, q, c = np.r_[p, everywhere], np.r_[q, rng.permutation(everywhere)], np.r_[np.full(400, 0.6), np.full(600, 0.02)]
+    p, q, c = (
+        np.r_[p, everywhere],
+        np.r_[q, rng.permutation(everywhere)],
+        np.r_[np.full(400, 0.6), np.full(600, 0.02)],
+    )
     assert collapse_figures(p, q, disc(), disc(), confidence=c).collapse_index > THRESHOLD + 0.1
-    assert collapse_figures(p, q, disc(), disc()).collapse_index < collapse_figures(p, q, disc(), disc(), confidence=c).collapse_index - 0.2
+    assert (
+        collapse_figures(p, q, disc(), disc()).collapse_index
+        < collapse_figures(p, q, disc(), disc(), confidence=c).collapse_index - 0.2
+    )
 
 
 def test_disorder_is_no_collapse_even_where_the_overlap_is_small():
     p, rng = starts(250), np.random.default_rng(0)
     c = np.exp(rng.normal(-6, 1, 250))
     for T in (None, np.eye(3), similarity(0, 1.0, (150, 60)), similarity(0, 2.0, center=MIDDLE)):
-        assert collapse_figures(p, rng.permutation(p), disc(), disc(), T, confidence=c).collapse_index < THRESHOLD
+        assert (
+            collapse_figures(p, rng.permutation(p), disc(), disc(), T, confidence=c).collapse_index
+            < THRESHOLD
+        )
 
 
 def test_right_but_uneven_lines_are_no_collapse_and_a_bundle_that_an_affine_fits_is_one():
@@ -119,7 +158,11 @@ def test_too_few_matches_are_the_worst_and_all_figures_stay_finite():
 def test_carriers_keep_order_and_share():
     c = np.random.default_rng(0).exponential(1, 500)
     k = carriers(c)
-    assert (np.diff(k) > 0).all() and c[k].sum() >= 0.8 * c.sum() > np.sort(c[k])[1:].sum() and c[k].min() >= np.delete(c, k).max()
+    assert (
+        (np.diff(k) > 0).all()
+        and c[k].sum() >= 0.8 * c.sum() > np.sort(c[k])[1:].sum()
+        and c[k].min() >= np.delete(c, k).max()
+    )
 
 
 def test_the_threshold_is_that_of_the_committed_calibration_and_a_small_one_agrees():
@@ -127,7 +170,11 @@ def test_the_threshold_is_that_of_the_committed_calibration_and_a_small_one_agre
     assert kept["threshold"] == THRESHOLD and kept["false_alarms"] < 0.02 and kept["missed"] < 0.02
     a = calibrate(2, 2)
     assert a == calibrate(2, 2)
-    assert min(a["kinds"][k]["median"] for k in SICK) > THRESHOLD > max(a["kinds"][k]["median"] for k in ("healthy", "disorder"))
+    assert (
+        min(a["kinds"][k]["median"] for k in SICK)
+        > THRESHOLD
+        > max(a["kinds"][k]["median"] for k in ("healthy", "disorder"))
+    )
 
 
 # ---- recording on disk
@@ -140,12 +187,24 @@ def a_probe(k, kind="generated", T=np.eye(3)):
 
 def a_run(folder, story, guided=(), probes=3):
     "A recording; the story says for every epoch whether it is collapsed."
-    probes = [a_probe(k, ("generated", "pseudo-real", "real")[k % 3], None if k % 3 == 2 else np.eye(3)) for k in range(probes)]
+    probes = [
+        a_probe(k, ("generated", "pseudo-real", "real")[k % 3], None if k % 3 == 2 else np.eye(3))
+        for k in range(probes)
+    ]
     write_probes(folder, probes)
     p = starts(200)
-    look = lambda sick: Matches(p, np.random.default_rng(0).normal((120, 40), 4, p.shape) if sick else p + 0.25, np.full(200, 0.5))
+
+    def look(sick):
+        return Matches(
+            p, np.random.default_rng(0).normal((120, 40), 4, p.shape) if sick else p + 0.25, np.full(200, 0.5)
+        )
+
     for e, sick in enumerate(story):
-        entries = [measure(k, probe, g, look(sick and not g)) for g in (False, True)[: 1 + (e in guided)] for k, probe in enumerate(probes)]
+        entries = [
+            measure(k, probe, g, look(sick and not g))
+            for g in (False, True)[: 1 + (e in guided)]
+            for k, probe in enumerate(probes)
+        ]
         write_epoch(folder, e, 2.0 if e in guided else 0.0, 10.0 if e in guided else 1.0, entries)
     return folder
 
@@ -155,9 +214,18 @@ def test_one_hundred_epochs_of_32_pairs_stay_below_50_megabytes(tmp_path):
     probe, cells = a_probe(0), 8.0 * np.indices((32, 32)).reshape(2, -1).T + 3.5
     write_probes(tmp_path, [probe] * 32)
     entries = []
-    for look in range(64):  # unguided and guided; half of the 1024 cells find a partner, which is more than is ever seen
+    for look in range(
+        64
+    ):  # unguided and guided; half of the 1024 cells find a partner, which is more than is ever seen
         start = cells[np.sort(rng.choice(1024, 512, replace=False))]
-        entries.append(measure(look % 32, probe, look > 31, Matches(start, rng.uniform(0, 255, start.shape), rng.uniform(0, 1, len(start)))))
+        entries.append(
+            measure(
+                look % 32,
+                probe,
+                look > 31,
+                Matches(start, rng.uniform(0, 255, start.shape), rng.uniform(0, 1, len(start))),
+            )
+        )
     write_epoch(tmp_path, 0, 2.0, 10.0, entries)
     size = {p.name: p.stat().st_size for p in tmp_path.iterdir()}
     assert size["probes.npz"] + 100 * size["epoch_0000.npz"] < 50e6, size
@@ -168,7 +236,9 @@ def test_a_recording_reads_back_and_ignores_what_is_half_written(tmp_path):
     (tmp_path / "recording" / ".epoch_0002.abcd1234.npz").write_bytes(b"half")
     r = Recording(tmp_path)
     assert r.epochs == [0, 1] and r.kinds == ["generated", "pseudo-real", "real"]
-    assert [x["collapse_index"] > THRESHOLD for x in summary(r)] == [False, True] and [x["epoch"] for x in summary(r, guided=True)] == [0]
+    assert [x["collapse_index"] > THRESHOLD for x in summary(r)] == [False, True] and [
+        x["epoch"] for x in summary(r, guided=True)
+    ] == [0]
     lines, agrees = r.record(0).lines(r.record(0).find(1, guided=True))
     assert np.allclose(lines.points1, lines.points0 + 0.25, atol=1 / 16) and agrees.all()
     assert np.isnan(r.record(0).figures["error_px"][2]) and r.record(0).figures["error_px"][0] < 1
@@ -195,9 +265,15 @@ def test_the_words_fit_the_story(tmp_path, story, begins):
 def test_diagnose_prints_says_and_draws_without_torch(tmp_path, capsys):
     a_run(tmp_path / "run" / "recording", [False] * 2 + [True] * 6, guided=range(5))
     code = "import sys; from loftr_curriculum.cli import main; c = main(sys.argv[1:]); sys.exit(9 if {'torch', 'lightning'} & set(sys.modules) else c)"
-    done = subprocess.run([sys.executable, "-c", code, "diagnose", str(tmp_path / "run")], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code, "diagnose", str(tmp_path / "run")], capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
-    assert "Collapsed since epoch 2" in done.stdout and "only the masks held it up" in done.stdout and "pseudo-real" in done.stdout
+    assert (
+        "Collapsed since epoch 2" in done.stdout
+        and "only the masks held it up" in done.stdout
+        and "pseudo-real" in done.stdout
+    )
     for name in ("collapse.png", "matches.png"):
         assert read_image(tmp_path / "run" / "diagnosis" / name).std() > 10
     assert main(["diagnose", str(tmp_path)]) == 2

@@ -1,4 +1,5 @@
 """Guards of the data room: fields of view, faults in folders and tables, masks that follow the transform, resume."""
+
 import logging
 import subprocess
 import sys
@@ -14,10 +15,28 @@ from loftr_curriculum.data.config import DataConfig, patient_of
 from loftr_curriculum.data.landmarks import LANDMARK_COLUMNS, PairTableSource, read_landmark_set, read_pairs
 from loftr_curriculum.data.masks import vesselness
 from loftr_curriculum.data.module import EpochSampler, PairDataModule, split_sources
-from loftr_curriculum.data.pairs import STEEPEST, GeneratedSource, cell_points, cut_views, draw_residual, make_frame, to_fixed, to_moving
+from loftr_curriculum.data.pairs import (
+    STEEPEST,
+    GeneratedSource,
+    cell_points,
+    cut_views,
+    draw_residual,
+    make_frame,
+    to_fixed,
+    to_moving,
+)
 from loftr_curriculum.data.preprocess import estimate_fov, normalise, prepare, to_gray
 from loftr_curriculum.data.triplets import TripletSource, choose, parse_name
-from loftr_curriculum.geometry import Motion, apply_transform, centre, fit_affine, invert, resize_image, similarity, warp_image
+from loftr_curriculum.geometry import (
+    Motion,
+    apply_transform,
+    centre,
+    fit_affine,
+    invert,
+    resize_image,
+    similarity,
+    warp_image,
+)
 from loftr_curriculum.io.files import FileError, write_json
 from loftr_curriculum.io.images import write_image
 from loftr_curriculum.retina.config import EyeConfig
@@ -50,7 +69,9 @@ def table(tmp_path, world):
     write_image(tmp_path / "fa.png", warp_image(world.images["fa"], T, (460, 480)))
     write_image(tmp_path / "seg.png", world.vessels)
     write_json(tmp_path / "m.json", {"moving_to_fixed": invert(T)})
-    (tmp_path / "pairs.csv").write_text("id,fixed,moving,matrix,fixed_mask,mode\n1,cf.png,fa.png,m.json,seg.png,cf-fa\n")
+    (tmp_path / "pairs.csv").write_text(
+        "id,fixed,moving,matrix,fixed_mask,mode\n1,cf.png,fa.png,m.json,seg.png,cf-fa\n"
+    )
     return tmp_path / "pairs.csv"
 
 
@@ -63,7 +84,9 @@ def eye(size=(300, 400), radius=150, level=0.4, border=0.0, seed=0):
     y, x = np.mgrid[: size[0], : size[1]] - (np.array(size)[:, None, None] - 1) / 2
     r = np.hypot(x, y)
     texture = cv2.GaussianBlur(rng.standard_normal(size, dtype=np.float32), (0, 0), 3)
-    gray = np.where(r < radius, level * (1.1 - 0.4 * (r / radius) ** 2 + texture), border) + 0.004 * rng.standard_normal(size)
+    gray = np.where(
+        r < radius, level * (1.1 - 0.4 * (r / radius) ** 2 + texture), border
+    ) + 0.004 * rng.standard_normal(size)
     return np.clip(gray, 0, 1).astype(np.float32), r < radius
 
 
@@ -105,11 +128,15 @@ def test_depth_does_not_change_the_preparation():
 
 def test_full_frames_have_a_full_field(world):
     for kind in ("cf", "fa", "oct", "octa"):
-        assert estimate_fov(to_gray(world.images[kind])).mean() > 0.95, kind  # flow is lost in one corner of this eye's octa
+        assert estimate_fov(to_gray(world.images[kind])).mean() > 0.95, (
+            kind
+        )  # flow is lost in one corner of this eye's octa
 
 
 def test_a_turned_square_is_its_own_field():
-    gray = np.clip(0.4 + 0.15 * np.random.default_rng(0).standard_normal((200, 200)), 0.05, 1).astype(np.float32)
+    gray = np.clip(0.4 + 0.15 * np.random.default_rng(0).standard_normal((200, 200)), 0.05, 1).astype(
+        np.float32
+    )
     T = similarity(30, 0.7, (0, 0), centre((200, 200)))
     true = warp_image(np.ones((200, 200), bool), T, (200, 200), mode="nearest")
     assert iou(estimate_fov(warp_image(gray, T, (200, 200))), true) > 0.94
@@ -124,7 +151,13 @@ def test_preparing_a_smaller_copy_gives_the_same():
 
 def test_normalise_is_finite_and_bounded_everywhere():
     rng = np.random.default_rng(0)
-    for gray in (np.zeros((40, 50)), np.full((40, 50), 0.7), rng.random((40, 50)), np.eye(40, 50), 1e-4 * rng.random((40, 50))):
+    for gray in (
+        np.zeros((40, 50)),
+        np.full((40, 50), 0.7),
+        rng.random((40, 50)),
+        np.eye(40, 50),
+        1e-4 * rng.random((40, 50)),
+    ):
         for fov in (None, np.zeros((40, 50), bool), rng.random((40, 50)) < 0.02, np.ones((40, 50), bool)):
             out = normalise(gray.astype(np.float32), fov)
             assert out.dtype == np.float32 and np.isfinite(out).all() and np.abs(out).max() <= 1
@@ -136,7 +169,7 @@ def test_vesselness_stays_in_the_field_and_finds_vessels(world):
     y, x = np.mgrid[:512, :512] - 255.5
     fov = np.hypot(x, y) < 240
     mask = vesselness(gray * fov, fov)
-    assert not mask[~fov].any() and 0 <= mask.min() and mask.max() <= 1
+    assert not mask[~fov].any() and mask.min() >= 0 and mask.max() <= 1
     assert mask[fov & (world.vessels > 200)].mean() > 4 * mask[fov & (world.vessels < 50)].mean()
 
 
@@ -164,7 +197,9 @@ def test_a_clipped_image_never_pairs_with_an_unclipped_one():
     files = [parse_name(f"1_{n}.png", "1") for n in ("cf_clip", "fa", "oct", "octa", "seg")]
     assert choose(files, "cf-fa")["fixed"] is None and choose(files, "cf-oct")["fixed"] is None
     clipped = choose(files, "cf-octa")
-    assert clipped["fixed"].path.stem == "1_cf_clip" and clipped["mask"] is None  # `seg` is of the other geometry
+    assert (
+        clipped["fixed"].path.stem == "1_cf_clip" and clipped["mask"] is None
+    )  # `seg` is of the other geometry
 
 
 def test_missing_masks_are_counted(cases, caplog):
@@ -208,12 +243,17 @@ def test_folders_that_are_none(tmp_path):
 def test_sizes_may_differ_where_the_shape_agrees(cases, world):
     write_image(cases / "600_N" / "600_N_fa.png", resize_image(world.images["fa"], (255, 256)))
     write_image(cases / "600_N" / "600_N_seg.png", resize_image(world.vessels, (300, 300)))
-    write_image(cases / "600_N" / "600_N_cf.png", resize_image(world.images["cf"], (1400, 1400)).astype(np.uint16) * 16)
+    write_image(
+        cases / "600_N" / "600_N_cf.png",
+        resize_image(world.images["cf"], (1400, 1400)).astype(np.uint16) * 16,
+    )
     frame = TripletSource(cases, ("cf-fa",)).subset({"600_N"}).frames[0]
     assert frame.plane0.shape == frame.plane1.shape == frame.mask.shape == (1024, 1024)
     true = resize_image(world.vessels, (1024, 1024)) > 128
     assert frame.plane0[true].mean() < frame.plane0[~true].mean() - 5 and iou(frame.mask > 128, true) > 0.5
-    thick = cv2.erode(true.astype(np.uint8), np.ones((3, 3))) > 0  # twigs are thinner than a pixel of the smaller mask
+    thick = (
+        cv2.erode(true.astype(np.uint8), np.ones((3, 3))) > 0
+    )  # twigs are thinner than a pixel of the smaller mask
     assert thick.sum() > 5000 and (frame.mask > 128)[thick].mean() > 0.95
 
 
@@ -244,7 +284,9 @@ def test_two_lines_with_the_same_images_keep_their_own_geometry(table):
 
 def test_a_table_lists_every_fault(table):
     (table.parent / "points.csv").write_text(",".join(LANDMARK_COLUMNS) + "\n1,2,3,4\n5,6,7,8\n")
-    (table.parent / "swapped.csv").write_text(",".join(LANDMARK_COLUMNS) + "\n0,0,0,0\n100,0,100,0\n0,100,0,100\n100,100,50,50\n")
+    (table.parent / "swapped.csv").write_text(
+        ",".join(LANDMARK_COLUMNS) + "\n0,0,0,0\n100,0,100,0\n0,100,0,100\n100,100,50,50\n"
+    )
     (table.parent / "words.csv").write_text(",".join(LANDMARK_COLUMNS) + "\n1,2,3,four\n")
     (table.parent / "bad.png").write_text("bad")
     far = " ".join(map(str, similarity(0, 1, (5000, 0)).ravel()))
@@ -297,11 +339,23 @@ def test_mask0_warped_by_T_overlaps_mask1(kind, request):
     if kind == "generated":
         source = GeneratedSource(WorldBank([3], EyeConfig(size=512), progress=False))
     else:
-        source = TripletSource(request.getfixturevalue("cases")) if kind == "triplets" else PairTableSource(request.getfixturevalue("table"))
-    found = [overlap_of_masks(source.draw(k % len(source), np.random.default_rng(k), SIZE, Motion())) for k in range(24)]
+        source = (
+            TripletSource(request.getfixturevalue("cases"))
+            if kind == "triplets"
+            else PairTableSource(request.getfixturevalue("table"))
+        )
+    found = [
+        overlap_of_masks(source.draw(k % len(source), np.random.default_rng(k), SIZE, Motion()))
+        for k in range(24)
+    ]
     scores = np.array([score for score, vessel in found if vessel > 50])
     assert len(scores) >= 16 and np.median(scores) > 0.8 and scores.min() > 0.5
-    identity = [overlap_of_masks(replace(source.draw(k % len(source), np.random.default_rng(k), SIZE, Motion()), T_0to1=np.eye(3)))[0] for k in range(24)]
+    identity = [
+        overlap_of_masks(
+            replace(source.draw(k % len(source), np.random.default_rng(k), SIZE, Motion()), T_0to1=np.eye(3))
+        )[0]
+        for k in range(24)
+    ]
     assert np.median(identity) < 0.4  # the measure would notice
 
 
@@ -326,7 +380,9 @@ def overlap_by_map(sample):
     "`overlap_of_masks` by the true map, between the outermost cell centres."
     inside = np.s_[4:-4, 4:-4]
     at = resize_image(sample.map_1to0, sample.mask1.shape)
-    warped, seen = (cv2.remap(np.float32(a), at, None, cv2.INTER_LINEAR)[inside] for a in (sample.mask0, sample.fov0))
+    warped, seen = (
+        cv2.remap(np.float32(a), at, None, cv2.INTER_LINEAR)[inside] for a in (sample.mask0, sample.fov0)
+    )
     seen = (seen > 0.99) & sample.fov1[inside]
     a, b = warped[seen], sample.mask1[inside][seen]
     return 2 * np.minimum(a, b).sum() / max(a.sum() + b.sum(), 1), b.sum()
@@ -339,7 +395,9 @@ def test_vessels_follow_the_true_map_and_not_its_affine_part(kind, request):
     else:
         source = TripletSource(request.getfixturevalue("cases"), deform=6.0).subset({"600_N", "600_A"})
     pairs = [source.draw(k % len(source), np.random.default_rng(k), (256, 256), Motion()) for k in range(20)]
-    found = np.array([(overlap_by_map(p)[0], overlap_of_masks(p)[0]) for p in pairs if overlap_by_map(p)[1] > 50])
+    found = np.array(
+        [(overlap_by_map(p)[0], overlap_of_masks(p)[0]) for p in pairs if overlap_by_map(p)[1] > 50]
+    )
     assert len(found) >= 12 and np.median(found[:, 0]) > 0.8 and found[:, 0].min() > 0.5
     assert np.median(found[:, 1]) < np.median(found[:, 0]) - 0.15
 
@@ -359,7 +417,10 @@ def test_maps_do_not_fold_and_lead_there_and_back(size):
 
 def test_the_largest_residual_is_nearly_always_reached():
     c = cell_points((512, 512))
-    rms = [np.sqrt((draw_residual(np.random.default_rng(s), (512, 512), 5.0).at(c) ** 2).sum(-1).mean()) for s in range(400)]
+    rms = [
+        np.sqrt((draw_residual(np.random.default_rng(s), (512, 512), 5.0).at(c) ** 2).sum(-1).mean())
+        for s in range(400)
+    ]
     assert np.allclose(np.quantile(rms, [0.25, 0.5, 0.75]), [1.25, 2.5, 3.75], atol=0.4) and max(rms) <= 5
 
 
@@ -368,12 +429,18 @@ def test_a_bent_view_shows_nothing_from_beyond_the_frame_or_its_field(world, own
     fov = np.pad(np.ones((460, 400), bool), ((26, 26), (56, 56))) if own else None
     plane = np.full((512, 512), 255, np.uint8)
     if own:
-        plane *= cv2.dilate(fov.astype(np.uint8), np.ones((5, 5)))  # a warp blends the outermost pixels with the black beyond
+        plane *= cv2.dilate(
+            fov.astype(np.uint8), np.ones((5, 5))
+        )  # a warp blends the outermost pixels with the black beyond
     frame = make_frame(plane, plane, world.vessels, fov, fov)
     for k in range(12):
-        s = cut_views(frame, np.random.default_rng(k), SIZE, Motion(), 0, optics=False, deform=6.0, field=(0.9, 1.0))
+        s = cut_views(
+            frame, np.random.default_rng(k), SIZE, Motion(), 0, optics=False, deform=6.0, field=(0.9, 1.0)
+        )
         assert np.isfinite(s.map_0to1).all() and s.map_1to0.shape == (16, 16, 2)
-        assert not s.fov1.all() and s.image1[s.fov1].min() == s.image1[s.fov1].max()  # no black in what counts as seen
+        assert (
+            not s.fov1.all() and s.image1[s.fov1].min() == s.image1[s.fov1].max()
+        )  # no black in what counts as seen
 
 
 def test_a_residual_changes_the_moving_view_alone(world):
@@ -381,18 +448,34 @@ def test_a_residual_changes_the_moving_view_alone(world):
     motion = Motion(shift=0.1, rotation_deg=20)
     for k in range(6):
         rngs = [np.random.default_rng(k) for _ in range(3)]
-        default, flat, bent = (cut_views(frame, rng, SIZE, motion, **options) for rng, options in zip(rngs, ({}, {"deform": 0.0}, {"deform": 4.0})))
+        default, flat, bent = (
+            cut_views(frame, rng, SIZE, motion, **options)
+            for rng, options in zip(rngs, ({}, {"deform": 0.0}, {"deform": 4.0}))
+        )
         for name in ("image0", "image1", "mask0", "mask1", "fov0", "fov1", "T_0to1"):
             assert np.array_equal(getattr(default, name), getattr(flat, name))
         for name in ("image0", "mask0", "fov0", "T_0to1"):
             assert np.array_equal(getattr(bent, name), getattr(flat, name))
         assert flat.map_0to1 is None and not np.array_equal(bent.mask1, flat.mask1)
-        assert rngs[0].random() == rngs[1].random() == rngs[2].random()  # the residual takes no numbers from the pair's own generator
+        assert (
+            rngs[0].random() == rngs[1].random() == rngs[2].random()
+        )  # the residual takes no numbers from the pair's own generator
 
 
 # ---- batches
 
-TINY = DataConfig(size=64, worlds=2, val_worlds=2, pairs_per_epoch=5, val_pairs=4, batch_size=2, cache=None, workers=0, render_workers=1, eye=EyeConfig(size=192))
+TINY = DataConfig(
+    size=64,
+    worlds=2,
+    val_worlds=2,
+    pairs_per_epoch=5,
+    val_pairs=4,
+    batch_size=2,
+    cache=None,
+    workers=0,
+    render_workers=1,
+    eye=EyeConfig(size=192),
+)
 
 
 class Recorder(L.LightningModule):
@@ -415,7 +498,14 @@ class Recorder(L.LightningModule):
 
 def fit(folder, data, epochs, checkpoint=None):
     model = Recorder()
-    options = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu", "devices": 1, "num_sanity_val_steps": 0}
+    options = {
+        "logger": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "accelerator": "cpu",
+        "devices": 1,
+        "num_sanity_val_steps": 0,
+    }
     trainer = L.Trainer(default_root_dir=folder, max_epochs=epochs, **options)
     trainer.fit(model, datamodule=data, ckpt_path=checkpoint, weights_only=False)
     trainer.save_checkpoint(folder / f"{epochs}.ckpt")
@@ -440,7 +530,18 @@ def test_the_constructor_does_nothing(tmp_path):
 
 
 def test_true_maps_reach_every_batch_of_mixed_sources(cases, table):
-    config = replace(TINY, triplets=str(cases), pairs=str(table), share_generated=1.0, deform=4.0, batch_size=6, pairs_per_epoch=24, worlds=1, val_worlds=1, val_share=0.5)
+    config = replace(
+        TINY,
+        triplets=str(cases),
+        pairs=str(table),
+        share_generated=1.0,
+        deform=4.0,
+        batch_size=6,
+        pairs_per_epoch=24,
+        worlds=1,
+        val_worlds=1,
+        val_share=0.5,
+    )
     data, spread = PairDataModule(config), PairDataModule(replace(config, workers=2))
     data.setup()
     spread.train_pairs = data.train_pairs
@@ -449,7 +550,9 @@ def test_true_maps_reach_every_batch_of_mixed_sources(cases, table):
         assert all(torch.equal(a[k], b[k]) for k in ("image1", "map_0to1", "map_1to0"))
     maps, T, modes = (sum((list(b[k]) for b in batches), []) for k in ("map_0to1", "T_0to1", "id"))
     centres = torch.from_numpy(cell_points((64, 64))).float().reshape(-1, 2)
-    off = np.array([(m.reshape(-1, 2) - apply_transform(t, centres)).norm(dim=-1).max().item() for m, t in zip(maps, T)])
+    off = np.array(
+        [(m.reshape(-1, 2) - apply_transform(t, centres)).norm(dim=-1).max().item() for m, t in zip(maps, T)]
+    )
     table_pairs = np.array([m == "1" for m in modes])
     assert table_pairs.any() and off[table_pairs].max() < 1e-3 and 0.05 < np.median(off[~table_pairs]) < 4
     assert {"map_0to1", "map_1to0"} <= data.val_pairs[0].keys()
@@ -477,21 +580,33 @@ def test_nothing_held_out_means_generated_validation(cases):
     assert isinstance(val[0][0], GeneratedSource) and val[0][0].bank.seeds[0] >= 1_000_000
 
 
-@pytest.mark.parametrize("generated, triplets, pairs", [(0.5, 1.0, 0.0), (1.0, 1.0, 1.0), (0.1, 0.3, 0.6), (3.0, 1.0, 0.0), (None, 1.0, 0.0), (2.0, 0.0, 0.0)])
+@pytest.mark.parametrize(
+    "generated, triplets, pairs",
+    [(0.5, 1.0, 0.0), (1.0, 1.0, 1.0), (0.1, 0.3, 0.6), (3.0, 1.0, 0.0), (None, 1.0, 0.0), (2.0, 0.0, 0.0)],
+)
 def test_sources_are_mixed_in_the_proportion_asked_for(cases, table, monkeypatch, generated, triplets, pairs):
     (cases / "triplets").mkdir()
     for case in ("600_N", "600_A", "700_L"):
         (cases / case).rename(cases / "triplets" / case)
     for kind in (TripletSource, PairTableSource, GeneratedSource):
         monkeypatch.setattr(kind, "draw", lambda self, *a, **k: type(self))
-    config = replace(TINY, triplets=str(cases / "triplets"), pairs=str(table), share_generated=generated, share_triplets=triplets, share_pairs=pairs)
+    config = replace(
+        TINY,
+        triplets=str(cases / "triplets"),
+        pairs=str(table),
+        share_generated=generated,
+        share_triplets=triplets,
+        share_pairs=pairs,
+    )
     data = PairDataModule(config)
     data.setup()
     n = 4000
     drawn = [data.train_pairs.sample(g) for g in range(n)]
     wanted = np.array([generated or 0, triplets, pairs]) / ((generated or 0) + triplets + pairs)
     for kind, share in zip((GeneratedSource, TripletSource, PairTableSource), wanted):
-        assert abs(drawn.count(kind) - share * n) <= 4 * np.sqrt(n * share * (1 - share)), kind  # four standard deviations
+        assert abs(drawn.count(kind) - share * n) <= 4 * np.sqrt(n * share * (1 - share)), (
+            kind
+        )  # four standard deviations
 
 
 def test_processes_share_an_epoch_without_overlap():
@@ -500,7 +615,11 @@ def test_processes_share_an_epoch_without_overlap():
         for s in shares:
             s.set_epoch(2)
         drawn = [g for s in shares for g in s]
-        assert len(drawn) == len(set(drawn)) == n // 3 * 3 == 3 * len(shares[0]) and min(drawn) >= 2 * n and max(drawn) < 3 * n
+        assert (
+            len(drawn) == len(set(drawn)) == n // 3 * 3 == 3 * len(shares[0])
+            and min(drawn) >= 2 * n
+            and max(drawn) < 3 * n
+        )
 
 
 @pytest.mark.parametrize("wrong, named", [

@@ -1,4 +1,5 @@
 "The demonstration: its plumbing on tiny settings, and the whole of it as a user runs it (slow)."
+
 import subprocess
 import sys
 import time
@@ -14,7 +15,17 @@ from loftr_curriculum.model.weights import PACKAGED
 from loftr_curriculum.report.registration import FILES
 from loftr_curriculum.training import demo as room
 
-LEFT = ("curriculum.png", "fixed.png", "matches_over_epochs.png", "metrics.json", "moving.png", "run", "shipped", "shipped_and_trained.png", "trained")
+LEFT = (
+    "curriculum.png",
+    "fixed.png",
+    "matches_over_epochs.png",
+    "metrics.json",
+    "moving.png",
+    "run",
+    "shipped",
+    "shipped_and_trained.png",
+    "trained",
+)
 
 pytestmark = pytest.mark.skipif(not PACKAGED.is_file(), reason="no packaged weights in this checkout")
 
@@ -24,12 +35,20 @@ def test_it_walks_to_the_end_on_tiny_settings(tmp_path, monkeypatch, capsys):
 
     def tiny(out, epochs, seed):
         c = full(out, epochs, seed)
-        return replace(c, matcher=MatcherConfig(dims=(8, 16, 32), layers=1), data=replace(c.data, worlds=2, val_worlds=1, size=64, pairs_per_epoch=8, val_pairs=2, render_workers=1))
+        return replace(
+            c,
+            matcher=MatcherConfig(dims=(8, 16, 32), layers=1),
+            data=replace(
+                c.data, worlds=2, val_worlds=1, size=64, pairs_per_epoch=8, val_pairs=2, render_workers=1
+            ),
+        )
 
     monkeypatch.setattr(room, "demo_config", tiny)
     out = room.demo(tmp_path / "demo", epochs=4)
     report, said = read_json(out / "metrics.json"), capsys.readouterr().out
-    assert len(report["epochs"]) == 4 and {"sched/lambda", "sched/loss_w", "val/auc", "val/coverage1"} <= set(report["epochs"][0])
+    assert len(report["epochs"]) == 4 and {"sched/lambda", "sched/loss_w", "val/auc", "val/coverage1"} <= set(
+        report["epochs"][0]
+    )
     assert {p.name for p in out.iterdir()} == set(LEFT)
     assert Recording(out / "run").epochs == [0, 1, 2, 3]
     # what ships answers before anything is trained; what has seen 32 pairs answers otherwise, and both say what their files say
@@ -39,20 +58,35 @@ def test_it_walks_to_the_end_on_tiny_settings(tmp_path, monkeypatch, capsys):
     for name in ("shipped", "trained"):
         record = load_transform(out / name / "transform.json")
         assert str(record.verdict) == report[name]["verdict"] and str(out / f"{name}/") in said
-        assert {p.name for p in (out / name).iterdir()} >= (set(FILES) if record.matrix is not None else {"transform.json", "matches.png"})
+        assert {p.name for p in (out / name).iterdir()} >= (
+            set(FILES) if record.matrix is not None else {"transform.json", "matches.png"}
+        )
 
 
 @pytest.mark.slow
 def test_it_registers_an_unseen_eye_within_eight_minutes(tmp_path, record_property):
     start = time.monotonic()
-    subprocess.run([sys.executable, "-c", f"from loftr_curriculum.cli import main; raise SystemExit(main(['demo', '--out', {str(tmp_path)!r}]))"], check=True)
+    subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            f"from loftr_curriculum.cli import main; raise SystemExit(main(['demo', '--out', {str(tmp_path)!r}]))",
+        ],
+        check=True,
+    )
     seconds, report = time.monotonic() - start, read_json(tmp_path / "metrics.json")
     record_property("seconds of the demonstration", round(seconds))
     for name in ("shipped", "trained"):
-        record_property(f"corner error in px at 512, {name} weights", round(report[name]["corner_error_px_at_512"] or -1, 2))
+        record_property(
+            f"corner error in px at 512, {name} weights",
+            round(report[name]["corner_error_px_at_512"] or -1, 2),
+        )
     record_property("val/auc of the last epoch", round(report["epochs"][-1]["val/auc"], 3))
     for name in ("shipped", "trained"):
         # after minutes of training the first of two looks may be far off the second: right, and doubted
-        assert report[name]["verdict"] in (("ok",) if name == "shipped" else ("ok", "doubtful")) and report[name]["corner_error_px_at_512"] < 5
+        assert (
+            report[name]["verdict"] in (("ok",) if name == "shipped" else ("ok", "doubtful"))
+            and report[name]["corner_error_px_at_512"] < 5
+        )
     assert {p.name for p in tmp_path.iterdir()} == set(LEFT)
     assert seconds < 480

@@ -1,4 +1,5 @@
 """Guards of views made in batches: the geometry, the look and the law are those of NumPy, and a pair is a pair in any company."""
+
 from dataclasses import replace
 
 import cv2
@@ -7,7 +8,14 @@ import pytest
 import torch
 
 from loftr_curriculum.data.config import DataConfig
-from loftr_curriculum.data.device import DeviceViews, apply_looks, collate_recipes, draw_recipe, pack_look, smoothers
+from loftr_curriculum.data.device import (
+    DeviceViews,
+    apply_looks,
+    collate_recipes,
+    draw_recipe,
+    pack_look,
+    smoothers,
+)
 from loftr_curriculum.data.module import PairDataModule
 from loftr_curriculum.data.pairs import GeneratedSource
 from loftr_curriculum.model.config import MatcherConfig
@@ -19,7 +27,18 @@ from loftr_curriculum.training.config import TrainConfig
 from loftr_curriculum.training.run import train
 
 SIZE = 96
-TINY = DataConfig(worlds=2, val_worlds=1, size=64, pairs_per_epoch=6, val_pairs=2, batch_size=3, workers=0, render_workers=1, cache=None, eye=EyeConfig(size=256))
+TINY = DataConfig(
+    worlds=2,
+    val_worlds=1,
+    size=64,
+    pairs_per_epoch=6,
+    val_pairs=2,
+    batch_size=3,
+    workers=0,
+    render_workers=1,
+    cache=None,
+    eye=EyeConfig(size=256),
+)
 
 
 @pytest.fixture(scope="module")
@@ -29,10 +48,15 @@ def bank():
 
 def both(source, indices, device="cpu"):
     "Pairs drawn by NumPy, and the batch of the same seeds."
-    stream = lambda g: np.random.default_rng((3, g))
+
+    def stream(g):
+        return np.random.default_rng((3, g))
+
     recipe = collate_recipes([draw_recipe(source, g, stream(g), (SIZE, SIZE)) for g in indices])
     recipe = {k: v.to(device) if torch.is_tensor(v) else v for k, v in recipe.items()}
-    return [source.draw(g, stream(g), (SIZE, SIZE)) for g in indices], DeviceViews(source, SIZE, device)(recipe)
+    return [source.draw(g, stream(g), (SIZE, SIZE)) for g in indices], DeviceViews(source, SIZE, device)(
+        recipe
+    )
 
 
 @pytest.mark.parametrize("deform", [0.0, 5.0])
@@ -52,16 +76,24 @@ def test_strength_0_is_cut_and_normalised_and_nothing_else(bank, deform):
 
 def test_a_shifted_view_would_be_noticed(bank):
     pairs, batch = both(GeneratedSource(bank, MODES, strength=0.0), range(12))
-    off = [np.abs(np.roll(batch["image0"][g, 0].numpy(), 1, 1) - pair.image0).mean() for g, pair in enumerate(pairs)]
+    off = [
+        np.abs(np.roll(batch["image0"][g, 0].numpy(), 1, 1) - pair.image0).mean()
+        for g, pair in enumerate(pairs)
+    ]
     assert np.median(off) > 0.04
 
 
 def test_time_stamps_are_those_of_numpy(bank):
     source = GeneratedSource(bank, MODES, strength=1.0)
-    stream = lambda g: np.random.default_rng((3, g))
+
+    def stream(g):
+        return np.random.default_rng((3, g))
+
     stamped = [g for g in range(120) if draw_recipe(source, g, stream(g), (SIZE, SIZE))["ink"]]
     assert 1 <= len(stamped) <= 20
-    recipe = collate_recipes([draw_recipe(source, g, stream(g), (SIZE, SIZE)) for g in (stamped[0], stamped[0] + 1)])
+    recipe = collate_recipes(
+        [draw_recipe(source, g, stream(g), (SIZE, SIZE)) for g in (stamped[0], stamped[0] + 1)]
+    )
     without = {**recipe, "ink": recipe["ink"][:0], "inked": recipe["inked"][:0]}
     views = DeviceViews(source, SIZE, "cpu")
     a, b = (torch.stack([out["image0"], out["image1"]]) for out in (views(recipe), views(without)))
@@ -70,16 +102,28 @@ def test_time_stamps_are_those_of_numpy(bank):
 
 
 def test_the_law_of_200_views_is_that_of_numpy():
-    gray = 0.5 + 0.15 * cv2.GaussianBlur(np.random.default_rng(0).standard_normal((64, 64), dtype=np.float32), (0, 0), 2) * 5
+    gray = (
+        0.5
+        + 0.15
+        * cv2.GaussianBlur(np.random.default_rng(0).standard_normal((64, 64), dtype=np.float32), (0, 0), 2)
+        * 5
+    )
     gray, fov, n = np.clip(gray, 0, 1), np.ones((64, 64), bool), 200
     theirs = np.stack([randomise(gray, fov, np.random.default_rng(k)) for k in range(n)])
     packed = [pack_look(draw_look(np.random.default_rng((9, k)), (64, 64), grain=False)) for k in range(n)]
     looks = {k: torch.from_numpy(np.stack([p[k] for p in packed])) for k in packed[0]}
     grain = torch.randn(n, 64, 64, generator=torch.Generator().manual_seed(0))
     M = {k: torch.from_numpy(v) for k, v in smoothers(64).items()}
-    mine = apply_looks(torch.from_numpy(gray).expand(n, -1, -1), torch.from_numpy(fov).expand(n, -1, -1), looks, grain, M).numpy()
-    flipped = lambda views: np.mean([np.corrcoef(v.ravel(), gray.ravel())[0, 1] < 0 for v in views])
-    rough = lambda views: np.mean([np.abs(v[1:] - v[:-1]).mean() for v in views])
+    mine = apply_looks(
+        torch.from_numpy(gray).expand(n, -1, -1), torch.from_numpy(fov).expand(n, -1, -1), looks, grain, M
+    ).numpy()
+
+    def flipped(views):
+        return np.mean([np.corrcoef(v.ravel(), gray.ravel())[0, 1] < 0 for v in views])
+
+    def rough(views):
+        return np.mean([np.abs(v[1:] - v[:-1]).mean() for v in views])
+
     assert mine.mean() == pytest.approx(theirs.mean(), abs=0.04)
     assert mine.std((1, 2)).mean() == pytest.approx(theirs.std((1, 2)).mean(), rel=0.12)
     assert rough(mine) == pytest.approx(rough(theirs), rel=0.12)
@@ -97,7 +141,10 @@ def test_a_pair_is_the_same_again_and_in_other_company(bank):
 def test_the_noise_of_the_two_views_and_of_two_pairs_differs(bank):
     grain = DeviceViews(GeneratedSource(bank), SIZE, "cpu").grain([1, 2, 1])
     assert torch.equal(grain[:2], grain[4:])
-    assert max(abs(np.corrcoef(grain[i].ravel(), grain[j].ravel())[0, 1]) for i, j in ((0, 1), (0, 2), (1, 3))) < 0.05
+    assert (
+        max(abs(np.corrcoef(grain[i].ravel(), grain[j].ravel())[0, 1]) for i, j in ((0, 1), (0, 2), (1, 3)))
+        < 0.05
+    )
 
 
 @pytest.mark.parametrize("deform", [0.0, 2.0])
@@ -108,7 +155,10 @@ def test_batches_have_the_keys_shapes_and_kinds_of_numpy_batches(deform):
     device.train_pairs = type(plain.train_pairs)([(plain.train_pairs.sources[0], 1.0)], device.config)
     a, b = next(iter(plain.train_dataloader())), next(iter(device.train_dataloader()))
     b = device.on_after_batch_transfer(b, 0)
-    kind = lambda batch: {k: (v.shape, v.dtype) if torch.is_tensor(v) else v for k, v in batch.items()}
+
+    def kind(batch):
+        return {k: (v.shape, v.dtype) if torch.is_tensor(v) else v for k, v in batch.items()}
+
     assert kind(a) == kind(b)
     assert device.on_after_batch_transfer(a, 0) is a
 
@@ -120,7 +170,13 @@ def test_files_cannot_be_mixed_in():
 
 def test_one_epoch_of_training_twice(tmp_path):
     data, net = replace(TINY, on_device=True), MatcherConfig(dims=(8, 16, 32), layers=1)
-    runs = [train(TrainConfig(out=str(tmp_path / name), epochs=1, data=data, matcher=net, precision="32"), progress=False) for name in "ab"]
+    runs = [
+        train(
+            TrainConfig(out=str(tmp_path / name), epochs=1, data=data, matcher=net, precision="32"),
+            progress=False,
+        )
+        for name in "ab"
+    ]
     assert np.isfinite(runs[0].metrics["train/loss_epoch"])
     a, b = (load_matcher(run.weights).state_dict() for run in runs)
     assert all(torch.equal(a[k], b[k]) for k in a)

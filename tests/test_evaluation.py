@@ -1,4 +1,5 @@
 """Guards of the evaluation room: equality with the independent scorer, faults, missing answers."""
+
 import json
 import subprocess
 import sys
@@ -16,7 +17,9 @@ from loftr_curriculum.io.images import write_image
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 SCORER, REAL = SHARED / "bench" / "pairs.py", SHARED / "real_pairs"
-needs_scorer = pytest.mark.skipif(not SCORER.is_file(), reason="the independent scorer ../shared/bench/pairs.py is not here")
+needs_scorer = pytest.mark.skipif(
+    not SCORER.is_file(), reason="the independent scorer ../shared/bench/pairs.py is not here"
+)
 needs_real = pytest.mark.skipif(not REAL.is_dir(), reason="the real pairs ../shared/real_pairs are not here")
 
 
@@ -25,13 +28,23 @@ def make_set(folder, n=5, seed=0):
     rng, references = np.random.default_rng(seed), {}
     for i in (2, 10, 33, 4, 101)[:n]:
         h0, w0, h1, w1 = rng.integers(60, 160, 4)
-        M = compose(similarity(rng.normal(0, 5), rng.uniform(0.8, 1.2), rng.normal(0, 8, 2)), np.array([[1, 0, 0], [0, 1, 0], [2e-4, -1e-4, 1]]))
+        M = compose(
+            similarity(rng.normal(0, 5), rng.uniform(0.8, 1.2), rng.normal(0, 8, 2)),
+            np.array([[1, 0, 0], [0, 1, 0], [2e-4, -1e-4, 1]]),
+        )
         q = rng.uniform(0, [w1 - 1, h1 - 1], (20, 2))
         p = apply_transform(M, q) + rng.normal(0, 2, (20, 2))
         write_image(folder / f"images/{i}_fixed.png", rng.integers(0, 255, (h0, w0), np.uint8))
         write_image(folder / f"images/{i}_moving.png", rng.integers(0, 255, (h1, w1, 3), np.uint8))
         (folder / "landmarks").mkdir(exist_ok=True)
-        np.savetxt(folder / f"landmarks/{i}.csv", np.c_[p, q], "%.3f", ",", header="fixed_x,fixed_y,moving_x,moving_y", comments="")
+        np.savetxt(
+            folder / f"landmarks/{i}.csv",
+            np.c_[p, q],
+            "%.3f",
+            ",",
+            header="fixed_x,fixed_y,moving_x,moving_y",
+            comments="",
+        )
         write_json(folder / f"landmarks/{i}.json", {"moving_to_fixed": M})
         references[str(i)] = M
     return references
@@ -40,21 +53,35 @@ def make_set(folder, n=5, seed=0):
 def predictions(references, seed=1):
     "Answers of every kind: exact, off, far off, broken, silent, missing."
     rng = np.random.default_rng(seed)
-    off = lambda M, sigma: compose(M, translation(rng.normal(0, sigma, 2)), similarity(rng.normal(0, sigma / 10)))
+
+    def off(M, sigma):
+        return compose(M, translation(rng.normal(0, sigma, 2)), similarity(rng.normal(0, sigma / 10)))
+
     return {
         "identity": {i: np.eye(3) for i in references},
         "reference": references,
         "noisy": {i: off(M, 5) for i, M in references.items()},
         "null": {i: None for i in references},
-        "mixed": {i: [M, off(M, 12), None, np.zeros((3, 3)), np.full((3, 3), np.inf), np.eye(2)][k % 6] for k, (i, M) in enumerate(references.items()) if k != 1},
+        "mixed": {
+            i: [M, off(M, 12), None, np.zeros((3, 3)), np.full((3, 3), np.inf), np.eye(2)][k % 6]
+            for k, (i, M) in enumerate(references.items())
+            if k != 1
+        },
     }
 
 
 def both_scores(root, answers, tmp_path):
-    plain = {i: None if M is None else np.where(np.isfinite(M), M, 1e400).tolist() for i, M in answers.items()}
+    plain = {
+        i: None if M is None else np.where(np.isfinite(M), M, 1e400).tolist() for i, M in answers.items()
+    }
     file = tmp_path / "answers.json"
     file.write_text(json.dumps(plain))
-    theirs = subprocess.run([sys.executable, str(SCORER), "score", str(file), "--set", str(root), "--per-pair"], capture_output=True, text=True, check=True)
+    theirs = subprocess.run(
+        [sys.executable, str(SCORER), "score", str(file), "--set", str(root), "--per-pair"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     return evaluate_set(root, read_predictions(file), per_pair=True), json.loads(theirs.stdout), theirs.stdout
 
 
@@ -71,7 +98,10 @@ def test_prints_what_the_scorer_prints_on_a_made_set(kind, tmp_path):
 @needs_real
 @pytest.mark.parametrize("kind", ["identity", "reference", "mixed"])
 def test_prints_what_the_scorer_prints_on_the_real_pairs(kind, tmp_path):
-    references = {p.stem: np.array(json.loads(p.read_text())["moving_to_fixed"]) for p in (REAL / "landmarks").glob("*.json")}
+    references = {
+        p.stem: np.array(json.loads(p.read_text())["moving_to_fixed"])
+        for p in (REAL / "landmarks").glob("*.json")
+    }
     ours, theirs, _ = both_scores(REAL, predictions(references)[kind], tmp_path)
     assert ours == theirs
 
@@ -81,7 +111,11 @@ def test_known_figures_of_a_made_set(tmp_path):
     s = evaluate_set(tmp_path, references)
     assert s["corner_AUC@3"] == 1 and s["no_answer"] == 0 and 1.5 < s["landmark_median"] < 3.5
     s = evaluate_set(tmp_path, {i: None for i in references})
-    assert s["no_answer"] == 5 and s["landmark_SR@20"] == s["corner_AUC@20"] == 0 and s["landmark_median"] is None
+    assert (
+        s["no_answer"] == 5
+        and s["landmark_SR@20"] == s["corner_AUC@20"] == 0
+        and s["landmark_median"] is None
+    )
 
 
 def test_auc_equals_a_fine_numerical_integral():
@@ -144,13 +178,23 @@ def test_collapse_figures_do_not_move_with_the_pose_of_a_right_matcher():
             end = apply_transform(T, start)
             seen = ((end >= 0) & (end <= 399)).all(1)
             f = collapse_figures(start[seen], end[seen], fov, fov, T)
-            assert min(f.coverage0, f.coverage1, f.entropy) > 0.9 and f.many_to_one < 0.01 and f.thirds_excess < 0.06, (angle, scale, f)
+            assert (
+                min(f.coverage0, f.coverage1, f.entropy) > 0.9
+                and f.many_to_one < 0.01
+                and f.thirds_excess < 0.06
+            ), (angle, scale, f)
 
 
 def test_collapse_figures_of_few_and_of_no_matches():
     fov = np.ones((300, 300), bool)
     nothing = collapse_figures(np.empty((0, 2)), np.empty((0, 2)), fov, fov)
-    assert (nothing.matches, nothing.coverage0, nothing.entropy, nothing.many_to_one, nothing.thirds_excess) == (0, 0, 0, 0, 1)
+    assert (
+        nothing.matches,
+        nothing.coverage0,
+        nothing.entropy,
+        nothing.many_to_one,
+        nothing.thirds_excess,
+    ) == (0, 0, 0, 0, 1)
     few = np.random.default_rng(0).uniform(0, 299, (12, 2))
     f = collapse_figures(few, few, fov, fov, np.eye(3))
     assert f.coverage1 > 0.8 and f.entropy > 0.8 and f.many_to_one == 0
@@ -175,7 +219,9 @@ def test_thirds_excess_against_a_lower_overlap():
     fov = np.ones((300, 300), bool)
     lower = fov & (np.arange(300) >= 200)[:, None]
     points = np.random.default_rng(0).uniform((0, 200), (299, 299), (500, 2))
-    assert thirds_excess(points, lower, fov) < 0.02 and thirds_excess(points, fov, fov) == pytest.approx(2 / 3, abs=0.02)
+    assert thirds_excess(points, lower, fov) < 0.02 and thirds_excess(points, fov, fov) == pytest.approx(
+        2 / 3, abs=0.02
+    )
 
 
 def test_the_committed_precision_is_that_of_the_packaged_weights_and_keeps_the_promise():

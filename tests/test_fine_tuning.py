@@ -1,4 +1,5 @@
 "Fine-tuning: what `init` starts from, what it refuses, and an experiment that goes on where it stopped."
+
 import numpy as np
 import pytest
 import torch
@@ -15,7 +16,19 @@ from loftr_curriculum.training.module import PL_LoFTR
 from loftr_curriculum.training.run import train
 
 TINY = MatcherConfig(dims=(8, 16, 32), layers=1)
-SETTINGS = room.Settings(cases=3, picture=128, eye=EyeConfig(size=256), worlds=1, report_worlds=2, motion=Motion(rotation_deg=10, scale=1.1, shift=0.2), size=64, pairs=4, epochs=1, pairs_per_epoch=4, batch=2)
+SETTINGS = room.Settings(
+    cases=3,
+    picture=128,
+    eye=EyeConfig(size=256),
+    worlds=1,
+    report_worlds=2,
+    motion=Motion(rotation_deg=10, scale=1.1, shift=0.2),
+    size=64,
+    pairs=4,
+    epochs=1,
+    pairs_per_epoch=4,
+    batch=2,
+)
 
 
 @pytest.fixture
@@ -36,22 +49,42 @@ def test_a_run_starts_from_the_weights_with_their_configuration(weights):
 
 
 @pytest.mark.skipif(not PACKAGED.is_file(), reason="no packaged weights in this checkout")
-def test_shipped_names_the_packaged_weights_and_a_file_of_that_name_goes_first(weights, tmp_path, monkeypatch):
+def test_shipped_names_the_packaged_weights_and_a_file_of_that_name_goes_first(
+    weights, tmp_path, monkeypatch
+):
     packaged = load_matcher()
     module = PL_LoFTR(TrainConfig(init="shipped"))
     assert module.matcher.config == packaged.config
-    assert all(torch.equal(a, b) for a, b in zip(module.matcher.state_dict().values(), packaged.state_dict().values()))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(module.matcher.state_dict().values(), packaged.state_dict().values())
+    )
     monkeypatch.chdir(tmp_path)
-    torch.save({"state_dict": {f"matcher.{k}": v for k, v in load_matcher(weights).state_dict().items()}, "hyper_parameters": {"matcher": {"dims": (8, 16, 32), "layers": 1}}}, "shipped")
+    torch.save(
+        {
+            "state_dict": {f"matcher.{k}": v for k, v in load_matcher(weights).state_dict().items()},
+            "hyper_parameters": {"matcher": {"dims": (8, 16, 32), "layers": 1}},
+        },
+        "shipped",
+    )
     assert load_matcher("shipped").config == TINY
 
 
 def test_what_does_not_fit_is_refused_before_a_folder_is_made(weights, tmp_path):
     out = tmp_path / "run"
     for config, says in (
-        (TrainConfig(out=str(out), init="packaged"), "packaged: no such weights file; expected .safetensors or .ckpt, or a name: shipped"),
-        (TrainConfig(out=str(out), init=str(weights), matcher=MatcherConfig(dims=(16, 48, 96), heads=3)), r"tiny.safetensors: holds a matcher with dims \(8, 16, 32\), heads 4; leave out --matcher.dims, --matcher.heads"),
-        (TrainConfig(out=str(out), init=str(weights), matcher=MatcherConfig("reference")), "holds the variant fast, train it with --matcher.variant fast"),
+        (
+            TrainConfig(out=str(out), init="packaged"),
+            "packaged: no such weights file; expected .safetensors or .ckpt, or a name: shipped",
+        ),
+        (
+            TrainConfig(out=str(out), init=str(weights), matcher=MatcherConfig(dims=(16, 48, 96), heads=3)),
+            r"tiny.safetensors: holds a matcher with dims \(8, 16, 32\), heads 4; leave out --matcher.dims, --matcher.heads",
+        ),
+        (
+            TrainConfig(out=str(out), init=str(weights), matcher=MatcherConfig("reference")),
+            "holds the variant fast, train it with --matcher.variant fast",
+        ),
     ):
         with pytest.raises((ValueError, OSError), match=says):
             train(config, progress=False)
@@ -61,7 +94,10 @@ def test_what_does_not_fit_is_refused_before_a_folder_is_made(weights, tmp_path)
 def test_given_weights_go_on_gently_and_unguided(tmp_path):
     assert (TrainConfig().lr, TrainConfig().curriculum) == (1e-3, "v2.2")
     tuned = TrainConfig(init="shipped")
-    assert tuned.lr == 1e-4 and (tuned.phases.vessel_soft_lambda, tuned.phases.vessel_loss_weight_scaler) == (0, 1)
+    assert tuned.lr == 1e-4 and (tuned.phases.vessel_soft_lambda, tuned.phases.vessel_loss_weight_scaler) == (
+        0,
+        1,
+    )
     said = TrainConfig(init="shipped", lr=5e-4, curriculum="bias-only")
     assert (said.lr, said.curriculum) == (5e-4, "bias-only")
 
@@ -74,7 +110,10 @@ def test_the_camera_keeps_the_frame_and_never_shows_one_pattern_twice():
     inside = (slice(30, 90), slice(40, 100))
     assert abs(np.corrcoef(one[inside].astype(float).ravel(), two[inside].astype(float).ravel())[0, 1]) < 0.98
     flat = room.Camera(noise=0, fibres=0, rim=0, blur=0.1, cast=(1, 1, 1))
-    assert room.new_camera(image, "cf", rng, flat)[60, 60] == 135 and room.new_camera(image, "fa", rng, flat)[60, 60] == 120
+    assert (
+        room.new_camera(image, "cf", rng, flat)[60, 60] == 135
+        and room.new_camera(image, "fa", rng, flat)[60, 60] == 120
+    )
 
 
 def test_the_tests_are_of_held_out_patients_and_report_eyes(tmp_path):
@@ -82,7 +121,12 @@ def test_the_tests_are_of_held_out_patients_and_report_eyes(tmp_path):
     triplets = room.make_domain(tmp_path, s)
     data = room.data_of(s, tmp_path, triplets, 1.0)
     tests = room.tests_of(data)
-    trained = {item.case for source, _ in room.split_sources(data)[0] if hasattr(source, "items") for item in source.items}
+    trained = {
+        item.case
+        for source, _ in room.split_sources(data)[0]
+        if hasattr(source, "items")
+        for item in source.items
+    }
     tested = {tests["new"].sample(k).id.partition(":")[0] for k in range(s.pairs)}
     assert tested and trained and not tested & trained
     assert {tests["old"].sample(k).id for k in range(s.pairs)} == {"eye1200000", "eye1200001"}
@@ -95,7 +139,8 @@ def test_an_interrupted_experiment_goes_on_and_other_weights_are_refused(weights
 
     def tired(config, **kw):
         calls.append(config)
-        if len(calls) == 2: raise KeyboardInterrupt
+        if len(calls) == 2:
+            raise KeyboardInterrupt
         return whole(config, **kw)
 
     monkeypatch.setattr(room, "train", tired)
@@ -105,9 +150,20 @@ def test_an_interrupted_experiment_goes_on_and_other_weights_are_refused(weights
     first = read_json(out)
     monkeypatch.setattr(room, "train", whole)
     result = room.run_fine_tuning(str(out), str(folder), SETTINGS)
-    assert read_json(out)["errors"] == result["errors"] and sorted(result["errors"]) == ["alone", "before", "mixed"]
-    assert {k: result["errors"][k] for k in first["errors"]} == first["errors"] and result["runs"]["alone"]["steps"] == 2
-    assert (calls[0].init, calls[0].lr, calls[0].data.share_generated, calls[1].data.share_generated) == ("shipped", 1e-4, 0.0, 1.0)
+    assert read_json(out)["errors"] == result["errors"] and sorted(result["errors"]) == [
+        "alone",
+        "before",
+        "mixed",
+    ]
+    assert {k: result["errors"][k] for k in first["errors"]} == first["errors"] and result["runs"]["alone"][
+        "steps"
+    ] == 2
+    assert (calls[0].init, calls[0].lr, calls[0].data.share_generated, calls[1].data.share_generated) == (
+        "shipped",
+        1e-4,
+        0.0,
+        1.0,
+    )
     assert load_matcher(folder / "mixed" / "weights.safetensors").config == TINY
     torch.manual_seed(1)
     save_matcher(weights, Matcher(TINY))

@@ -1,4 +1,5 @@
 "Guards of the geometry room: dtypes, faults, agreement of the families of transforms."
+
 import numpy as np
 import pytest
 
@@ -18,7 +19,9 @@ def test_warping_and_resizing_keep_dtype_and_channels(dtype, channels):
 
 def test_nearest_makes_no_new_labels():
     labels = np.random.default_rng(0).integers(0, 5, (40, 40)).astype(np.uint8) * 50
-    assert set(np.unique(G.warp_image(labels, G.similarity(33, 1.3, center=(20, 20)), (40, 40), "nearest"))) <= set(np.unique(labels))
+    assert set(
+        np.unique(G.warp_image(labels, G.similarity(33, 1.3, center=(20, 20)), (40, 40), "nearest"))
+    ) <= set(np.unique(labels))
 
 
 def test_an_affine_and_a_homography_with_the_same_matrix_warp_alike():
@@ -38,16 +41,25 @@ def test_unknown_mode_names_the_choices():
 def test_fits_recover_a_similarity_and_refuse_too_few_points(fit, least):
     p = np.random.default_rng(1).uniform(0, 500, (30, 2))
     T = G.similarity(160, 1.7, (40, -9), (250, 250))
-    np.testing.assert_allclose(G.apply_transform(fit(p, G.apply_transform(T, p)), p), G.apply_transform(T, p), atol=1e-6)
+    np.testing.assert_allclose(
+        G.apply_transform(fit(p, G.apply_transform(T, p)), p), G.apply_transform(T, p), atol=1e-6
+    )
     with pytest.raises(ValueError, match=f"N >= {least}"):
         fit(p[: least - 1], p[: least - 1])
 
 
 def test_random_transforms_depend_on_the_seed_alone_and_stay_in_range():
-    draw = lambda seed: [G.random_transform(np.random.default_rng((seed, k)), (200, 300), (150, 150)) for k in range(100)]
+    def draw(seed):
+        return [
+            G.random_transform(np.random.default_rng((seed, k)), (200, 300), (150, 150)) for k in range(100)
+        ]
+
     np.testing.assert_array_equal(draw(3), draw(3))
     for T in draw(4):
-        assert 0.5 <= 2 * G.decompose(T, (200, 300))["scale"] <= 2 and G.overlap(T, (200, 300), (150, 150)) >= 0.2
+        assert (
+            0.5 <= 2 * G.decompose(T, (200, 300))["scale"] <= 2
+            and G.overlap(T, (200, 300), (150, 150)) >= 0.2
+        )
 
 
 def test_decompose_reads_a_homography_at_the_centre():

@@ -1,4 +1,5 @@
 """Guards of the io room: odd files, half-written files, and files of other programs."""
+
 import os
 import stat
 import struct
@@ -11,7 +12,13 @@ from safetensors.numpy import save_file
 
 from loftr_curriculum.io.files import FileError, atomic_path, read_json, write_json
 from loftr_curriculum.io.images import ImageError, image_size, read_image, write_image
-from loftr_curriculum.io.transforms import TransformRecord, load_matches, load_transform, save_matches, save_transform
+from loftr_curriculum.io.transforms import (
+    TransformRecord,
+    load_matches,
+    load_transform,
+    save_matches,
+    save_transform,
+)
 
 
 def picture(shape=(24, 37, 3), dtype=np.uint8, seed=0):
@@ -59,7 +66,9 @@ def test_orientation_tags_are_ignored(tmp_path, orientation, form, gray):
     image = image[..., 0] if gray else image
     tag = Image.Exif()
     tag[274] = orientation
-    Image.fromarray(image).save(tmp_path / "a", form, **({"tiffinfo": {274: orientation}} if form == "TIFF" else {"exif": tag}))
+    Image.fromarray(image).save(
+        tmp_path / "a", form, **({"tiffinfo": {274: orientation}} if form == "TIFF" else {"exif": tag})
+    )
     assert np.array_equal(read_image(tmp_path / "a") > 128, image > 128)
     assert image_size(tmp_path / "a") == (20, 30)
 
@@ -67,8 +76,22 @@ def test_orientation_tags_are_ignored(tmp_path, orientation, form, gray):
 def test_orientation_of_a_big_endian_16_bit_tiff_is_ignored(tmp_path):
     image = np.zeros((4, 6), np.uint16)
     image[0, 0] = 40000
-    tags = [(256, 4, 6), (257, 4, 4), (258, 3, 16), (259, 3, 1), (262, 3, 1), (273, 4, 8), (274, 3, 3), (277, 3, 1), (278, 4, 4), (279, 4, 48)]
-    entry = lambda t, k, v: struct.pack(">HHI", t, k, 1) + (struct.pack(">HH", v, 0) if k == 3 else struct.pack(">I", v))
+    tags = [
+        (256, 4, 6),
+        (257, 4, 4),
+        (258, 3, 16),
+        (259, 3, 1),
+        (262, 3, 1),
+        (273, 4, 8),
+        (274, 3, 3),
+        (277, 3, 1),
+        (278, 4, 4),
+        (279, 4, 48),
+    ]
+
+    def entry(t, k, v):
+        return struct.pack(">HHI", t, k, 1) + (struct.pack(">HH", v, 0) if k == 3 else struct.pack(">I", v))
+
     head = struct.pack(">2sHI", b"MM", 42, 8 + 48)
     directory = struct.pack(">H", len(tags)) + b"".join(entry(*t) for t in tags) + struct.pack(">I", 0)
     (tmp_path / "a.tif").write_bytes(head + image.astype(">u2").tobytes() + directory)
@@ -90,7 +113,12 @@ def test_files_that_are_no_images(tmp_path):
     (tmp_path / "empty.png").touch()
     (tmp_path / "text.jpg").write_text("hello")
     (tmp_path / "folder.png").mkdir()
-    for name, expected in {"empty.png": "empty", "text.jpg": "cannot be decoded", "folder.png": "cannot be read", "none.png": "no such file"}.items():
+    for name, expected in {
+        "empty.png": "empty",
+        "text.jpg": "cannot be decoded",
+        "folder.png": "cannot be read",
+        "none.png": "no such file",
+    }.items():
         for read in (read_image, image_size):
             with pytest.raises(ImageError, match=expected) as e:
                 read(tmp_path / name)
@@ -120,7 +148,10 @@ def test_names_with_umlauts_and_blanks(tmp_path):
     assert np.array_equal(read_image(path), picture())
 
 
-@pytest.mark.parametrize("image", [np.zeros((4, 4, 2), np.uint8), np.zeros((0, 4), np.uint8), np.zeros((4, 4)), np.zeros(4, np.uint8)])
+@pytest.mark.parametrize(
+    "image",
+    [np.zeros((4, 4, 2), np.uint8), np.zeros((0, 4), np.uint8), np.zeros((4, 4)), np.zeros(4, np.uint8)],
+)
 def test_arrays_that_cannot_be_written_leave_nothing_behind(tmp_path, image):
     with pytest.raises(ImageError, match="a.png"):
         write_image(tmp_path / "a.png", image)

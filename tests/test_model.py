@@ -1,4 +1,5 @@
 "Guards of the model room: sizes, batching, gradients, guidance for both kinds of attention, weights files."
+
 import json
 import subprocess
 import sys
@@ -42,15 +43,24 @@ def pair(size=(64, 80), batch=2):
 def test_guidance_acts_at_both_sites_and_at_none_when_off(attention):
     net, p = tiny(attention), pair()
     with torch.no_grad():
-        sim = lambda **kw: net(**{**p, **kw}).sim
+
+        def sim(**kw):
+            return net(**{**p, **kw}).sim
+
         plain = net(p["image0"], p["image1"]).sim
         assert (sim(guidance=Guidance(2.0, in_similarity=False)) - plain).abs().max() > 1e-3
         m0, m1 = (mask_to_grid(p[k], 8).flatten(1) for k in ("mask0", "mask1"))
-        assert torch.allclose(sim(guidance=Guidance(2.0, in_attention=False)) - plain, 2 * m0[:, :, None] * m1[:, None], atol=1e-4)  # as in the reference
+        assert torch.allclose(
+            sim(guidance=Guidance(2.0, in_attention=False)) - plain,
+            2 * m0[:, :, None] * m1[:, None],
+            atol=1e-4,
+        )  # as in the reference
         none, empty = dict(guidance=Guidance(0.0)), {k: p[k] * 0 for k in ("mask0", "mask1")}
         assert torch.equal(sim(**none), plain)
         assert torch.equal(sim(guidance=Guidance(2.0), **empty), plain)
-        full = net(**{**p, "mask0": p["mask0"] * 0 + 1, "mask1": p["mask1"] * 0 + 1}, guidance=Guidance(2.0)).log_conf
+        full = net(
+            **{**p, "mask0": p["mask0"] * 0 + 1, "mask1": p["mask1"] * 0 + 1}, guidance=Guidance(2.0)
+        ).log_conf
         assert torch.allclose(full, net(p["image0"], p["image1"]).log_conf, atol=1e-5 * 20)
 
 
@@ -59,13 +69,23 @@ def test_linear_attention_with_a_bias_is_explicit_kernelised_attention():
 
     q, k, v = torch.randn(3, 2, 4, 70, 16, generator=torch.Generator().manual_seed(3)).unbind(0)
     b = 3 * torch.rand(2, 70)
-    phi = lambda x: torch.nn.functional.elu(x) + 1
+
+    def phi(x):
+        return torch.nn.functional.elu(x) + 1
+
     w = torch.einsum("bhnd,bhmd->bhnm", phi(q), phi(k)) * b.exp()[:, None, None]
     out = attend_linear(q, k, v, b, torch.ones(2, 70, dtype=torch.bool))
     assert (out - w / w.sum(-1, keepdim=True) @ v).abs().max() < 1e-5
 
 
-SIZES = [((64, 64), (64, 64)), ((65, 130), (97, 64)), ((16, 200), (48, 48)), ((128, 100), (128, 100)), ((64, 2048), (333, 77)), ((100, 173), (700, 64))]
+SIZES = [
+    ((64, 64), (64, 64)),
+    ((65, 130), (97, 64)),
+    ((16, 200), (48, 48)),
+    ((128, 100), (128, 100)),
+    ((64, 2048), (333, 77)),
+    ((100, 173), (700, 64)),
+]
 
 
 @pytest.mark.parametrize("size0, size1", SIZES)
@@ -74,7 +94,9 @@ def test_any_two_sizes_give_matches_inside_the_images(size0, size1):
     fov = [torch.ones(1, *s, dtype=torch.bool) for s in (size0, size1)]
     fov[0][..., : size0[1] // 4] = False
     masks = [(torch.rand(1, *s) > 0.8).float() for s in (size0, size1)]
-    m = net.match(torch.randn(1, 1, *size0), torch.randn(1, 1, *size1), *fov, *masks, guidance=Guidance(2.0))[0]
+    m = net.match(torch.randn(1, 1, *size0), torch.randn(1, 1, *size1), *fov, *masks, guidance=Guidance(2.0))[
+        0
+    ]
     assert m.points0[:, 0].min() > size0[1] // 4 - 5 * max(1, max(size0) / 256)
     assert len(m) and (m.points0 >= -0.5).all() and (m.points0 <= np.array(size0[::-1]) - 0.5).all()
     margin = 2 * AGREE * max(1, max(size1) / 256)  # the flow may lead a little beyond the border
@@ -96,11 +118,18 @@ def test_a_pair_gives_alone_what_it_gives_in_a_batch(size, cap):
             one = p["image0"][k : k + 1], p["image1"][k : k + 1], fov[k : k + 1]
             alone = net(*one).log_conf
             seen = alone[0] > -1e30
-            assert torch.equal(seen, together[k] > -1e30) and (alone[0] - together[k])[seen].abs().max() < 1e-4
+            assert (
+                torch.equal(seen, together[k] > -1e30) and (alone[0] - together[k])[seen].abs().max() < 1e-4
+            )
             m = net.match(*one)[0]
-            assert cap < max(size) or ((m.points1 - 3.5) % 8 != 0).any(1).mean() > 0.3  # the flow has moved them
+            assert (
+                cap < max(size) or ((m.points1 - 3.5) % 8 != 0).any(1).mean() > 0.3
+            )  # the flow has moved them
             assert np.array_equal(m.points0, matches[k].points0)
-            assert np.abs(m.points1 - matches[k].points1).max() < 1e-3 and np.abs(m.confidence - matches[k].confidence).max() < 1e-4
+            assert (
+                np.abs(m.points1 - matches[k].points1).max() < 1e-3
+                and np.abs(m.confidence - matches[k].confidence).max() < 1e-4
+            )
 
 
 @cache
@@ -109,12 +138,21 @@ def eye(size):
     return torch.from_numpy(source.draw(0, np.random.default_rng(0), size, NEAR).image0)[None, None]
 
 
-@pytest.mark.parametrize("whole, size0, size1", [((206, 219), (187, 201), (187, 201)), ((206, 219), (187, 201), (206, 219)), ((420, 430), (333, 350), (360, 401))])  # padded, of two sizes, and shrunk
+@pytest.mark.parametrize(
+    "whole, size0, size1",
+    [
+        ((206, 219), (187, 201), (187, 201)),
+        ((206, 219), (187, 201), (206, 219)),
+        ((420, 430), (333, 350), (360, 401)),
+    ],
+)  # padded, of two sizes, and shrunk
 def test_padding_and_shrinking_do_not_shift_coordinates(whole, size0, size1):
     if not PACKAGED.is_file():
         pytest.skip("no packaged weights in this checkout")
     image, (x, y) = eye(whole), (13, 6)
-    m = load_matcher().match(image[..., y : y + size0[0], x : x + size0[1]], image[..., : size1[0], : size1[1]])[0]
+    m = load_matcher().match(
+        image[..., y : y + size0[0], x : x + size0[1]], image[..., : size1[0], : size1[1]]
+    )[0]
     off = m.points1 - m.points0 - (x, y)
     assert len(m) > 50 and np.abs(np.median(off, 0)).max() < 0.3 and (np.abs(off).max(1) < 1.5).mean() > 0.9
 
@@ -145,7 +183,11 @@ def test_an_enlarged_image_gives_the_matches_of_the_small_one_scaled():
     large = F.interpolate(small, (480, 600), mode="bilinear", align_corners=False)
     plain = net.match(small, small)[0]  # an untrained flow head leaves every match on the consensus
     T = resize_matrix((96, 120), (480, 600))
-    for image0, image1, T0, T1 in ((large, large, T, T), (large, small, T, np.eye(3)), (small, large, np.eye(3), T)):
+    for image0, image1, T0, T1 in (
+        (large, large, T, T),
+        (large, small, T, np.eye(3)),
+        (small, large, np.eye(3), T),
+    ):
         m = net.match(image0, image1)[0]
         want0, want1 = apply_transform(T0, plain.points0), apply_transform(T1, plain.points1)
         d0 = np.abs(want0[:, None] - m.points0).max(2)
@@ -168,13 +210,16 @@ def test_tokens_of_the_shrunk_image_stand_at_the_same_places_of_the_large_one():
     ramp = cell_centres((4, 8), 16).T.reshape(1, 2, 4, 8)
     with torch.no_grad():
         net._fine_full([smooth(size)] * 2, [F.pad(ramp, (0, 0, 0, 0, 0, 30))] * 2, [small] * 2)
-    want = apply_transform(resize_matrix(size, small), cell_centres((10, 21), 16).double().numpy()).T.reshape(2, 10, 21)
+    want = apply_transform(resize_matrix(size, small), cell_centres((10, 21), 16).double().numpy()).T.reshape(
+        2, 10, 21
+    )
     inside = (want >= 7.5).all(0) & (want[0] <= 119.5) & (want[1] <= 55.5)
     assert inside.sum() > 50 and np.abs(taken[0][0, :2].numpy() - want)[:, inside].max() < 1e-3
 
 
 def known_flow(shift):
     "A head that reads a code of the position off the features that were brought home: what is left of `shift`."
+
     class Known(FlowHead):
         def forward(self, f0, home, seen):
             own = (f0 - home)[:, :2, ::2, ::2] * seen[:, 1:]
@@ -211,7 +256,9 @@ print(len(full), status("VmHWM") - before)
 
 
 def peak_mb(side):
-    out = subprocess.run([sys.executable, "-c", MEMORY.format(side=side)], capture_output=True, text=True, check=True).stdout.split()
+    out = subprocess.run(
+        [sys.executable, "-c", MEMORY.format(side=side)], capture_output=True, text=True, check=True
+    ).stdout.split()
     assert int(out[0]) == 1  # the whole images were looked at, which takes most of it
     return float(out[1])
 
@@ -245,25 +292,35 @@ def test_the_flow_is_in_pixels_of_the_fixed_image(scale):
     assert torch.allclose(settle(wrong[None], flow, log_sigma, middle)[0], right, atol=1e-2)
 
 
-@pytest.mark.parametrize("side, times", [(128, 2 + 2), (256, 2 * 2 + 2)])  # two rounds of the shrunk images, in their pixels, and two of the full ones
+@pytest.mark.parametrize(
+    "side, times", [(128, 2 + 2), (256, 2 * 2 + 2)]
+)  # two rounds of the shrunk images, in their pixels, and two of the full ones
 def test_the_flow_moves_what_agrees_and_leaves_the_rest_on_its_cells(side, times):
     net = tiny(threshold=0.0, coarse_side=128)
     k, image = side // 128, smooth((side, side))
-    other = torch.cat([image[:, :, : 80 * k], image[:, :, 80 * k :].roll(64 * k, 3)], 2)  # the lower part lies elsewhere
+    other = torch.cat(
+        [image[:, :, : 80 * k], image[:, :, 80 * k :].roll(64 * k, 3)], 2
+    )  # the lower part lies elsewhere
     with torch.no_grad():
         net.flow_head.out.bias[:2] = torch.tensor([0.25, -0.5])  # one and minus two pixels a round
         _, *cells, _ = matched_cells(net(*shrink_pair(128, (image, other))[1]), 0.0)
-    cells0, cells1 = (apply_transform(resize_matrix((128, 128), (side, side)), c.double().numpy()) for c in cells)
+    cells0, cells1 = (
+        apply_transform(resize_matrix((128, 128), (side, side)), c.double().numpy()) for c in cells
+    )
     m = net.match(image, other)[0]
     off = np.linalg.norm(cells1 - cells0, axis=1)
     agree, far = off < 4 * k, off > 32 * k
-    assert agree.sum() > 50 and np.allclose((m.points1 - m.points0)[agree], times * np.array([1.0, -2.0]), atol=0.6 * k)
+    assert agree.sum() > 50 and np.allclose(
+        (m.points1 - m.points0)[agree], times * np.array([1.0, -2.0]), atol=0.6 * k
+    )
     assert far.sum() > 10 and np.allclose(m.points1[far], cells1[far])
 
 
 def test_every_parameter_learns():
     net, p = tiny().train(), pair((64, 64))
-    torch.nn.init.normal_(net.flow_head.out.weight, std=0.1)  # it begins at zero, and shields what lies before it
+    torch.nn.init.normal_(
+        net.flow_head.out.weight, std=0.1
+    )  # it begins at zero, and shields what lies before it
     r = net(p["image0"], p["image1"])
     t = supervise(torch.eye(3).repeat(2, 1, 1), r.grid0, r.grid1, r.seen0, r.seen1)
     matching_loss(r, t, p["mask0"], p["mask1"], torch.Generator().manual_seed(0), UNGUIDED).total.backward()
@@ -277,7 +334,10 @@ def test_weights_survive_the_file_and_bad_files_are_named(tmp_path):
     assert again.config == net.config and again.facts == {"steps": 3}
     for (name, a), b in zip(net.state_dict().items(), again.state_dict().values()):
         assert torch.allclose(a, b, atol=1e-3), name
-    for name, write in (("cut.safetensors", lambda f: f.write_bytes(path.read_bytes()[:100])), ("other.ckpt", lambda f: torch.save({"state_dict": {}}, f))):
+    for name, write in (
+        ("cut.safetensors", lambda f: f.write_bytes(path.read_bytes()[:100])),
+        ("other.ckpt", lambda f: torch.save({"state_dict": {}}, f)),
+    ):
         write(tmp_path / name)
         with pytest.raises(ValueError, match=name):
             load_matcher(tmp_path / name)
@@ -297,17 +357,21 @@ def test_a_matcher_goes_to_a_folder_and_back(tmp_path):
     net.save_pretrained(tmp_path / "mine")
     back = Matcher.from_pretrained(tmp_path / "mine")
     x = torch.rand(1, 1, 64, 64) * 2 - 1
-    with torch.no_grad(): assert torch.allclose(back(x, x).sim, net(x, x).sim, atol=0.05)  # stored in half precision
+    with torch.no_grad():
+        assert torch.allclose(back(x, x).sim, net(x, x).sim, atol=0.05)  # stored in half precision
     card = json.loads((tmp_path / "mine/config.json").read_text())
     assert card["library_name"] == "loftr_curriculum" and tuple(card["matcher"]["dims"]) == net.config.dims
 
 
 def test_a_source_that_is_not_there_is_named(tmp_path):
     for source in (tmp_path, tmp_path / "none", "nobody"):
-        with pytest.raises(FileNotFoundError, match=source.name if source != "nobody" else "nobody"): Matcher.from_pretrained(source)
+        with pytest.raises(FileNotFoundError, match=source.name if source != "nobody" else "nobody"):
+            Matcher.from_pretrained(source)
 
 
 def test_the_other_variant_is_refused(tmp_path):
     from loftr_curriculum.model.reference import ReferenceMatcher
+
     Matcher(MatcherConfig(**TINY)).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="expected a ReferenceMatcher"): ReferenceMatcher.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="expected a ReferenceMatcher"):
+        ReferenceMatcher.from_pretrained(tmp_path)

@@ -1,4 +1,5 @@
 "Losses and gradients stay finite: from scratch, in every precision, on the inputs that are known to break matchers of this family (zju3dv/LoFTR issues 188, 189 and 285: NaN at 16 bits, fills beyond the range of float16)."
+
 from contextlib import nullcontext
 from dataclasses import replace
 
@@ -16,7 +17,7 @@ from loftr_curriculum.training.supervision import Targets, supervise
 
 SIDE = 64
 NEAR = similarity(12, 1.1, (3, 4), (32, 32))  # half-way overlap
-AWAY = similarity(0, 1.0, (900, 900))         # nothing is seen by both: no positive exists
+AWAY = similarity(0, 1.0, (900, 900))  # nothing is seen by both: no positive exists
 NET = MatcherConfig(dims=(8, 16, 16), heads=2, layers=1)
 CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -116,7 +117,11 @@ def test_training_from_scratch_stays_finite(attention, steps, cast):
 @pytest.mark.parametrize("cast", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 def test_a_thousand_steps_on_a_gpu_stay_finite(attention, cast):
     torch.manual_seed(0)
-    scaler = torch.amp.GradScaler("cuda", init_scale=128.0, growth_interval=10**6) if cast == torch.float16 else None
+    scaler = (
+        torch.amp.GradScaler("cuda", init_scale=128.0, growth_interval=10**6)
+        if cast == torch.float16
+        else None
+    )
     bad = walk(Matcher(replace(NET, attention=attention)).cuda(), 1000, cast, "cuda", scaler)
     assert bad == []
 
@@ -156,11 +161,15 @@ def test_attention_under_a_full_mask_and_large_logits(attention, dtype):
     out = ATTEND[attention](q, k, v, torch.full((2, 12), 20.0), seen)
     assert out.dtype == dtype and out.isfinite().all()
     low = torch.full((1, 2, 12, 8), -12.0, dtype=dtype)
-    assert ATTEND[attention](low, -low, v[:1], torch.zeros(1, 12), seen[:1]).isfinite().all()  # all logits -400
+    assert (
+        ATTEND[attention](low, -low, v[:1], torch.zeros(1, 12), seen[:1]).isfinite().all()
+    )  # all logits -400
     seen[1, 5:] = False
     some = ATTEND[attention](q, k, v, torch.zeros(2, 12), seen)
     hidden = torch.where(seen[:, None, :, None], v, -v)
-    assert torch.equal(some[1], ATTEND[attention](q, k, hidden, torch.zeros(2, 12), seen)[1])  # what is not seen is not read
+    assert torch.equal(
+        some[1], ATTEND[attention](q, k, hidden, torch.zeros(2, 12), seen)[1]
+    )  # what is not seen is not read
 
 
 def test_what_is_not_seen_has_no_confidence_and_no_match():
@@ -181,7 +190,15 @@ def links(forward, backward, n):
         if j >= 0:
             positive[0, i, j] = True
     points = torch.zeros(1, n, 2)
-    return Targets(torch.tensor([forward]), torch.tensor([backward]), torch.eye(3)[None], points, points, positive, ~positive)
+    return Targets(
+        torch.tensor([forward]),
+        torch.tensor([backward]),
+        torch.eye(3)[None],
+        points,
+        points,
+        positive,
+        ~positive,
+    )
 
 
 @pytest.mark.parametrize("right", [True, False])
@@ -192,12 +209,22 @@ def test_confidence_of_exactly_zero_and_one_has_a_finite_loss(right):
     conf = dual_softmax(sim).exp()[0].diagonal()
     assert (conf == (1 if right else 0)).all()
     diagonal = list(range(n))
-    positive, negative = coarse_loss(sim, links(diagonal, diagonal, n), torch.zeros(1, n), torch.zeros(1, n), 10.0)
+    positive, negative = coarse_loss(
+        sim, links(diagonal, diagonal, n), torch.zeros(1, n), torch.zeros(1, n), 10.0
+    )
     (positive + negative).backward()
     assert sim.grad.isfinite().all() and negative.isfinite()
-    assert positive.item() == pytest.approx(0 if right else 400 + torch.tensor(n - 1.0).log().item(), abs=1e-3)
+    assert positive.item() == pytest.approx(
+        0 if right else 400 + torch.tensor(n - 1.0).log().item(), abs=1e-3
+    )
     wrong = links([-1] * n, [-1] * n, n)
-    _, certain = coarse_loss(sim, replace(wrong, negative=torch.ones(1, n, n, dtype=torch.bool)), torch.zeros(1, n), torch.zeros(1, n), 1.0)
+    _, certain = coarse_loss(
+        sim,
+        replace(wrong, negative=torch.ones(1, n, n, dtype=torch.bool)),
+        torch.zeros(1, n),
+        torch.zeros(1, n),
+        1.0,
+    )
     assert certain.isfinite() and (certain > 0.5) == right
 
 
@@ -234,7 +261,10 @@ def test_guidance_of_lambda_20_is_finite_and_favours_vessels():
     with torch.no_grad():
         r = net(**b, guidance=Guidance(20.0))
         vessel0, vessel1 = torch.arange(64) % 8 < 4, torch.arange(64) % 8 >= 4  # the halves that are vessels
-        to_vessel = lambda sim: vessel1[sim[:, vessel0].argmax(2)]
+
+        def to_vessel(sim):
+            return vessel1[sim[:, vessel0].argmax(2)]
+
         plain = net(b["image0"], b["image1"]).sim
     assert r.sim.isfinite().all() and r.conf_matrix.isfinite().all()
     assert to_vessel(r.sim).all() and not to_vessel(plain).all()

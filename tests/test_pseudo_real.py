@@ -1,4 +1,5 @@
 """Guards of the pseudo-real list and of the SIFT baseline: frozen pairs, exact truth, folders, scores, dotted names."""
+
 import hashlib
 import json
 from dataclasses import replace
@@ -10,9 +11,22 @@ import pytest
 
 from loftr_curriculum.baselines import sift
 from loftr_curriculum.data.landmarks import read_landmark_set
-from loftr_curriculum.data.pseudo_real import LEAST_CONTRAST, SPECIFICATION, contrast_of, pseudo_real_pair, pseudo_real_pairs, read_raw_pair, shared_grid
+from loftr_curriculum.data.pseudo_real import (
+    LEAST_CONTRAST,
+    SPECIFICATION,
+    contrast_of,
+    pseudo_real_pair,
+    pseudo_real_pairs,
+    read_raw_pair,
+    shared_grid,
+)
 from loftr_curriculum.evaluation.metrics import corner_error, landmark_error
-from loftr_curriculum.evaluation.pseudo_real import evaluate_pseudo_real, matrix_of, score_system, system_named
+from loftr_curriculum.evaluation.pseudo_real import (
+    evaluate_pseudo_real,
+    matrix_of,
+    score_system,
+    system_named,
+)
 from loftr_curriculum.geometry import centre, invert, similarity, translation, warp_image
 from loftr_curriculum.retina.config import GENERATOR_VERSION, MODES, SEEDS, EyeConfig
 from loftr_curriculum.retina.world import make_world
@@ -31,7 +45,9 @@ def test_the_list_is_frozen():
     assert GENERATOR_VERSION == 2
     pair = pseudo_real_pair("cf-octa", 3)
     words = np.round(np.r_[pair.T_0to1.ravel(), pair.moving_points[:4].ravel()], 3) + 0.0
-    assert hashlib.sha1(repr(words.tolist()).encode()).hexdigest()[:12] == FROZEN, "another list: raise PSEUDO_REAL_VERSION"
+    assert hashlib.sha1(repr(words.tolist()).encode()).hexdigest()[:12] == FROZEN, (
+        "another list: raise PSEUDO_REAL_VERSION"
+    )
 
 
 FROZEN = "4ddf9494912e"
@@ -41,8 +57,10 @@ FROZEN = "4ddf9494912e"
 def test_truth_is_exact_and_vessels_are_shown(mode):
     pair = pseudo_real_pair(mode, 1, QUICK)
     assert landmark_error(invert(pair.T_0to1), pair.fixed_points, pair.moving_points) < 1e-9
-    assert pair.fixed.dtype == pair.moving.dtype == np.uint8 and (pair.fixed.ndim == 3) == mode.startswith("cf")
-    for points, image in ((pair.fixed_points, pair.fixed), (pair.moving_points, pair.moving)):
+    assert pair.fixed.dtype == pair.moving.dtype == np.uint8 and (pair.fixed.ndim == 3) == mode.startswith(
+        "cf"
+    )
+    for points, _image in ((pair.fixed_points, pair.fixed), (pair.moving_points, pair.moving)):
         assert (points >= -0.5).all() and (points <= 159.5).all() and len(points) >= 10
     other = pseudo_real_pair(mode, 2, QUICK)
     assert np.abs(other.T_0to1 - pair.T_0to1).max() > 1e-3
@@ -91,19 +109,33 @@ def test_a_folder_resumes_and_refuses_another_list(tmp_path):
 
 def test_scores_count_silence_and_nonsense_as_failures(tmp_path):
     answers = iter([None, np.full((3, 3), np.nan), np.eye(3), object()])
-    args = dict(modes=("cf-fa",), limit=4, folder=tmp_path / "list", workers=1, progress=False, per_pair=True, spec=QUICK)
+    args = dict(
+        modes=("cf-fa",),
+        limit=4,
+        folder=tmp_path / "list",
+        workers=1,
+        progress=False,
+        per_pair=True,
+        spec=QUICK,
+    )
     out = evaluate_pseudo_real(lambda fixed, moving: next(answers), **args)
     assert out["cf-fa"] == out["all"] and out["all"]["pairs"] == 4 and out["all"]["no_answer"] == 3
     assert list(out["errors"]) == [f"cf-fa_{i:03d}" for i in range(4)]
 
     class Answer:
         moving_to_fixed = np.eye(3)
+
     assert matrix_of(Answer()) is Answer.moving_to_fixed and matrix_of(None) is None
 
 
 def test_systems_are_named_by_where_they_are_imported_from():
     assert system_named("loftr_curriculum.baselines.sift.register") is sift.register
-    for wrong in ("register", "loftr_curriculum.baselines.nothing.register", "loftr_curriculum.baselines.sift.nothing", ""):
+    for wrong in (
+        "register",
+        "loftr_curriculum.baselines.nothing.register",
+        "loftr_curriculum.baselines.sift.nothing",
+        "",
+    ):
         with pytest.raises(ValueError, match="expected the dotted name"):
             score_system(wrong, progress=False)
 
@@ -131,5 +163,7 @@ def test_no_notebook_keeps_real_pixels():
             if cell["cell_type"] == "code" and "real_pairs" in "".join(cell["source"]):
                 seen += path.stem == "generator_playground"
                 kinds = [kind for output in cell["outputs"] for kind in output.get("data", {})]
-                assert not [k for k in kinds if k.startswith(("image/", "text/html", "application/"))], f"{path.name}: clear the output of {cell['id']}"
+                assert not [k for k in kinds if k.startswith(("image/", "text/html", "application/"))], (
+                    f"{path.name}: clear the output of {cell['id']}"
+                )
     assert seen == 1

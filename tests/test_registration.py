@@ -1,4 +1,5 @@
 """Guards of the registration room: poses, sizes, hard input, liars, interrupted batches."""
+
 import csv
 import json
 from dataclasses import replace
@@ -7,7 +8,17 @@ import cv2
 import numpy as np
 import pytest
 
-from loftr_curriculum.geometry import Limits, apply_transform, centre, compose, corners, invert, similarity, translation, warp_image
+from loftr_curriculum.geometry import (
+    Limits,
+    apply_transform,
+    centre,
+    compose,
+    corners,
+    invert,
+    similarity,
+    translation,
+    warp_image,
+)
 from loftr_curriculum.io.images import ImageError, write_image
 from loftr_curriculum.model.config import Guidance, Matches
 from loftr_curriculum.registration import RegistrationConfig, Verdict, register, register_many, warp_to_fixed
@@ -37,7 +48,13 @@ class UprightSift:
         if d0 is None or d1 is None or len(d1) < 2:
             return [Matches(np.empty((0, 2)), np.empty((0, 2)), np.empty(0))]
         m = [a for a, b in cv2.BFMatcher().knnMatch(d0, d1, k=2) if a.distance < 0.9 * b.distance]
-        return [Matches(p[[x.queryIdx for x in m]], q[[x.trainIdx for x in m]], np.array([1 / (1 + x.distance / 300) for x in m]))]
+        return [
+            Matches(
+                p[[x.queryIdx for x in m]],
+                q[[x.trainIdx for x in m]],
+                np.array([1 / (1 + x.distance / 300) for x in m]),
+            )
+        ]
 
 
 class Scripted:
@@ -48,7 +65,13 @@ class Scripted:
 
     def match(self, image0, image1, **ignored):
         p, q = self.tell(image0.shape[2:], image1.shape[2:])
-        return [Matches(np.asarray(p, float).reshape(-1, 2), np.asarray(q, float).reshape(-1, 2), np.linspace(1, 0.1, len(p)))]
+        return [
+            Matches(
+                np.asarray(p, float).reshape(-1, 2),
+                np.asarray(q, float).reshape(-1, 2),
+                np.linspace(1, 0.1, len(p)),
+            )
+        ]
 
 
 def eye(size=640, seed=0):
@@ -58,7 +81,14 @@ def eye(size=640, seed=0):
     image = 110 + 25 * image / image.std()
     for _ in range(25):
         line = np.cumsum(rng.normal(0, 14, (40, 2)), axis=0) + rng.uniform(0, size, 2)
-        cv2.polylines(image, [line.astype(np.int32)], False, float(rng.uniform(20, 60)), int(rng.integers(1, 6)), cv2.LINE_AA)
+        cv2.polylines(
+            image,
+            [line.astype(np.int32)],
+            False,
+            float(rng.uniform(20, 60)),
+            int(rng.integers(1, 6)),
+            cv2.LINE_AA,
+        )
     gray = np.clip(image, 1, 255).astype(np.uint8)
     return np.dstack([np.clip(1.3 * gray, 0, 255).astype(np.uint8), gray, gray // 2])
 
@@ -75,16 +105,29 @@ def shoot(A, size, scene=EYE):
 def a_pair(angle=0.0, scale=1.0, shift=(0, 0), size0=(420, 480), size1=(440, 400)):
     "Fixed and moving views of one scene, and the true moving -> fixed."
     A0 = translation((-80, -110))
-    A1 = compose(A0, similarity(angle, scale, shift, center=centre(size0)), translation(centre(size1) - centre(size0)))
+    A1 = compose(
+        A0, similarity(angle, scale, shift, center=centre(size0)), translation(centre(size1) - centre(size0))
+    )
     return shoot(A0, size0), shoot(A1, size1), compose(invert(A1), A0)
 
 
 def error(result, truth):
     box = corners(result.moving_size)
-    return np.linalg.norm(apply_transform(result.moving_to_fixed, box) - apply_transform(truth, box), axis=1).mean()
+    return np.linalg.norm(
+        apply_transform(result.moving_to_fixed, box) - apply_transform(truth, box), axis=1
+    ).mean()
 
 
-@pytest.mark.parametrize("angle, scale, shift, turned", [(0, 1, (30, -40), 0), (12, 0.8, (0, 20), 0), (90, 1, (20, 0), 90), (178, 0.9, (0, 0), 180), (-95, 1.1, (0, 10), 270)])
+@pytest.mark.parametrize(
+    "angle, scale, shift, turned",
+    [
+        (0, 1, (30, -40), 0),
+        (12, 0.8, (0, 20), 0),
+        (90, 1, (20, 0), 90),
+        (178, 0.9, (0, 0), 180),
+        (-95, 1.1, (0, 10), 270),
+    ],
+)
 def test_finds_the_pose_and_says_so(angle, scale, shift, turned):
     fixed, moving, truth = a_pair(angle, scale, shift)
     r = register(fixed, moving, matcher=UprightSift())
@@ -93,18 +136,26 @@ def test_finds_the_pose_and_says_so(angle, scale, shift, turned):
     assert r.moving_to_fixed.dtype == np.float64 and r.moving_to_fixed.shape == (3, 3)
 
 
-@pytest.mark.parametrize("size0, size1", [((420, 480), (1300, 1500)), ((1200, 1000), (300, 420)), ((300, 500), (500, 300))])
+@pytest.mark.parametrize(
+    "size0, size1", [((420, 480), (1300, 1500)), ((1200, 1000), (300, 420)), ((300, 500), (500, 300))]
+)
 def test_any_two_sizes_and_coordinates_of_the_originals(size0, size1):
     "Images of one scene, resized: the answer is the ratio of sizes, the half pixel included."
     scene = eye(512, 3)
     A0, A1 = (np.diag([s[1] / 512, s[0] / 512, 1]) @ np.eye(3) for s in (size0, size1))
     for A, s in ((A0, size0), (A1, size1)):
         A[:2, 2] = (s[1] / 512 - 1) / 2, (s[0] / 512 - 1) / 2
-    fixed, moving = (cv2.resize(scene, s[::-1], interpolation=cv2.INTER_AREA if max(s) < 512 else cv2.INTER_LINEAR) for s in (size0, size1))
+    fixed, moving = (
+        cv2.resize(scene, s[::-1], interpolation=cv2.INTER_AREA if max(s) < 512 else cv2.INTER_LINEAR)
+        for s in (size0, size1)
+    )
     r = register(fixed, moving, matcher=UprightSift(), config=replace(QUICK, limits=Limits(stretch=4)))
     assert r.verdict == Verdict.OK and error(r, compose(invert(A1), A0)) < 0.004 * max(size0)
     assert r.warped.shape == (*size0, 3)
-    if size0 == (300, 500):  # one axis is stretched 2.8 times: between two pictures of one eye that is not plausible
+    if size0 == (
+        300,
+        500,
+    ):  # one axis is stretched 2.8 times: between two pictures of one eye that is not plausible
         assert register(fixed, moving, matcher=UprightSift(), config=QUICK).verdict == Verdict.FAILED
 
 
@@ -120,7 +171,10 @@ def test_matches_are_in_original_pixels_and_flagged():
 @pytest.mark.parametrize("dtype, channels", [(np.uint8, 1), (np.uint8, 3), (np.uint16, 1), (np.uint16, 3)])
 def test_warped_keeps_dtype_and_channels_and_fits(dtype, channels):
     fixed, moving, truth = a_pair(5, 0.95, (8, 3))
-    cast = lambda a: (a if channels == 3 else a[..., 1]).astype(dtype) * (1 if dtype == np.uint8 else 16)
+
+    def cast(a):
+        return (a if channels == 3 else a[..., 1]).astype(dtype) * (1 if dtype == np.uint8 else 16)
+
     r = register(cast(fixed), cast(moving), matcher=UprightSift(), config=QUICK)
     assert r.warped.dtype == dtype and r.warped.shape == cast(fixed).shape
     inside = (slice(120, 300), slice(150, 320))
@@ -131,7 +185,10 @@ def test_warped_keeps_dtype_and_channels_and_fits(dtype, channels):
 def test_files_and_arrays_give_the_same_and_twice_the_same(tmp_path):
     fixed, moving, _ = a_pair(10)
     write_image(tmp_path / "f.png", fixed), write_image(tmp_path / "m.tif", moving)
-    a, b = register(fixed, moving, matcher=UprightSift(), config=QUICK), register(str(tmp_path / "f.png"), tmp_path / "m.tif", matcher=UprightSift(), config=QUICK)
+    a, b = (
+        register(fixed, moving, matcher=UprightSift(), config=QUICK),
+        register(str(tmp_path / "f.png"), tmp_path / "m.tif", matcher=UprightSift(), config=QUICK),
+    )
     assert np.array_equal(a.moving_to_fixed, b.moving_to_fixed) and a.evidence == b.evidence
     assert np.array_equal(a.warped, b.warped)
 
@@ -139,7 +196,9 @@ def test_files_and_arrays_give_the_same_and_twice_the_same(tmp_path):
 @pytest.mark.parametrize("kind", ["similarity", "homography"])
 def test_other_models(kind):
     fixed, moving, truth = a_pair(10, 0.9, (10, 0))
-    r = register(fixed, moving, matcher=UprightSift(), config=RegistrationConfig(transform=kind, first_long_side=256))
+    r = register(
+        fixed, moving, matcher=UprightSift(), config=RegistrationConfig(transform=kind, first_long_side=256)
+    )
     assert r.verdict == Verdict.OK and error(r, truth) < 1.5
     M = r.moving_to_fixed
     assert M[0, 0] == pytest.approx(M[1, 1]) if kind == "similarity" else abs(M[2, :2]).max() > 0
@@ -177,16 +236,24 @@ def same_grid(s0, s1):
 
 LIARS = {
     "identity": lambda s0, s1: (same_grid(s0, s1),) * 2,
-    "always the same turn": lambda s0, s1: (grid(s0), apply_transform(similarity(9, 1.1, (20, 5), center=centre(s0)), grid(s0))),
+    "always the same turn": lambda s0, s1: (
+        grid(s0),
+        apply_transform(similarity(9, 1.1, (20, 5), center=centre(s0)), grid(s0)),
+    ),
     "one point": lambda s0, s1: (grid(s0), np.full_like(grid(s0), 99.0)),
     "one bundle": lambda s0, s1: (grid(s0), [100, 40] + 0.05 * grid(s0)),
-    "random": lambda s0, s1: (grid(s0), np.random.default_rng(len(grid(s0))).uniform(0, s1[::-1], grid(s0).shape)),
+    "random": lambda s0, s1: (
+        grid(s0),
+        np.random.default_rng(len(grid(s0))).uniform(0, s1[::-1], grid(s0).shape),
+    ),
     "mirror": lambda s0, s1: (grid(s0), [s0[1] - 1, 0] + grid(s0) * [-1, 1]),
     "nothing": lambda s0, s1: ([], []),
     "three": lambda s0, s1: (grid(s0)[:3], grid(s0)[:3]),
     "not finite": lambda s0, s1: (grid(s0), np.full_like(grid(s0), np.nan)),
     "a line": lambda s0, s1: ([[x, 50] for x in range(200)], [[x, 60] for x in range(200)]),
-    "a corner": lambda s0, s1: (grid(s0)[:0].tolist() + [[x, y] for x in range(10, 60, 5) for y in range(10, 60, 5)],) * 2,
+    "a corner": lambda s0, s1: (
+        (grid(s0)[:0].tolist() + [[x, y] for x in range(10, 60, 5) for y in range(10, 60, 5)],) * 2
+    ),
 }
 
 
@@ -196,7 +263,10 @@ def test_no_liar_is_believed(name, kind):
     fixed, moving, _ = a_pair(40, 1.2)
     r = register(fixed, moving, matcher=Scripted(LIARS[name]), config=replace(QUICK, transform=kind))
     assert r.verdict != Verdict.OK and r.reasons
-    if name in ("identity", "one point", "one bundle", "random", "nothing", "three", "not finite") or (name, kind) == ("mirror", "affine"):
+    if name in ("identity", "one point", "one bundle", "random", "nothing", "three", "not finite") or (
+        name,
+        kind,
+    ) == ("mirror", "affine"):
         assert (r.verdict, r.moving_to_fixed) == (Verdict.FAILED, None)
 
 
@@ -209,7 +279,10 @@ def test_a_network_that_has_learned_nothing_finds_nothing_between_strangers():
 
     torch.manual_seed(0)
     matcher = Matcher(MatcherConfig(threshold=1e-9)).eval()
-    for fixed, moving in ((a_pair()[0], HARD["another eye"]), (NOISE, np.random.default_rng(5).integers(0, 255, (300, 350, 3), np.uint8))):
+    for fixed, moving in (
+        (a_pair()[0], HARD["another eye"]),
+        (NOISE, np.random.default_rng(5).integers(0, 255, (300, 350, 3), np.uint8)),
+    ):
         r = register(fixed, moving, matcher=matcher, config=QUICK)
         assert len(r.matches) > 0 and (r.verdict, r.moving_to_fixed) == (Verdict.FAILED, None)
 
@@ -239,7 +312,9 @@ def test_a_fresh_start_with_a_larger_first_look_saves_what_the_small_one_missed(
     lost = register(fixed, moving, matcher=FarSighted(), config=config)
     assert lost.verdict == Verdict.FAILED and lost.evidence["first_long_side"] == 256
     found = register(fixed, moving, matcher=FarSighted(), config=replace(config, retry_long_sides=(384,)))
-    assert found.verdict == Verdict.OK and found.evidence["first_long_side"] == 384 and error(found, truth) < 2
+    assert (
+        found.verdict == Verdict.OK and found.evidence["first_long_side"] == 384 and error(found, truth) < 2
+    )
     sure = UprightSift()
     register(fixed, moving, matcher=sure, config=replace(config, retry_long_sides=(384,)))
     assert sure.calls == 2  # an ok answer is not tried again
@@ -249,7 +324,9 @@ def test_second_looks_improve_a_coarse_first_look():
     class Coarse(UprightSift):
         def match(self, image0, image1, **rest):
             m = super().match(image0, image1, **rest)[0]
-            return [Matches(m.points0, 12 * np.round(m.points1 / 12), m.confidence)] if self.calls == 1 else [m]
+            return (
+                [Matches(m.points0, 12 * np.round(m.points1 / 12), m.confidence)] if self.calls == 1 else [m]
+            )
 
     fixed, moving, truth = a_pair(6, 0.9, (10, 5))
     once = register(fixed, moving, matcher=Coarse(), config=replace(QUICK, second_long_sides=()))
@@ -264,7 +341,9 @@ def test_a_worse_second_look_changes_nothing():
 
     fixed, moving, truth = a_pair(4)
     once = register(fixed, moving, matcher=Blinded(), config=replace(QUICK, second_long_sides=()))
-    assert np.array_equal(register(fixed, moving, matcher=Blinded(), config=QUICK).moving_to_fixed, once.moving_to_fixed)
+    assert np.array_equal(
+        register(fixed, moving, matcher=Blinded(), config=QUICK).moving_to_fixed, once.moving_to_fixed
+    )
 
 
 @pytest.mark.parametrize(
@@ -290,23 +369,43 @@ def test_bad_input_is_an_error_that_says_what_was_expected(bad, says):
 
 class Recorder(UprightSift):
     def match(self, image0, image1, **rest):
-        self.__dict__.setdefault("seen", []).append({k: v if v is None or isinstance(v, Guidance) else tuple(v.shape) for k, v in rest.items()} | dict(image0=tuple(image0.shape), image1=tuple(image1.shape)))
+        self.__dict__.setdefault("seen", []).append(
+            {k: v if v is None or isinstance(v, Guidance) else tuple(v.shape) for k, v in rest.items()}
+            | dict(image0=tuple(image0.shape), image1=tuple(image1.shape))
+        )
         self.__dict__.setdefault("masks", []).append((rest["mask0"], rest["mask1"]))
         return super().match(image0, image1, **rest)
 
 
 def test_masks_reach_the_matcher_in_every_view():
     fixed, moving, _ = a_pair(90)
-    dark = lambda image: (image[..., 1] < 60)
+
+    def dark(image):
+        return image[..., 1] < 60
+
     matcher = Recorder()
-    r = register(fixed, moving, matcher=matcher, fixed_mask=dark(fixed), moving_mask=dark(moving), guidance=Guidance(2.0), config=QUICK)
+    r = register(
+        fixed,
+        moving,
+        matcher=matcher,
+        fixed_mask=dark(fixed),
+        moving_mask=dark(moving),
+        guidance=Guidance(2.0),
+        config=QUICK,
+    )
     assert r.verdict == Verdict.OK and len(matcher.seen) == 6
     for seen in matcher.seen:
         assert seen["guidance"].vessel_soft_lambda == 2.0
         for side in "01":
-            assert seen["mask" + side] == seen["fov" + side] == seen["image" + side][:1] + seen["image" + side][2:]
+            assert (
+                seen["mask" + side]
+                == seen["fov" + side]
+                == seen["image" + side][:1] + seen["image" + side][2:]
+            )
     last0, last1 = (m[0].numpy() > 0.5 for m in matcher.masks[-1])
-    back = warp_image(last1, invert(nudge(1, last0.shape, QUICK.nudge)), last0.shape)  # the last view differs from the fixed frame by its nudge
+    back = warp_image(
+        last1, invert(nudge(1, last0.shape, QUICK.nudge)), last0.shape
+    )  # the last view differs from the fixed frame by its nudge
     assert (last0 & back)[40:-40, 40:-40].sum() > 0.7 * back[40:-40, 40:-40].sum() > 0
     unguided = Recorder()
     register(fixed, moving, matcher=unguided, config=QUICK)
@@ -316,11 +415,17 @@ def test_masks_reach_the_matcher_in_every_view():
 def test_masks_and_guidance_go_together():
     fixed, moving, _ = a_pair()
     mask0, mask1 = np.zeros(fixed.shape[:2], bool), np.zeros(moving.shape[:2], bool)
-    for wrong in (dict(fixed_mask=mask0, moving_mask=mask1), dict(guidance=Guidance(2.0)), dict(fixed_mask=mask0, guidance=Guidance(2.0))):
+    for wrong in (
+        dict(fixed_mask=mask0, moving_mask=mask1),
+        dict(guidance=Guidance(2.0)),
+        dict(fixed_mask=mask0, guidance=Guidance(2.0)),
+    ):
         with pytest.raises(ValueError, match="go together"):
             register(fixed, moving, matcher=UprightSift(), **wrong)
     with pytest.raises(ImageError, match="moving mask.*expected the size"):
-        register(fixed, moving, matcher=UprightSift(), fixed_mask=mask0, moving_mask=mask0, guidance=Guidance(2.0))
+        register(
+            fixed, moving, matcher=UprightSift(), fixed_mask=mask0, moving_mask=mask0, guidance=Guidance(2.0)
+        )
 
 
 def test_a_matcher_in_training_mode_is_refused():
@@ -363,7 +468,12 @@ def test_estimates_survive_outliers(ratio, kind):
         wrong = rng.random(300) >= ratio
         q[wrong] = rng.uniform(0, 511, (wrong.sum(), 2))
         e = estimate_transform(p, q, kind)
-        errors.append(np.linalg.norm(apply_transform(e.T_0to1, corners((512, 512))) - apply_transform(T, corners((512, 512))), axis=1).mean())
+        errors.append(
+            np.linalg.norm(
+                apply_transform(e.T_0to1, corners((512, 512))) - apply_transform(T, corners((512, 512))),
+                axis=1,
+            ).mean()
+        )
     assert np.median(errors) < {"affine": 2.5, "similarity": 2.0, "homography": 5.0}[kind]
 
 
@@ -397,12 +507,16 @@ def test_an_interrupted_batch_goes_on_where_it_stopped(tmp_path):
 
     Same.__name__ = "Interrupted"  # the same matcher as far as the batch can know
     rest = Same()
-    assert register_many(table, out, matcher=rest, config=QUICK, progress=False) == dict(ok=4, doubtful=0, failed=0, unreadable=0)
+    assert register_many(table, out, matcher=rest, config=QUICK, progress=False) == dict(
+        ok=4, doubtful=0, failed=0, unreadable=0
+    )
     assert rest.calls == 6
     rows = list(csv.DictReader(open(out / "results.csv")))
     assert [r["id"] for r in rows] == ["p0", "p1", "p2", "p3"] and tuple(rows[0]) == FIELDS
     final = json.loads((out / "transforms.json").read_text())
-    assert len({json.dumps(m) for m in final.values()}) == 1 and np.allclose(np.array(final["p3"])[:2, :2], truth[:2, :2], atol=0.01)
+    assert len({json.dumps(m) for m in final.values()}) == 1 and np.allclose(
+        np.array(final["p3"])[:2, :2], truth[:2, :2], atol=0.01
+    )
     assert sorted(p.name for p in out.iterdir()) == ["results.csv", "settings.json", "transforms.json"]
 
 
@@ -419,13 +533,24 @@ def test_one_bad_pair_never_stops_a_batch(tmp_path):
 
     write_image(tmp_path / "img" / "wide.png", a_pair()[0][:200])
     (tmp_path / "pairs.csv").write_text(
-        '\ufeffid,fixed,moving,note\ntorn,img/torn.png,img/m.png,\nlost,img/f.png,"img/lo,st.png",x\nblack,img/f.png,img/black.png,\nmoody,img/f.png,img/wide.png,\nfine,img/f.png,img/m.png,\n', encoding="utf-8"
+        '\ufeffid,fixed,moving,note\ntorn,img/torn.png,img/m.png,\nlost,img/f.png,"img/lo,st.png",x\nblack,img/f.png,img/black.png,\nmoody,img/f.png,img/wide.png,\nfine,img/f.png,img/m.png,\n',
+        encoding="utf-8",
     )
-    count = register_many(tmp_path / "pairs.csv", tmp_path / "out", matcher=Moody(), config=QUICK, progress=False)
+    count = register_many(
+        tmp_path / "pairs.csv", tmp_path / "out", matcher=Moody(), config=QUICK, progress=False
+    )
     assert count == dict(ok=1, doubtful=0, failed=4, unreadable=3)
     rows = read_results(tmp_path / "out" / "results.csv")
-    assert "torn.png" in rows["torn"]["error"] and "lo,st.png" in rows["lost"]["error"] and rows["moody"]["error"] == "RuntimeError: out of memory"
-    assert rows["black"]["error"] == "" and "black" in rows["black"]["reasons"] and rows["fine"]["verdict"] == "ok"
+    assert (
+        "torn.png" in rows["torn"]["error"]
+        and "lo,st.png" in rows["lost"]["error"]
+        and rows["moody"]["error"] == "RuntimeError: out of memory"
+    )
+    assert (
+        rows["black"]["error"] == ""
+        and "black" in rows["black"]["reasons"]
+        and rows["fine"]["verdict"] == "ok"
+    )
 
 
 @pytest.mark.parametrize(
@@ -434,7 +559,10 @@ def test_one_bad_pair_never_stops_a_batch(tmp_path):
         ("id,fixed\na,b\n", "moving missing"),
         ("", "empty"),
         ("id,fixed,moving\n", "no pairs"),
-        ("id,fixed,moving\na,f.png,m.png\na,f.png,m.png\n,f.png,m.png\n", "line 3: id a was used in line 2; line 4: id is empty"),
+        (
+            "id,fixed,moving\na,f.png,m.png\na,f.png,m.png\n,f.png,m.png\n",
+            "line 3: id a was used in line 2; line 4: id is empty",
+        ),
     ],
 )
 def test_a_faulty_table_is_refused_before_any_work(text, says, tmp_path):
@@ -451,7 +579,13 @@ def test_a_folder_with_other_results_is_refused(tmp_path):
     register_many(tmp_path / "pairs.csv", tmp_path / "out", matcher=matcher, progress=False)
     before = (tmp_path / "out" / "results.csv").read_bytes()
     with pytest.raises(ValueError, match="other settings"):
-        register_many(tmp_path / "pairs.csv", tmp_path / "out", matcher=matcher, config=RegistrationConfig(transform="similarity"), progress=False)
+        register_many(
+            tmp_path / "pairs.csv",
+            tmp_path / "out",
+            matcher=matcher,
+            config=RegistrationConfig(transform="similarity"),
+            progress=False,
+        )
     (tmp_path / "pairs.csv").write_text("id,fixed,moving\np0,img/m.png,img/f.png\n")
     with pytest.raises(ValueError, match="another table.*p0"):
         register_many(tmp_path / "pairs.csv", tmp_path / "out", matcher=matcher, progress=False)
@@ -466,9 +600,14 @@ def test_a_large_table_costs_little_beside_the_registrations(tmp_path, monkeypat
 
     result = register(*a_pair()[:2], matcher=UprightSift())
     monkeypatch.setattr(many, "register", lambda *a, **k: result)
-    (tmp_path / "pairs.csv").write_text("id,fixed,moving\n" + "".join(f"{k},f{k}.png,m{k}.png\n" for k in range(2000)))
+    (tmp_path / "pairs.csv").write_text(
+        "id,fixed,moving\n" + "".join(f"{k},f{k}.png,m{k}.png\n" for k in range(2000))
+    )
     start = time.perf_counter()
-    assert register_many(tmp_path / "pairs.csv", tmp_path / "out", matcher=UprightSift(), progress=False)["ok"] == 2000
+    assert (
+        register_many(tmp_path / "pairs.csv", tmp_path / "out", matcher=UprightSift(), progress=False)["ok"]
+        == 2000
+    )
     assert time.perf_counter() - start < 4
     again = json.loads((tmp_path / "out" / "transforms.json").read_text())
     assert np.array_equal(np.array(again["1999"]), result.moving_to_fixed)  # not a digit is lost

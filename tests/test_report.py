@@ -1,4 +1,5 @@
 """Guards of the report room: what is drawn is where it should be, files are whole, pyplot stays untouched."""
+
 import json
 import subprocess
 import sys
@@ -11,7 +12,18 @@ from loftr_curriculum.io.images import read_image, write_image
 from loftr_curriculum.io.transforms import load_transform
 from loftr_curriculum.registration.config import Verdict
 from loftr_curriculum.registration.pair import JudgedMatches, Registration
-from loftr_curriculum.report.plots import add_matches, checkerboard, figure_pixels, for_display, new_figure, phase_of, plot_curriculum, plot_pair, save_figure, side_by_side
+from loftr_curriculum.report.plots import (
+    add_matches,
+    checkerboard,
+    figure_pixels,
+    for_display,
+    new_figure,
+    phase_of,
+    plot_curriculum,
+    plot_pair,
+    save_figure,
+    side_by_side,
+)
 from loftr_curriculum.report.registration import write_registration
 
 
@@ -25,7 +37,16 @@ def a_result(moving, T=None, n=40, verdict=Verdict.OK, fixed_size=(90, 120)):
     rng = np.random.default_rng(0)
     p = rng.uniform(0, 80, (n, 2))
     q = apply_transform(invert(np.eye(3) if T is None else T), p)
-    return Registration(T, verdict, () if verdict == Verdict.OK else ("because",), JudgedMatches(p, q, np.ones(n), rng.random(n) < (T is not None)), fixed_size, moving.shape[:2], {}, moving)
+    return Registration(
+        T,
+        verdict,
+        () if verdict == Verdict.OK else ("because",),
+        JudgedMatches(p, q, np.ones(n), rng.random(n) < (T is not None)),
+        fixed_size,
+        moving.shape[:2],
+        {},
+        moving,
+    )
 
 
 @pytest.mark.parametrize("dtype, channels", [(np.uint8, 3), (np.uint8, 1), (np.uint16, 1)])
@@ -37,7 +58,12 @@ def test_writes_all_four_files(dtype, channels, tmp_path):
     assert names == ["transform.json", "warped.png", "checkerboard.png", "matches.png"]
     out = tmp_path / "new" / "folder"
     record = load_transform(out / "transform.json")
-    assert np.allclose(record.matrix, T) and record.verdict == "ok" and record.fixed_size == (90, 120) and record.moving_size == (70, 100)
+    assert (
+        np.allclose(record.matrix, T)
+        and record.verdict == "ok"
+        and record.fixed_size == (90, 120)
+        and record.moving_size == (70, 100)
+    )
     warped = read_image(out / "warped.png")
     assert warped.dtype == dtype and np.array_equal(warped, warp_image(moving, T, (90, 120)))
     assert read_image(out / "checkerboard.png").shape == (90, 120, 3)
@@ -56,15 +82,23 @@ def test_a_failure_removes_the_success_of_last_week(tmp_path):
 def test_without_any_match_there_is_still_a_picture(tmp_path):
     fixed, moving = scene((90, 120)), scene((500, 40), channels=1)
     write_image(tmp_path / "f.png", fixed)
-    write_registration(a_result(moving, None, 0, Verdict.FAILED), tmp_path / "f.png", moving, tmp_path / "out")
+    write_registration(
+        a_result(moving, None, 0, Verdict.FAILED), tmp_path / "f.png", moving, tmp_path / "out"
+    )
     assert read_image(tmp_path / "out" / "matches.png").shape[2] == 3
 
 
 def test_big_images_make_small_drawings(tmp_path):
     fixed, moving = scene((1500, 2000)), scene((1200, 1600), np.uint16, 1)
-    written = write_registration(a_result(moving, translation((30, 20)), fixed_size=(1500, 2000)), fixed, moving, tmp_path)
+    written = write_registration(
+        a_result(moving, translation((30, 20)), fixed_size=(1500, 2000)), fixed, moving, tmp_path
+    )
     size = {p.name: read_image(p).shape[:2] for p in written if p.suffix == ".png"}
-    assert size["warped.png"] == (1500, 2000) and max(size["checkerboard.png"]) == 1024 and max(size["matches.png"]) < 1300
+    assert (
+        size["warped.png"] == (1500, 2000)
+        and max(size["checkerboard.png"]) == 1024
+        and max(size["matches.png"]) < 1300
+    )
 
 
 def test_lines_end_where_the_points_are():
@@ -82,14 +116,23 @@ def test_lines_end_where_the_points_are():
 
 def test_inliers_lie_on_top():
     figure = new_figure(208, 100)
-    canvas = plot_pair(figure.add_axes([0, 0, 1, 1]), np.zeros((100, 100), np.uint8), np.zeros((100, 100), np.uint8), height=100)
+    canvas = plot_pair(
+        figure.add_axes([0, 0, 1, 1]),
+        np.zeros((100, 100), np.uint8),
+        np.zeros((100, 100), np.uint8),
+        height=100,
+    )
     add_matches(canvas, [[50, 50]] * 20, [[50, 50]] * 20, [True] + [False] * 19, width=4)
     middle = figure_pixels(figure)[50, 104]
     assert middle[1] > middle[0]
 
 
 def test_many_lines_are_thinned_and_few_are_not():
-    canvas = plot_pair(new_figure(208, 100).add_axes([0, 0, 1, 1]), np.zeros((100, 100), np.uint8), np.zeros((100, 100), np.uint8))
+    canvas = plot_pair(
+        new_figure(208, 100).add_axes([0, 0, 1, 1]),
+        np.zeros((100, 100), np.uint8),
+        np.zeros((100, 100), np.uint8),
+    )
     p = np.random.default_rng(0).uniform(0, 99, (5000, 2))
     add_matches(canvas, p, p, np.arange(5000) < 7, most=600)
     assert [len(c.get_segments()) for c in canvas.axes.collections if hasattr(c, "get_segments")] == [600, 7]
@@ -104,13 +147,18 @@ def test_checkerboard_shows_the_fixed_image_where_nothing_was_seen():
     assert (board[:, 80:] == 10).all() and (board[:, :80] == 200).mean() == 0.5
 
 
-@pytest.mark.parametrize("image", [np.zeros((9, 9), np.uint16), np.full((9, 9), np.nan), np.ones((9, 9), bool), np.full((9, 9), 3.0)])
+@pytest.mark.parametrize(
+    "image",
+    [np.zeros((9, 9), np.uint16), np.full((9, 9), np.nan), np.ones((9, 9), bool), np.full((9, 9), 3.0)],
+)
 def test_flat_images_can_be_shown(image):
     assert for_display(image).dtype == np.uint8
 
 
 def test_side_by_side_is_one_row():
-    row = side_by_side([scene((50, 100)), scene((80, 40), np.uint16, 1), scene((20, 20), channels=1)], height=60, gap=5)
+    row = side_by_side(
+        [scene((50, 100)), scene((80, 40), np.uint16, 1), scene((20, 20), channels=1)], height=60, gap=5
+    )
     assert row.shape == (60, 120 + 30 + 60 + 10, 3)
 
 

@@ -1,4 +1,5 @@
 """The house itself: do the files at the top agree, do the rooms keep their order, are the pages as they should be?"""
+
 import ast
 import configparser
 import json
@@ -18,7 +19,19 @@ import loftr_curriculum
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "loftr_curriculum"
-ROOMS = ("geometry", "io", "retina", "data", "model", "registration", "evaluation", "report", "training", "baselines", "cli")
+ROOMS = (
+    "geometry",
+    "io",
+    "retina",
+    "data",
+    "model",
+    "registration",
+    "evaluation",
+    "report",
+    "training",
+    "baselines",
+    "cli",
+)
 DEVELOPMENT_ONLY = ("fastcore", "nbdev", "execnb", "pytest", "playwright", "jupyterlab")
 EXTRAS = ("dev", "browser")
 NOTEBOOKS = sorted(path for path in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in path.parts)
@@ -43,7 +56,11 @@ def requirements(key):
 
 
 def all_requirements():
-    return [line for key in ("requirements", *(f"{extra}_requirements" for extra in EXTRAS)) for line in requirements(key)]
+    return [
+        line
+        for key in ("requirements", *(f"{extra}_requirements" for extra in EXTRAS))
+        for line in requirements(key)
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +111,9 @@ def test_setup_py_gives_every_dynamic_field(handed_over, pyproject):
         "scripts": "entry_points",
         "entry-points": "entry_points",
     }
-    missing = [field for field in pyproject["project"]["dynamic"] if not handed_over.get(given_by.get(field, field))]
+    missing = [
+        field for field in pyproject["project"]["dynamic"] if not handed_over.get(given_by.get(field, field))
+    ]
     assert not missing
 
 
@@ -109,21 +128,27 @@ def test_what_is_installed_is_this_package():
     installed = metadata.metadata("loftr_curriculum")
     assert installed["Version"] == loftr_curriculum.__version__
     declared = {str(Requirement(line)) for line in requirements("requirements")}
-    assert {str(Requirement(line)) for line in metadata.requires("loftr_curriculum") if "extra ==" not in line} == declared
+    assert {
+        str(Requirement(line)) for line in metadata.requires("loftr_curriculum") if "extra ==" not in line
+    } == declared
 
 
 def test_constraints_pin_what_settings_ini_asks_for():
     lines = (ROOT / "constraints.txt").read_text().splitlines()
     pins = {}
     for line in (line for line in lines if line and not line.startswith("#")):
-        assert re.fullmatch(r"[A-Za-z0-9._-]+==[0-9][0-9A-Za-z.]*", line), f"constraints.txt: not a plain pin: {line}"
+        assert re.fullmatch(r"[A-Za-z0-9._-]+==[0-9][0-9A-Za-z.]*", line), (
+            f"constraints.txt: not a plain pin: {line}"
+        )
         name, version = line.split("==")
         pins[name.lower().replace("_", "-")] = version
     for line in all_requirements():
         wanted = Requirement(line)
         assert wanted.name in pins, f"constraints.txt: {wanted.name} is not pinned"
         assert wanted.specifier, f"settings.ini: {line} has no lower bound"
-        assert pins[wanted.name] in wanted.specifier, f"constraints.txt: {wanted.name}=={pins[wanted.name]} is not {line}"
+        assert pins[wanted.name] in wanted.specifier, (
+            f"constraints.txt: {wanted.name}=={pins[wanted.name]} is not {line}"
+        )
 
 
 def test_every_dependency_has_its_reason():
@@ -131,7 +156,9 @@ def test_every_dependency_has_its_reason():
     declared = all_requirements()
     for before, line in zip(lines, lines[1:]):
         if line.strip() in declared:
-            assert before.strip().startswith("# "), f"settings.ini: say above {line.strip()} what it is needed for"
+            assert before.strip().startswith("# "), (
+                f"settings.ini: say above {line.strip()} what it is needed for"
+            )
 
 
 # ---- imports: the order of the rooms, nothing of the tools, no stars
@@ -184,7 +211,11 @@ def test_rooms_import_only_from_above():
         ("io/images.py", "from ..retina import world\n", 1),
         ("data/pairs.py", "def late():\n    from loftr_curriculum.training import losses\n", 2),
         ("model/matcher.py", "import loftr_curriculum.registration.register\n", 1),
-        ("registration/__init__.py", "from importlib import import_module\nimport_module('loftr_curriculum.cli')\n", 2),
+        (
+            "registration/__init__.py",
+            "from importlib import import_module\nimport_module('loftr_curriculum.cli')\n",
+            2,
+        ),
         ("retina/world.py", "from .. import training\n", 1),
         ("__init__.py", "from .geometry import compose\n", 1),
         ("attic/old.py", "import numpy\n", 1),
@@ -262,10 +293,14 @@ def exports(path):
 def test_notebook_opens_as_agreed(path):
     page = cells(path)
     if exports(path):
-        assert re.match(r"#\| *default_exp \S+", text(page[0])), f"{relative(path)}: the first cell is not #| default_exp"
+        assert re.match(r"#\| *default_exp \S+", text(page[0])), (
+            f"{relative(path)}: the first cell is not #| default_exp"
+        )
         page = page[1:]
     assert page[0]["cell_type"] == "markdown", f"{relative(path)}: no cell with a title"
-    assert re.match(r"# \S.*\n+> \S", text(page[0])), f"{relative(path)}: expected '# Title' and then '> subtitle'"
+    assert re.match(r"# \S.*\n+> \S", text(page[0])), (
+        f"{relative(path)}: expected '# Title' and then '> subtitle'"
+    )
 
 
 @pytest.mark.parametrize("path", [path for path in NOTEBOOKS if exports(path)], ids=relative)
@@ -299,7 +334,9 @@ def tracked_text_files():
             yield name, data.decode("utf-8")
 
 
-MACHINE_PATH = re.compile(r"(?<![\w.~$}/-])/(?:work|root|home|Users|opt|tmp|mnt|workspace)/[\w.]|\b[A-Z]:\\\\?Users")
+MACHINE_PATH = re.compile(
+    r"(?<![\w.~$}/-])/(?:work|root|home|Users|opt|tmp|mnt|workspace)/[\w.]|\b[A-Z]:\\\\?Users"
+)
 PLACEHOLDER = re.compile(r"\b(?:TO" + r"DO|FIX" + r"ME|XX" + r"X)\b")
 
 
@@ -340,8 +377,16 @@ def readme_commands():
 @pytest.mark.parametrize(("command", "flags"), sorted(set(readme_commands())))
 def test_readme_shows_commands_that_exist(command, flags):
     done = subprocess.run(
-        [sys.executable, "-c", "import sys; from loftr_curriculum.cli import main; sys.exit(main())", command, "--help"],
-        cwd=ROOT, capture_output=True, text=True,
+        [
+            sys.executable,
+            "-c",
+            "import sys; from loftr_curriculum.cli import main; sys.exit(main())",
+            command,
+            "--help",
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr
     missing = [flag for flag in flags if flag not in done.stdout]

@@ -1,4 +1,5 @@
 "Guards of stopping and going on: at any step, by any cause, in another folder, with exactly the same weights at the end."
+
 import multiprocessing
 import os
 import shutil
@@ -18,7 +19,10 @@ from loftr_curriculum.retina.config import EyeConfig
 from loftr_curriculum.training.config import TrainConfig
 from loftr_curriculum.training.run import claim_folder, read_epochs, train
 
-STEPS, EPOCHS = 3, 5  # in an epoch, in the run; epochs 0 and 1 teach, epoch 2 weans, the others are independent
+STEPS, EPOCHS = (
+    3,
+    5,
+)  # in an epoch, in the run; epochs 0 and 1 teach, epoch 2 weans, the others are independent
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -34,14 +38,23 @@ def config(tmp_path_factory):
     "Views grow and motion widens over the run."
     data = DataConfig(worlds=1, val_worlds=1, modes=("cf-fa",), eye=EyeConfig(size=128), cache=str(tmp_path_factory.mktemp("eyes")), render_workers=0, workers=0,
                       size=96, start_size=64, grow_epochs=2.0, widen_epochs=3.0, pairs_per_epoch=2 * STEPS, val_pairs=4, batch_size=2)  # fmt: skip
-    return TrainConfig(epochs=EPOCHS, data=data, matcher=MatcherConfig(dims=(8, 16, 32), layers=1), precision="32", record_every=0, patience=9)
+    return TrainConfig(
+        epochs=EPOCHS,
+        data=data,
+        matcher=MatcherConfig(dims=(8, 16, 32), layers=1),
+        precision="32",
+        record_every=0,
+        patience=9,
+    )
 
 
 @pytest.fixture(scope="module")
 def whole(config, tmp_path_factory):
     "A run that nobody stops."
     notes = Notes()
-    run = train(replace(config, out=str(tmp_path_factory.mktemp("whole") / "run")), progress=False, callbacks=[notes])
+    run = train(
+        replace(config, out=str(tmp_path_factory.mktemp("whole") / "run")), progress=False, callbacks=[notes]
+    )
     return run, notes
 
 
@@ -49,11 +62,26 @@ class Notes(pl.Callback):
     "What every step sees, and a signal to the own process at one of them, as a person or a scheduler would send it."
 
     def __init__(self, step=None, validation=None, number=signal.SIGINT, kill=None):
-        self.seen, self.validated, self.step, self.validation, self.number, self.kill = [], [], step, validation, number, kill
+        self.seen, self.validated, self.step, self.validation, self.number, self.kill = (
+            [],
+            [],
+            step,
+            validation,
+            number,
+            kill,
+        )
 
     def on_train_batch_start(self, trainer, module, batch, batch_idx):
         g = module.guidance
-        self.seen.append((trainer.global_step, tuple(batch["image0"].shape), float(batch["image0"].sum()), g.vessel_soft_lambda, g.vessel_loss_weight_scaler))
+        self.seen.append(
+            (
+                trainer.global_step,
+                tuple(batch["image0"].shape),
+                float(batch["image0"].sum()),
+                g.vessel_soft_lambda,
+                g.vessel_loss_weight_scaler,
+            )
+        )
         if trainer.global_step == self.step:
             os.kill(os.getpid(), self.number)
 
@@ -96,15 +124,27 @@ def test_stopped_four_times_and_moved_it_is_the_run_that_nobody_stopped(config, 
     last = Notes()
     got = train(c, progress=False, callbacks=[last])
     assert all_seen + last.seen == seen.seen, "a step was lost, repeated or different"
-    assert [len({s[i] for s in seen.seen}) for i in (1, 3)] == [2, 3], "the run was meant to grow its views and to wean"
+    assert [len({s[i] for s in seen.seen}) for i in (1, 3)] == [2, 3], (
+        "the run was meant to grow its views and to wean"
+    )
     assert same(want, got)
     assert torch.load(c.out + "/last.ckpt", weights_only=True)["global_step"] == STEPS * EPOCHS
     for a, b in zip(read_epochs(want.out), read_epochs(got.out), strict=True):
-        assert a == pytest.approx(b, nan_ok=True, rel=1e-6), "the figures of an epoch are those of all its steps"
+        assert a == pytest.approx(b, nan_ok=True, rel=1e-6), (
+            "the figures of an epoch are those of all its steps"
+        )
     a, b = (load_matcher(r.out / "best.ckpt") for r in (want, got))
-    assert a.facts["epoch"] == b.facts["epoch"] and all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values()))
+    assert a.facts["epoch"] == b.facts["epoch"] and all(
+        torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values())
+    )
     said = capsys.readouterr().out
-    for line in ("epoch 0 of 0..4, step 0 of 15", "stopped at step 2, kept in", "epoch 0 of 0..4, step 2 of 15", "epoch 2 of 0..4, step 8 of 15", "epoch 4 of 0..4, step 14 of 15"):
+    for line in (
+        "epoch 0 of 0..4, step 0 of 15",
+        "stopped at step 2, kept in",
+        "epoch 0 of 0..4, step 2 of 15",
+        "epoch 2 of 0..4, step 8 of 15",
+        "epoch 4 of 0..4, step 14 of 15",
+    ):
         assert line in said, said
 
 
@@ -116,7 +156,9 @@ def test_workers_change_nothing_and_take_part_in_stopping(config, whole, tmp_pat
     assert notes.seen + last.seen == whole[1].seen and same(whole[0], got)
 
 
-def test_a_run_that_dies_between_steps_keeps_the_last_one_and_in_a_step_the_last_checkpoint(config, whole, tmp_path, monkeypatch):
+def test_a_run_that_dies_between_steps_keeps_the_last_one_and_in_a_step_the_last_checkpoint(
+    config, whole, tmp_path, monkeypatch
+):
     def gone(self, g):
         if g >= 2 * 5:
             raise OSError("the disk is gone")
@@ -151,7 +193,9 @@ def train_until_killed(config):
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs a system that can fork")
 def test_a_run_that_is_killed_while_it_writes_has_the_checkpoint_before(config, whole, tmp_path):
     c = replace(config, out=str(tmp_path / "run"))
-    process = multiprocessing.get_context("fork").Process(target=train_until_killed, args=(replace(c, checkpoint_minutes=0.0),))
+    process = multiprocessing.get_context("fork").Process(
+        target=train_until_killed, args=(replace(c, checkpoint_minutes=0.0),)
+    )
     process.start()
     process.join(120)
     assert process.exitcode == -signal.SIGKILL
@@ -164,12 +208,21 @@ def test_a_run_that_is_killed_while_it_writes_has_the_checkpoint_before(config, 
 
 def test_a_folder_of_an_older_run_and_of_another_machine_goes_on(config, tmp_path):
     out = tmp_path / "run"
-    c = replace(config, out=str(out), data=replace(config.data, triplets="/here/eyes"), init="/here/a.safetensors")
+    c = replace(
+        config, out=str(out), data=replace(config.data, triplets="/here/eyes"), init="/here/a.safetensors"
+    )
     claim_folder(c)
     (out / "last.ckpt").touch()
     older = read_json(out / "config.json")
     del older["checkpoint_minutes"]
     write_json(out / "config.json", older)
-    claim_folder(replace(c, checkpoint_minutes=1.0, init="/there/a.safetensors", data=replace(c.data, triplets="/there/eyes", cache=None, workers=3)))
+    claim_folder(
+        replace(
+            c,
+            checkpoint_minutes=1.0,
+            init="/there/a.safetensors",
+            data=replace(c.data, triplets="/there/eyes", cache=None, workers=3),
+        )
+    )
     with pytest.raises(ValueError, match="another configuration .data.triplets."):
         claim_folder(replace(c, data=replace(c.data, triplets="/there/other_eyes")))

@@ -1,4 +1,5 @@
 """Guards of the generated eye and of the pairs cut from it: anatomy, determinism, caches, the vessel share of tokens, exact geometry."""
+
 import json
 import math
 import os
@@ -19,9 +20,9 @@ from loftr_curriculum.retina.world import PLANES, WorldBank, half_of, make_world
 LITTLE = EyeConfig(size=256)
 
 
-@pytest.fixture(scope='module')
+@pytest.fixture(scope="module")
 def bank():
-    return WorldBank(seeds_of('validation', 3), EyeConfig(size=512), workers=1, progress=False)
+    return WorldBank(seeds_of("validation", 3), EyeConfig(size=512), workers=1, progress=False)
 
 
 def test_landmarks_follow_the_published_distances():
@@ -33,58 +34,61 @@ def test_landmarks_follow_the_published_distances():
     assert abs(below.mean() - 5.6) < 0.7
     diameters = reach / (2 * np.array([e.disc_axes[1] / e.px_per_mm for e in eyes]))
     assert abs(diameters.mean() - 2.65) < 0.1
-    assert 0.4 < np.mean([e.eye == 'left' for e in eyes]) < 0.6
-    inside = [(0 < p).all() and (p < 1024).all() for e in eyes for p in (e.disc, e.fovea)]
+    assert 0.4 < np.mean([e.eye == "left" for e in eyes]) < 0.6
+    inside = [(p > 0).all() and (p < 1024).all() for e in eyes for p in (e.disc, e.fovea)]
     assert np.mean(inside) == 1.0
 
 
-@pytest.mark.parametrize('seed', range(3))
+@pytest.mark.parametrize("seed", range(3))
 def test_tree_is_sound_and_arches_around_the_fovea(seed):
     anatomy, v = grow_vessels(np.random.default_rng(seed))
     child = np.flatnonzero(v.parent >= 0)
     assert (v.parent[child] < child).all() and np.isfinite(v.points).all() and len(np.unique(v.artery)) == 2
     assert (v.artery[child] == v.artery[v.parent[child]]).all()
     step = np.hypot(*(v.points[child] - v.points[v.parent[child]]).T)
-    assert step.max() < 16, 'a segment jumps'
+    assert step.max() < 16, "a segment jumps"
     large = v.points[v.radius > 0.6 * v.radius.max()]
-    assert np.hypot(*(large - anatomy.fovea).T).min() > 0.25 * anatomy.reach, 'a large vessel runs through the macula'
+    assert np.hypot(*(large - anatomy.fovea).T).min() > 0.25 * anatomy.reach, (
+        "a large vessel runs through the macula"
+    )
     side = (anatomy.fovea - anatomy.disc) * anatomy.temporal
     above = (large - anatomy.disc) @ np.array([side[1], -side[0]]) > 0
-    assert 0.2 < above.mean() < 0.8, 'one arcade is missing'
+    assert 0.2 < above.mean() < 0.8, "one arcade is missing"
 
 
 def test_world_scales_with_its_size():
     small, large = (make_world(3, EyeConfig(size=s), ()) for s in (512, 1024))
-    assert small.facts['eye'] == large.facts['eye']
+    assert small.facts["eye"] == large.facts["eye"]
     assert abs(small.vessels.mean() - large.vessels.mean()) < 0.25 * large.vessels.mean()
     assert small.images == {}
 
 
 def test_bank_does_not_depend_on_processes_or_place(tmp_path):
     one = WorldBank([5, 6], LITTLE, workers=1, progress=False)
-    two = WorldBank([5, 6], LITTLE, tmp_path / 'bank', workers=2, progress=False)
+    two = WorldBank([5, 6], LITTLE, tmp_path / "bank", workers=2, progress=False)
     for i in range(2):
         for a, b in zip(one[i], two[i]):
             np.testing.assert_array_equal(a, b)
-    assert len(pickle.dumps(two)) < 10_000, 'memory-mapped worlds must not travel with the bank'
+    assert len(pickle.dumps(two)) < 10_000, "memory-mapped worlds must not travel with the bank"
     np.testing.assert_array_equal(pickle.loads(pickle.dumps(two))[1][0], one[1][0])
     np.testing.assert_array_equal(half_of(one[0][0]), one[0][1])
 
 
 def test_bank_refuses_other_settings_and_foreign_folders(tmp_path):
-    WorldBank([1], LITTLE, tmp_path / 'bank', workers=1, progress=False)
-    with pytest.raises(ValueError, match='density is 1.0 there and 0.5 here'):
-        WorldBank([1], EyeConfig(size=256, density=0.5), tmp_path / 'bank', progress=False)
-    (tmp_path / 'mine').mkdir()
-    (tmp_path / 'mine' / 'thesis.txt').write_text('do not touch')
-    with pytest.raises(ValueError, match='holds other files'):
-        WorldBank([1], LITTLE, tmp_path / 'mine', progress=False)
+    WorldBank([1], LITTLE, tmp_path / "bank", workers=1, progress=False)
+    with pytest.raises(ValueError, match="density is 1.0 there and 0.5 here"):
+        WorldBank([1], EyeConfig(size=256, density=0.5), tmp_path / "bank", progress=False)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("do not touch")
+    with pytest.raises(ValueError, match="holds other files"):
+        WorldBank([1], LITTLE, tmp_path / "mine", progress=False)
 
 
 def test_vessel_share_of_the_tokens():
     """design.md: after mask_to_grid, 15 to 45 % of the tokens in the field of view stand at 0.5 or more, at 8 and at 16 px cells."""
-    torch = pytest.importorskip('torch')
+    torch = pytest.importorskip("torch")
     from loftr_curriculum.model.guidance import fov_to_grid, mask_to_grid
+
     share = {8: [], 16: []}
     for seed in range(6):
         mask = make_world(seed, modalities=()).vessels
@@ -100,7 +104,10 @@ def test_vessel_share_of_the_tokens():
     for cell, values in share.items():
         values = np.array(values)
         assert 0.18 < values.mean() < 0.40, (cell, values.mean())
-        assert np.mean((values >= 0.15) & (values <= 0.45)) > 0.8, (cell, np.percentile(values, [0, 5, 50, 95, 100]))
+        assert np.mean((values >= 0.15) & (values <= 0.45)) > 0.8, (
+            cell,
+            np.percentile(values, [0, 5, 50, 95, 100]),
+        )
 
 
 def test_pairs_stay_within_the_range_of_motion(bank):
@@ -108,12 +115,12 @@ def test_pairs_stay_within_the_range_of_motion(bank):
     for i in range(60):
         p = source.draw(i, np.random.default_rng(i), (128, 128), motion)
         d = decompose(p.T_0to1, (128, 128))
-        assert 0.49 < d['scale'] < 2.05 and np.hypot(*d['shift']) <= 0.71 * 128
+        assert 0.49 < d["scale"] < 2.05 and np.hypot(*d["shift"]) <= 0.71 * 128
         assert overlap(p.T_0to1, (128, 128), (128, 128), p.fov0, p.fov1) > 0.15
         assert p.mode in MODES
         for image, mask, fov in ((p.image0, p.mask0, p.fov0), (p.image1, p.mask1, p.fov1)):
             assert image.dtype == mask.dtype == np.float32 and fov.dtype == bool
-            assert np.abs(image).max() <= 1 and 0 <= mask.min() and mask.max() <= 1
+            assert np.abs(image).max() <= 1 and mask.min() >= 0 and mask.max() <= 1
             assert not image[~fov].any() and not mask[~fov].any()
 
 
@@ -124,7 +131,7 @@ def test_the_true_transform_is_exact():
     for i in range(40):
         rng = np.random.default_rng(i)
         at = rng.uniform(250, 350, 2)
-        plane = np.uint8(np.round(250 * np.exp(-((x - at[0]) ** 2 + (y - at[1]) ** 2) / (2 * 9.0 ** 2))))
+        plane = np.uint8(np.round(250 * np.exp(-((x - at[0]) ** 2 + (y - at[1]) ** 2) / (2 * 9.0**2))))
         p = cut_views(make_frame(plane, plane, plane), rng, (192, 256), strength=0, optics=False)
         found = []
         for m in (p.mask0, p.mask1):
@@ -132,7 +139,9 @@ def test_the_true_transform_is_exact():
             rim = np.r_[m[0], m[-1], m[:, 0], m[:, -1]].max()
             if rim > 0 or m.sum() < 1:
                 break
-            found.append([(m.sum(0) * np.arange(256)).sum() / m.sum(), (m.sum(1) * np.arange(192)).sum() / m.sum()])
+            found.append(
+                [(m.sum(0) * np.arange(256)).sum() / m.sum(), (m.sum(1) * np.arange(192)).sum() / m.sum()]
+            )
         if len(found) == 2:
             errors.append(np.hypot(*(apply_transform(p.T_0to1, np.array(found[:1]))[0] - found[1])))
     assert len(errors) > 10 and max(errors) < 0.1, errors
@@ -147,17 +156,25 @@ def test_a_draw_depends_on_index_and_generator_alone(bank):
         np.testing.assert_array_equal(p.image1, q.image1)
         np.testing.assert_array_equal(p.T_0to1, q.T_0to1)
         assert (p.mode, p.id) == (q.mode, q.id)
-    with pytest.raises(ValueError, match='unknown mode'):
-        GeneratedSource(bank, ('cf-mri',))
+    with pytest.raises(ValueError, match="unknown mode"):
+        GeneratedSource(bank, ("cf-mri",))
 
 
 def test_modes_show_the_planes_that_they_name(bank):
     still = Motion(rotation_deg=0, scale=1, same_scale=1, shift=0, shear=0)
     full, half = bank[0]
-    i, j = (PLANES.index(n) for n in split_mode('oct-fa'))
+    i, j = (PLANES.index(n) for n in split_mode("oct-fa"))
     frame = Frame(full[i], full[j], full[-1], (half[i], half[j], half[-1]))
-    p = cut_views(frame, np.random.default_rng(0), (256, 256), still, 0, 'oct-fa', optics=False)
-    q = cut_views(Frame(full[i], full[i], full[-1], (half[i], half[i], half[-1])), np.random.default_rng(0), (256, 256), still, 0, 'oct-fa', optics=False)
+    p = cut_views(frame, np.random.default_rng(0), (256, 256), still, 0, "oct-fa", optics=False)
+    q = cut_views(
+        Frame(full[i], full[i], full[-1], (half[i], half[i], half[-1])),
+        np.random.default_rng(0),
+        (256, 256),
+        still,
+        0,
+        "oct-fa",
+        optics=False,
+    )
     np.testing.assert_array_equal(p.image0, q.image0)
     assert np.abs(p.image1 - q.image1).mean() > 0.02
 
@@ -165,8 +182,21 @@ def test_modes_show_the_planes_that_they_name(bank):
 def test_randomise_is_gentle_at_low_strength_and_survives_odd_input():
     gray = cv2.GaussianBlur(np.random.default_rng(0).random((120, 90), dtype=np.float32), (0, 0), 4)
     gray = (gray - gray.min()) / np.ptp(gray)
-    change = [np.mean([1 - abs(np.corrcoef(gray.ravel(), randomise(gray, np.ones(gray.shape, bool), np.random.default_rng(i), s).ravel())[0, 1])
-                       for i in range(30)]) for s in (0.2, 1.0)]
+    change = [
+        np.mean(
+            [
+                1
+                - abs(
+                    np.corrcoef(
+                        gray.ravel(),
+                        randomise(gray, np.ones(gray.shape, bool), np.random.default_rng(i), s).ravel(),
+                    )[0, 1]
+                )
+                for i in range(30)
+            ]
+        )
+        for s in (0.2, 1.0)
+    ]
     assert change[0] < 0.5 * change[1]
     for odd in (np.zeros((40, 64), np.float32), np.ones((40, 64), np.float32)):
         for i in range(20):
@@ -175,22 +205,26 @@ def test_randomise_is_gentle_at_low_strength_and_survives_odd_input():
 
 
 def test_synth_resumes_and_writes_the_same_bytes_with_two_processes(tmp_path):
-    one = synthesise(tmp_path / 'a', 2, seed=3, size=96, workers=1, progress=False)
-    synthesise(tmp_path / 'b', 1, seed=3, size=96, workers=1, progress=False)
-    two = synthesise(tmp_path / 'b', 2, seed=3, size=96, workers=2, progress=False)
+    one = synthesise(tmp_path / "a", 2, seed=3, size=96, workers=1, progress=False)
+    synthesise(tmp_path / "b", 1, seed=3, size=96, workers=1, progress=False)
+    two = synthesise(tmp_path / "b", 2, seed=3, size=96, workers=2, progress=False)
     assert one == two
-    files = sorted(f.relative_to(tmp_path / 'a') for f in (tmp_path / 'a').rglob('*') if f.is_file())
+    files = sorted(f.relative_to(tmp_path / "a") for f in (tmp_path / "a").rglob("*") if f.is_file())
     assert len(files) == 1 + 2 * 6
     for f in files:
-        assert (tmp_path / 'a' / f).read_bytes() == (tmp_path / 'b' / f).read_bytes(), f
-    facts = json.loads((tmp_path / 'a' / one[0] / f'{one[0]}.json').read_text())
-    assert facts['seed'] == 3 and facts['px_per_mm'] > 0
-    with pytest.raises(ValueError, match='seed is 3 there and 4 here'):
-        synthesise(tmp_path / 'a', 2, seed=4, size=96, progress=False)
-    for wrong, says in (({'modalities': ('mri',)}, 'unknown modalities mri'), ({'cases': 0}, 'at least 1 case'), ({'cases': 2, 'seed': -3}, 'a seed of at least 0')):
+        assert (tmp_path / "a" / f).read_bytes() == (tmp_path / "b" / f).read_bytes(), f
+    facts = json.loads((tmp_path / "a" / one[0] / f"{one[0]}.json").read_text())
+    assert facts["seed"] == 3 and facts["px_per_mm"] > 0
+    with pytest.raises(ValueError, match="seed is 3 there and 4 here"):
+        synthesise(tmp_path / "a", 2, seed=4, size=96, progress=False)
+    for wrong, says in (
+        ({"modalities": ("mri",)}, "unknown modalities mri"),
+        ({"cases": 0}, "at least 1 case"),
+        ({"cases": 2, "seed": -3}, "a seed of at least 0"),
+    ):
         with pytest.raises(ValueError, match=says):
-            synthesise(tmp_path / 'c', **{'cases': 1} | wrong)
-    assert not (tmp_path / 'c').exists()
+            synthesise(tmp_path / "c", **{"cases": 1} | wrong)
+    assert not (tmp_path / "c").exists()
 
 
 def test_large_pictures_come_from_larger_worlds():
@@ -201,8 +235,8 @@ def test_large_pictures_come_from_larger_worlds():
 def test_a_fault_in_a_worker_process_comes_back(tmp_path):
     """Also after OpenCV has started its threads in this process: a forked child would hang there."""
     cv2.GaussianBlur(np.zeros((2000, 2000), np.float32), (0, 0), 5)
-    assert list(run_jobs(math.sqrt, [4.0, 9.0, 16.0], 2, '')) == [2.0, 3.0, 4.0]
-    with pytest.raises(ValueError, match='math domain error'):
-        list(run_jobs(math.sqrt, [4.0, -1.0], 2, ''))
-    with pytest.raises(RuntimeError, match='exit code'):
-        list(run_jobs(os._exit, [3, 3], 2, ''))
+    assert list(run_jobs(math.sqrt, [4.0, 9.0, 16.0], 2, "")) == [2.0, 3.0, 4.0]
+    with pytest.raises(ValueError, match="math domain error"):
+        list(run_jobs(math.sqrt, [4.0, -1.0], 2, ""))
+    with pytest.raises(RuntimeError, match="exit code"):
+        list(run_jobs(os._exit, [3, 3], 2, ""))

@@ -1,4 +1,5 @@
 """Guards of the speed room: what is charged to the data, and that the committed figures meet what is promised."""
+
 import json
 import time
 from pathlib import Path
@@ -40,10 +41,23 @@ class Quick(pl.LightningModule):
 
 def test_slow_data_is_charged_to_the_data():
     clock = StepClock()
-    pl.Trainer(max_epochs=1, callbacks=[clock], accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False).fit(Quick(), DataLoader(Slow()))
+    pl.Trainer(
+        max_epochs=1,
+        callbacks=[clock],
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    ).fit(Quick(), DataLoader(Slow()))
     assert len(clock.inside) == 5 and len(clock.between) == 4
     assert min(clock.between) > 0.03 and min(clock.inside) > 0.01
-    assert waiting_share({"step_seconds": [np.median(clock.inside)], "between_seconds": [np.median(clock.between)]}) > 0.5
+    assert (
+        waiting_share(
+            {"step_seconds": [np.median(clock.inside)], "between_seconds": [np.median(clock.between)]}
+        )
+        > 0.5
+    )
 
 
 def test_the_command_writes_every_figure(tmp_path, monkeypatch):
@@ -55,10 +69,21 @@ def test_the_command_writes_every_figure(tmp_path, monkeypatch):
     monkeypatch.setattr(speed, "worlds_per_minute", lambda data: seen.append(data) or 61.0)
     monkeypatch.setattr(speed, "draws_per_second", lambda data, processes, blocks, count: [200.0] * blocks)
     monkeypatch.setattr(speed, "loaded_per_second", lambda data, blocks, batches: [180.0, 190.0, 170.0])
-    monkeypatch.setattr(speed, "watch_training", lambda config, steps: {"step_seconds": [2.0] * steps, "between_seconds": [0.1 if config.data.workers == 0 else 0.02] * steps})
+    monkeypatch.setattr(
+        speed,
+        "watch_training",
+        lambda config, steps: {
+            "step_seconds": [2.0] * steps,
+            "between_seconds": [0.1 if config.data.workers == 0 else 0.02] * steps,
+        },
+    )
     measure_speed(str(tmp_path / "s.json"), worlds=3, blocks=5, steps=4)
     result = json.loads((tmp_path / "s.json").read_text())
-    assert result["appetite_per_second"] == 4.0 and result["config"]["data"]["cache"] is None and result["machine"]["cores"] >= 1
+    assert (
+        result["appetite_per_second"] == 4.0
+        and result["config"]["data"]["cache"] is None
+        and result["machine"]["cores"] >= 1
+    )
     assert seen[0].worlds == 3 and not Path(seen[0].cache).exists()
     table = speed_table(result)
     for figure in ("61.0", "200.0", "180.0", "4.0", "0.99%", "4.76%"):

@@ -1,4 +1,5 @@
 "Guards of the sweep over rotation, scale and shift: true pairs, honest curves, a sweep that goes on where it stopped, the command."
+
 import json
 import sys
 from types import SimpleNamespace
@@ -11,7 +12,15 @@ from loftr_curriculum.evaluation.sweep import VARIANTS, SweepConfig, main, sweep
 from loftr_curriculum.geometry import apply_transform, compose, decompose, invert, similarity
 from loftr_curriculum.retina.config import EyeConfig
 
-TINY = SweepConfig(rotations=(0, 120), scales=(2.0,), shifts=(0.5,), modes=("cf-fa", "cf-oct"), pairs=1, side=96, eye=EyeConfig(size=256, gap=0.5, disease=0.0))
+TINY = SweepConfig(
+    rotations=(0, 120),
+    scales=(2.0,),
+    shifts=(0.5,),
+    modes=("cf-fa", "cf-oct"),
+    pairs=1,
+    side=96,
+    eye=EyeConfig(size=256, gap=0.5, disease=0.0),
+)
 
 
 class Nothing:
@@ -33,7 +42,11 @@ def oracle(monkeypatch):
         state.asked.append((fixed.tobytes(), moving.tobytes(), config))
         if state.stop_after is not None and len(state.asked) > state.stop_after:
             raise KeyboardInterrupt
-        return SimpleNamespace(moving_to_fixed=None if state.lost else compose(invert(state.T), similarity(shift=(5 * fixed.shape[1] / 512, 0))))
+        return SimpleNamespace(
+            moving_to_fixed=None
+            if state.lost
+            else compose(invert(state.T), similarity(shift=(5 * fixed.shape[1] / 512, 0)))
+        )
 
     monkeypatch.setattr(module, "sweep_pair", pair)
     monkeypatch.setattr(module, "register", register)
@@ -45,7 +58,9 @@ def test_pairs_show_what_their_transform_says():
         p, again = (sweep_pair(axis, value, "cf-fa", 0, TINY) for _ in range(2))
         assert np.array_equal(p.fixed, again.fixed) and np.array_equal(p.moving, again.moving)
         d = decompose(p.T_0to1, p.fixed.shape[:2])
-        assert {"rotation": abs(d["angle_deg"]), "scale": d["scale"], "shift": np.hypot(*d["shift"]) / 96}[axis] == pytest.approx(value)
+        assert {"rotation": abs(d["angle_deg"]), "scale": d["scale"], "shift": np.hypot(*d["shift"]) / 96}[
+            axis
+        ] == pytest.approx(value)
         assert abs(d["angle_deg"]) < 5.001 or axis == "rotation"
         assert len(p.fixed_points) > 20
         assert np.abs(apply_transform(p.T_0to1, p.fixed_points) - p.moving_points).max() < 1e-9
@@ -56,7 +71,9 @@ def test_a_right_answer_succeeds_everywhere_and_none_nowhere(oracle):
     assert list(made["curves"]) == ["rotation", "scale", "shift"]
     for c in made["curves"].values():
         for v in VARIANTS:
-            assert c[v]["SR@10"] == [1.0] * len(c["values"]) and c[v]["median"] == pytest.approx([5.0] * len(c["values"]))
+            assert c[v]["SR@10"] == [1.0] * len(c["values"]) and c[v]["median"] == pytest.approx(
+                [5.0] * len(c["values"])
+            )
     asked = {(c.turn_when_unsure, bool(c.second_long_sides)) for *_, c in oracle.asked}
     assert asked == {(turn, look) for turn in (False, True) for look in (False, True)}
     assert len({i for i, *_ in oracle.asked}) == 8  # four values, two modes
@@ -71,14 +88,21 @@ def test_a_stopped_sweep_goes_on_and_ends_like_an_uninterrupted_one(oracle, tmp_
     with pytest.raises(KeyboardInterrupt):
         sweep(Nothing(), TINY, out, progress=False)
     kept = json.loads(out.read_text())
-    assert sum(len(pairs) for values in kept["tried"].values() for pairs in values.values()) == 3 and "curves" not in kept
+    assert (
+        sum(len(pairs) for values in kept["tried"].values() for pairs in values.values()) == 3
+        and "curves" not in kept
+    )
     oracle.stop_after, before = None, len(oracle.asked)
     sweep(Nothing(), TINY, out, progress=False)
     assert len(oracle.asked) - before == 5 * len(VARIANTS) + 1  # five pairs were left; one warm-up
     whole = sweep(Nothing(), TINY, tmp_path / "whole.json", progress=False)
     read = json.loads(out.read_text())
     for axis, c in whole["curves"].items():
-        assert all(read["curves"][axis][v]["SR@10"] == c[v]["SR@10"] and read["curves"][axis][v]["median"] == c[v]["median"] for v in VARIANTS)
+        assert all(
+            read["curves"][axis][v]["SR@10"] == c[v]["SR@10"]
+            and read["curves"][axis][v]["median"] == c[v]["median"]
+            for v in VARIANTS
+        )
     count = len(oracle.asked)
     sweep(Nothing(), TINY, out, progress=False)
     assert len(oracle.asked) == count
@@ -95,6 +119,8 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     curve = json.loads(out.read_text())["curves"]["rotation"]
     assert curve["values"] == [60] and len(curve["full"]["seconds"]) == 1
     assert "60" in capsys.readouterr().out
-    monkeypatch.setattr(sys, "argv", ["sweep", "--weights", str(tmp_path / "none.safetensors"), "--out", str(out)])
+    monkeypatch.setattr(
+        sys, "argv", ["sweep", "--weights", str(tmp_path / "none.safetensors"), "--out", str(out)]
+    )
     with pytest.raises(SystemExit, match="none.safetensors"):
         main()

@@ -1,4 +1,5 @@
 "Guards of the training room: resuming, scheduling inside a run, checkpoints, overfitting one pair."
+
 from dataclasses import replace
 
 import lightning.pytorch as pl
@@ -24,7 +25,18 @@ from loftr_curriculum.training.module import PL_LoFTR, quick_error
 from loftr_curriculum.training.run import callbacks_of, read_epochs, train
 from loftr_curriculum.training.supervision import supervise
 
-DATA = DataConfig(worlds=2, val_worlds=1, size=64, pairs_per_epoch=8, val_pairs=2, batch_size=4, workers=0, render_workers=1, cache=None, eye=EyeConfig(size=256))
+DATA = DataConfig(
+    worlds=2,
+    val_worlds=1,
+    size=64,
+    pairs_per_epoch=8,
+    val_pairs=2,
+    batch_size=4,
+    workers=0,
+    render_workers=1,
+    cache=None,
+    eye=EyeConfig(size=256),
+)
 NET = MatcherConfig(dims=(8, 16, 32), layers=1)
 
 
@@ -75,17 +87,32 @@ def test_the_value_used_in_a_step_is_the_value_logged(tmp_path):
     for e, row in enumerate(rows):
         assert spy.used[e] == {schedule(c.phases, e, 6)}
         (g,) = spy.used[e]
-        assert (row["sched/lambda"], row["sched/loss_w"]) == pytest.approx((g.vessel_soft_lambda, g.vessel_loss_weight_scaler))
+        assert (row["sched/lambda"], row["sched/loss_w"]) == pytest.approx(
+            (g.vessel_soft_lambda, g.vessel_loss_weight_scaler)
+        )
 
 
 def test_resuming_at_epoch_30_gives_the_guidance_of_epoch_30(tmp_path):
     c = config(tmp_path, epochs=100, fractions=False, data=replace(DATA, pairs_per_epoch=4, val_pairs=1))
     module, data = PL_LoFTR(c), PairDataModule(c.data)
-    make = lambda *more: pl.Trainer(max_epochs=100, logger=False, enable_progress_bar=False, enable_model_summary=False, limit_val_batches=0, enable_checkpointing=False, callbacks=[CurriculumScheduler(c.phases), *more])
+
+    def make(*more):
+        return pl.Trainer(
+            max_epochs=100,
+            logger=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            limit_val_batches=0,
+            enable_checkpointing=False,
+            callbacks=[CurriculumScheduler(c.phases), *more],
+        )
+
     with pytest.raises(RuntimeError):
         trainer = make(Spy(stop_at=1))
         trainer.fit(module, data)
-    trainer.fit_loop.epoch_progress.current.completed = trainer.fit_loop.epoch_progress.current.processed = trainer.fit_loop.epoch_progress.current.ready = 30
+    trainer.fit_loop.epoch_progress.current.completed = trainer.fit_loop.epoch_progress.current.processed = (
+        trainer.fit_loop.epoch_progress.current.ready
+    ) = 30
     trainer.save_checkpoint(tmp_path / "at30.ckpt")
     spy, again = Spy(stop_at=31), PL_LoFTR(c)
     with pytest.raises(RuntimeError):
@@ -113,13 +140,18 @@ def test_real_pairs_are_logged_and_never_monitored(tmp_path):
         (root / sub).mkdir(parents=True)
     write_image(root / "images" / "1_fixed.png", image)
     write_image(root / "images" / "1_moving.png", image)
-    (root / "landmarks" / "1.csv").write_text("fixed_x,fixed_y,moving_x,moving_y\n" + "10,10,10,10\n50,20,50,20\n30,80,30,80\n90,60,90,60\n")
+    (root / "landmarks" / "1.csv").write_text(
+        "fixed_x,fixed_y,moving_x,moving_y\n" + "10,10,10,10\n50,20,50,20\n30,80,30,80\n90,60,90,60\n"
+    )
     (root / "landmarks" / "1.json").write_text('{"moving_to_fixed": [[1,0,0],[0,1,0],[0,0,1]]}')
     c = config(tmp_path / "run", epochs=1, val_real=str(root))
     train(c, progress=False)
     row = read_epochs(tmp_path / "run")[0]
     assert "val_real/mace" in row and row["val_real/no_answer"] in (0.0, 1.0)
-    assert {getattr(cb, "monitor", None) for cb in callbacks_of(replace(c, patience=3), tmp_path)} == {None, "val/auc"}
+    assert {getattr(cb, "monitor", None) for cb in callbacks_of(replace(c, patience=3), tmp_path)} == {
+        None,
+        "val/auc",
+    }
     (root / "images" / "1_moving.png").unlink()
     with pytest.raises(ValueError, match="1_moving.png"):
         train(replace(c, out=str(tmp_path / "other")), progress=False)
@@ -159,8 +191,17 @@ def test_a_step_on_bent_pairs_learns_from_the_true_map():
 
 
 def test_presets_are_the_plan():
-    values = {n: (c.vessel_soft_lambda, c.vessel_loss_weight_scaler, c.teach_until, c.wean_until) for n, c in CURRICULA.items()}
-    plan = {"v2.2": (2, 10, 25, 50), "v2.2-sketch": (2, 5, 30, 80), "v2.1": (0, 1, 25, 50), "bias-only": (2, 1, 25, 50), "loss-only": (0, 10, 25, 50)}
+    values = {
+        n: (c.vessel_soft_lambda, c.vessel_loss_weight_scaler, c.teach_until, c.wean_until)
+        for n, c in CURRICULA.items()
+    }
+    plan = {
+        "v2.2": (2, 10, 25, 50),
+        "v2.2-sketch": (2, 5, 30, 80),
+        "v2.1": (0, 1, 25, 50),
+        "bias-only": (2, 1, 25, 50),
+        "loss-only": (0, 10, 25, 50),
+    }
     assert {n: v for n, v in values.items() if n in plan} == plan
 
 
@@ -168,9 +209,28 @@ def test_overfitting_one_pair_registers_it():
     size = 96
     world = make_world(7, EyeConfig(size=512), ("cf", "fa"))
     frame = make_frame(world.images["cf"][..., 1], world.images["fa"], world.vessels)
-    s = cut_views(frame, np.random.default_rng(2), (size, size), Motion(rotation_deg=20, scale=1.2, shift=0.1), 0.0, optics=False)
-    put = lambda a, *one: torch.from_numpy(np.ascontiguousarray(a, np.float32 if a.dtype != bool else bool)).reshape(*one, *a.shape)
-    given = dict(image0=put(s.image0, 1, 1), image1=put(s.image1, 1, 1), mask0=put(s.mask0, 1), mask1=put(s.mask1, 1), fov0=put(s.fov0, 1), fov1=put(s.fov1, 1))
+    s = cut_views(
+        frame,
+        np.random.default_rng(2),
+        (size, size),
+        Motion(rotation_deg=20, scale=1.2, shift=0.1),
+        0.0,
+        optics=False,
+    )
+
+    def put(a, *one):
+        return torch.from_numpy(np.ascontiguousarray(a, np.float32 if a.dtype != bool else bool)).reshape(
+            *one, *a.shape
+        )
+
+    given = dict(
+        image0=put(s.image0, 1, 1),
+        image1=put(s.image1, 1, 1),
+        mask0=put(s.mask0, 1),
+        mask1=put(s.mask1, 1),
+        fov0=put(s.fov0, 1),
+        fov1=put(s.fov1, 1),
+    )
     torch.manual_seed(0)
     net = Matcher(MatcherConfig(dims=(16, 32, 64), layers=2))
     optimizer, T = torch.optim.AdamW(net.parameters(), 2e-3), torch.from_numpy(s.T_0to1).float()[None]

@@ -3,6 +3,7 @@
 A test adds a figure of its own to the record with pytest's `record_property(name, value)`.
 Usage (`make test-full`): python tools/full_run.py tests/last_full_run.md
 """
+
 import os
 import platform
 import re
@@ -10,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from xml.etree import ElementTree
@@ -27,14 +28,25 @@ def slow_tests() -> tuple[int, list[tuple[str, ...]]]:
     """Run `pytest -m slow`; its exit status and one row (what, outcome, seconds, figures) a test."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
-        status = subprocess.run([sys.executable, "-m", "pytest", "-m", "slow", "-v", f"--junitxml={report}"]).returncode
+        status = subprocess.run(
+            [sys.executable, "-m", "pytest", "-m", "slow", "-v", f"--junitxml={report}"]
+        ).returncode
         cases = list(ElementTree.parse(report).iter("testcase")) if report.exists() else []
     rows = []
     for case in cases:
-        outcome = next((child.tag for child in case if child.tag in ("failure", "error", "skipped")), "passed")
+        outcome = next(
+            (child.tag for child in case if child.tag in ("failure", "error", "skipped")), "passed"
+        )
         figures = ", ".join(f"{p.get('name')} {p.get('value')}" for p in case.iter("property"))
         figures = figures or next((skip.get("message") for skip in case.iter("skipped")), "")
-        rows.append((f"{case.get('classname')}::{case.get('name')}", outcome, f"{float(case.get('time')):.0f}", figures))
+        rows.append(
+            (
+                f"{case.get('classname')}::{case.get('name')}",
+                outcome,
+                f"{float(case.get('time')):.0f}",
+                figures,
+            )
+        )
     return 0 if status == NOTHING_COLLECTED else status, rows
 
 
@@ -53,7 +65,9 @@ def slow_notebooks() -> tuple[int, list[tuple[str, ...]]]:
 
 def main(record: Path) -> int:
     commit = output("git", "rev-parse", "--short=12", "HEAD")
-    changed = " with uncommitted changes" if output("git", "status", "--porcelain", "--untracked-files=no") else ""
+    changed = (
+        " with uncommitted changes" if output("git", "status", "--porcelain", "--untracked-files=no") else ""
+    )
     pytest_status, tests = slow_tests()
     notebook_status, notebooks = slow_notebooks()
     lines = [
@@ -61,7 +75,7 @@ def main(record: Path) -> int:
         "",
         "Written by `make test-full`; everything that is too slow for `make test`.",
         "",
-        f"- {datetime.now(timezone.utc):%Y-%m-%d %H:%M} UTC, commit {commit}{changed}",
+        f"- {datetime.now(UTC):%Y-%m-%d %H:%M} UTC, commit {commit}{changed}",
         f"- Python {platform.python_version()}, torch {version('torch')}, {os.cpu_count()} CPU cores, {platform.machine()}",
         "",
         "| what | outcome | seconds | figures |",

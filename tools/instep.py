@@ -4,6 +4,7 @@ Works on a copy of the working tree (committed, changed and new files alike, wit
 neither touch nor lose anything. In the copy every generated module is deleted, then notebooks are cleaned and exported
 and the README is made. Whatever differs afterwards is out of step. Run from the repository root (`make instep`).
 """
+
 import difflib
 import shutil
 import subprocess
@@ -32,7 +33,9 @@ def contents(root: Path) -> dict[str, bytes]:
     """Relative path -> bytes of every file under root."""
     files = (path for path in root.rglob("*") if path.is_file())
     kept = {path.relative_to(root): path for path in files}
-    return {name.as_posix(): path.read_bytes() for name, path in kept.items() if not SKIPPED & set(name.parts)}
+    return {
+        name.as_posix(): path.read_bytes() for name, path in kept.items() if not SKIPPED & set(name.parts)
+    }
 
 
 def run(root: Path, *command: str) -> None:
@@ -47,8 +50,7 @@ def regenerate(root: Path) -> None:
     for path in (root / "loftr_curriculum").rglob("*.py"):
         if is_generated(path):
             path.unlink()
-    run(root, str(BIN / "nbdev-clean"))
-    run(root, str(BIN / "nbdev-export"))
+    run(root, sys.executable, "tools/export.py")
     run(root, sys.executable, "tools/readme.py")
 
 
@@ -83,7 +85,9 @@ def main() -> int:
     wrong = sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name))
     if wrong:
         print("Out of step:", *(explain(name, before.get(name), after.get(name)) for name in wrong), sep="\n")
-        print("`make prepare` brings notebooks, package and README into step; then look at `git diff` and commit.")
+        print(
+            "`make prepare` brings notebooks, package and README into step; then look at `git diff` and commit."
+        )
         return 1
     notebooks = sum(name.endswith(".ipynb") for name in after)
     new = [name for name in git_files("--others") if name.startswith(("nbs/", "loftr_curriculum/"))]

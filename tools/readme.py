@@ -2,6 +2,7 @@
 
 Figures that the notebook keeps are written to docs/readme/. Run from the repository root (`make readme`).
 """
+
 import re
 import shutil
 from pathlib import Path
