@@ -55,7 +55,7 @@ def apply_transform(
 def compose(
     *Ts,  # (3, 3) matrices in the order in which they act
 ) -> np.ndarray:
-    "One matrix that applies the first transform first: `compose(T_0to1, T_1to2)` is `T_0to2`."
+    "One matrix that applies the first transform first: `compose(fixed_to_moving, T_1to2)` is `T_0to2`."
     out = np.eye(3)
     for T in Ts:
         out = np.asarray(T, float) @ out
@@ -294,7 +294,7 @@ def resample(
 
 # %% ../nbs/01_geometry/00_geometry.ipynb #f09f87c4
 def overlap(
-    T_0to1,  # (3, 3) fixed -> moving
+    fixed_to_moving,  # (3, 3) fixed -> moving
     size0,  # (height, width) of the fixed image
     size1,  # (height, width) of the moving image
     fov0=None,  # bool (H0, W0): field of view of the fixed image
@@ -307,11 +307,11 @@ def overlap(
         def box(size):
             return (corners(size) + 0.5 * np.array([[-1, -1], [1, -1], [1, 1], [-1, 1]])).astype(np.float32)
 
-        back = apply_transform(invert(T_0to1), box(size1).astype(float)).astype(np.float32)
+        back = apply_transform(invert(fixed_to_moving), box(size1).astype(float)).astype(np.float32)
         area = cv2.intersectConvexConvex(box(size0), back)[0]
         return float(np.clip(area / (size0[0] * size0[1]), 0, 1))
     fov0 = np.ones(size0, bool) if fov0 is None else fov0
-    seen = warp_image(np.ones(size1, bool) if fov1 is None else fov1, invert(T_0to1), size0)
+    seen = warp_image(np.ones(size1, bool) if fov1 is None else fov1, invert(fixed_to_moving), size0)
     return float((seen & fov0).sum() / max(fov0.sum(), 1))
 
 
@@ -355,7 +355,7 @@ def random_transform(
     size1=None,  # (height, width) of the moving image; the same when None
     motion=Motion(),  # range of motion
 ) -> np.ndarray:
-    "A random affine `T_0to1` (3, 3) within `motion`, deterministic by `rng`."
+    "A random affine `fixed_to_moving` (3, 3) within `motion`, deterministic by `rng`."
     size1 = size1 or size0
     m = motion
     usual = np.clip(rng.normal(0, m.usual_rotation_deg), -m.rotation_deg, m.rotation_deg)

@@ -43,7 +43,7 @@ def landmark_set(folder):
         pseudo_real_pair("cf-fa", 0, replace(PseudoReal(), size=(256, 256))),
         np.mgrid[60:200:3j, 60:200:3j].reshape(2, -1).T,
     )
-    points = apply_transform(pair.T_0to1, wide)
+    points = apply_transform(pair.fixed_to_moving, wide)
     for side, image in (("fixed", pair.fixed), ("moving", pair.moving)):
         write_image(folder / f"images/1_{side}.png", image)
     (folder / "landmarks").mkdir()
@@ -55,7 +55,7 @@ def landmark_set(folder):
         header="fixed_x,fixed_y,moving_x,moving_y",
         comments="",
     )
-    write_json(folder / "landmarks/1.json", {"moving_to_fixed": invert(pair.T_0to1)})
+    write_json(folder / "landmarks/1.json", {"moving_to_fixed": invert(pair.fixed_to_moving)})
     return folder
 
 

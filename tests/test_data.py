@@ -327,9 +327,9 @@ def test_a_landmark_set_lists_every_fault(tmp_path):
 
 
 def overlap_of_masks(sample):
-    "Soft overlap (Dice) of mask 0, warped by `T_0to1`, with mask 1, where both images see."
-    warped = warp_image(sample.mask0, sample.T_0to1, sample.mask1.shape)
-    seen = warp_image(sample.fov0, sample.T_0to1, sample.fov1.shape, mode="nearest") & sample.fov1
+    "Soft overlap (Dice) of mask 0, warped by `fixed_to_moving`, with mask 1, where both images see."
+    warped = warp_image(sample.mask0, sample.fixed_to_moving, sample.mask1.shape)
+    seen = warp_image(sample.fov0, sample.fixed_to_moving, sample.fov1.shape, mode="nearest") & sample.fov1
     a, b = warped[seen], sample.mask1[seen]
     return 2 * np.minimum(a, b).sum() / max(a.sum() + b.sum(), 1), b.sum()
 
@@ -352,7 +352,10 @@ def test_mask0_warped_by_T_overlaps_mask1(kind, request):
     assert len(scores) >= 16 and np.median(scores) > 0.8 and scores.min() > 0.5
     identity = [
         overlap_of_masks(
-            replace(source.draw(k % len(source), np.random.default_rng(k), SIZE, Motion()), T_0to1=np.eye(3))
+            replace(
+                source.draw(k % len(source), np.random.default_rng(k), SIZE, Motion()),
+                fixed_to_moving=np.eye(3),
+            )
         )[0]
         for k in range(24)
     ]
@@ -366,7 +369,7 @@ def test_images_follow_the_transform_too(cases):
     for k in range(8):
         s = source.draw(0, np.random.default_rng(k), SIZE, Motion(rotation_deg=90))
         ys, xs = np.nonzero(s.mask0 > 0.8)
-        q = np.rint(apply_transform(s.T_0to1, np.c_[xs, ys])).astype(int)
+        q = np.rint(apply_transform(s.fixed_to_moving, np.c_[xs, ys])).astype(int)
         inside = ((q >= 0) & (q < 128)).all(1)
         values.append((s.image0[ys, xs].mean(), s.image1[q[inside, 1], q[inside, 0]].mean()))
     cf, fa = np.nanmean(values, axis=0)
@@ -452,9 +455,9 @@ def test_a_residual_changes_the_moving_view_alone(world):
             cut_views(frame, rng, SIZE, motion, **options)
             for rng, options in zip(rngs, ({}, {"deform": 0.0}, {"deform": 4.0}))
         )
-        for name in ("image0", "image1", "mask0", "mask1", "fov0", "fov1", "T_0to1"):
+        for name in ("image0", "image1", "mask0", "mask1", "fov0", "fov1", "fixed_to_moving"):
             assert np.array_equal(getattr(default, name), getattr(flat, name))
-        for name in ("image0", "mask0", "fov0", "T_0to1"):
+        for name in ("image0", "mask0", "fov0", "fixed_to_moving"):
             assert np.array_equal(getattr(bent, name), getattr(flat, name))
         assert flat.map_0to1 is None and not np.array_equal(bent.mask1, flat.mask1)
         assert (
@@ -490,7 +493,7 @@ class Recorder(L.LightningModule):
         return self.weight.sum()
 
     def validation_step(self, batch, _):
-        self.val.append(batch["T_0to1"].double().sum().item())
+        self.val.append(batch["fixed_to_moving"].double().sum().item())
 
     def configure_optimizers(self):
         return torch.optim.SGD(self.parameters(), 0.1)
@@ -548,7 +551,7 @@ def test_true_maps_reach_every_batch_of_mixed_sources(cases, table):
     batches = list(data.train_dataloader())
     for a, b in zip(batches, spread.train_dataloader()):
         assert all(torch.equal(a[k], b[k]) for k in ("image1", "map_0to1", "map_1to0"))
-    maps, T, modes = (sum((list(b[k]) for b in batches), []) for k in ("map_0to1", "T_0to1", "id"))
+    maps, T, modes = (sum((list(b[k]) for b in batches), []) for k in ("map_0to1", "fixed_to_moving", "id"))
     centres = torch.from_numpy(cell_points((64, 64))).float().reshape(-1, 2)
     off = np.array(
         [(m.reshape(-1, 2) - apply_transform(t, centres)).norm(dim=-1).max().item() for m, t in zip(maps, T)]

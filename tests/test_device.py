@@ -64,7 +64,7 @@ def test_strength_0_is_cut_and_normalised_and_nothing_else(bank, deform):
     pairs, batch = both(GeneratedSource(bank, MODES, strength=0.0, deform=deform), range(12))
     for g, pair in enumerate(pairs):
         assert batch["mode"][g] == pair.mode and batch["id"][g] == pair.id
-        np.testing.assert_allclose(batch["T_0to1"][g], pair.T_0to1, rtol=1e-5, atol=1e-4)
+        np.testing.assert_allclose(batch["fixed_to_moving"][g], pair.fixed_to_moving, rtol=1e-5, atol=1e-4)
         for k in ("0", "1"):
             assert np.array_equal(batch["fov" + k][g], getattr(pair, "fov" + k))
             assert np.abs(batch["mask" + k][g].numpy() - getattr(pair, "mask" + k)).mean() < 0.004

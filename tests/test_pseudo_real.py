@@ -44,7 +44,7 @@ def test_the_list_is_frozen():
     """A pair's transform: what was drawn, and which of the draws was taken."""
     assert GENERATOR_VERSION == 2
     pair = pseudo_real_pair("cf-octa", 3)
-    words = np.round(np.r_[pair.T_0to1.ravel(), pair.moving_points[:4].ravel()], 3) + 0.0
+    words = np.round(np.r_[pair.fixed_to_moving.ravel(), pair.moving_points[:4].ravel()], 3) + 0.0
     assert hashlib.sha1(repr(words.tolist()).encode()).hexdigest()[:12] == FROZEN, (
         "another list: raise PSEUDO_REAL_VERSION"
     )
@@ -56,14 +56,14 @@ FROZEN = "4ddf9494912e"
 @pytest.mark.parametrize("mode", MODES)
 def test_truth_is_exact_and_vessels_are_shown(mode):
     pair = pseudo_real_pair(mode, 1, QUICK)
-    assert landmark_error(invert(pair.T_0to1), pair.fixed_points, pair.moving_points) < 1e-9
+    assert landmark_error(invert(pair.fixed_to_moving), pair.fixed_points, pair.moving_points) < 1e-9
     assert pair.fixed.dtype == pair.moving.dtype == np.uint8 and (pair.fixed.ndim == 3) == mode.startswith(
         "cf"
     )
     for points, _image in ((pair.fixed_points, pair.fixed), (pair.moving_points, pair.moving)):
         assert (points >= -0.5).all() and (points <= 159.5).all() and len(points) >= 10
     other = pseudo_real_pair(mode, 2, QUICK)
-    assert np.abs(other.T_0to1 - pair.T_0to1).max() > 1e-3
+    assert np.abs(other.fixed_to_moving - pair.fixed_to_moving).max() > 1e-3
 
 
 def test_points_lie_where_both_see():
@@ -98,7 +98,7 @@ def test_a_folder_resumes_and_refuses_another_list(tmp_path):
     (pair, _) = read_landmark_set(folder)
     back = read_raw_pair(folder, "cf-fa_000")
     np.testing.assert_array_equal(pair.fixed_points, back.fixed_points)
-    np.testing.assert_allclose(pair.moving_to_fixed, invert(back.T_0to1), atol=1e-12)
+    np.testing.assert_allclose(pair.moving_to_fixed, invert(back.fixed_to_moving), atol=1e-12)
     with pytest.raises(ValueError, match="other settings.*strength is 0.7 there and 2"):
         list(pseudo_real_pairs(("cf-fa",), 1, folder, 1, False, replace(QUICK, strength=2)))
     with pytest.raises(ValueError, match="unknown mode 'cf-mri'"):

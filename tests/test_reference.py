@@ -181,7 +181,13 @@ def a_step(precision, guidance=Guidance(2.0, 10.0)):
     mask = (torch.rand(2, 64, 64, generator=g) > 0.8).float()
     T = torch.from_numpy(np.stack([similarity(a, 1.1, (3, -2), (31.5, 31.5)) for a in (0, 10)])).float()
     batch = dict(
-        image0=image0, image1=image1, mask0=mask, mask1=mask, fov0=mask >= 0, fov1=mask >= 0, T_0to1=T
+        image0=image0,
+        image1=image1,
+        mask0=mask,
+        mask1=mask,
+        fov0=mask >= 0,
+        fov1=mask >= 0,
+        fixed_to_moving=T,
     )
     with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
         loss = module.training_step(batch, 0)

@@ -114,9 +114,9 @@ def test_pairs_stay_within_the_range_of_motion(bank):
     source, motion = GeneratedSource(bank, MODES), Motion()
     for i in range(60):
         p = source.draw(i, np.random.default_rng(i), (128, 128), motion)
-        d = decompose(p.T_0to1, (128, 128))
+        d = decompose(p.fixed_to_moving, (128, 128))
         assert 0.49 < d["scale"] < 2.05 and np.hypot(*d["shift"]) <= 0.71 * 128
-        assert overlap(p.T_0to1, (128, 128), (128, 128), p.fov0, p.fov1) > 0.15
+        assert overlap(p.fixed_to_moving, (128, 128), (128, 128), p.fov0, p.fov1) > 0.15
         assert p.mode in MODES
         for image, mask, fov in ((p.image0, p.mask0, p.fov0), (p.image1, p.mask1, p.fov1)):
             assert image.dtype == mask.dtype == np.float32 and fov.dtype == bool
@@ -125,7 +125,7 @@ def test_pairs_stay_within_the_range_of_motion(bank):
 
 
 def test_the_true_transform_is_exact():
-    """Spots in the frame are found in both views where T_0to1 says, to a tenth of a pixel, whatever level they were cut from."""
+    """Spots in the frame are found in both views where fixed_to_moving says, to a tenth of a pixel, whatever level they were cut from."""
     y, x = np.mgrid[:600, :600]
     errors = []
     for i in range(40):
@@ -143,7 +143,7 @@ def test_the_true_transform_is_exact():
                 [(m.sum(0) * np.arange(256)).sum() / m.sum(), (m.sum(1) * np.arange(192)).sum() / m.sum()]
             )
         if len(found) == 2:
-            errors.append(np.hypot(*(apply_transform(p.T_0to1, np.array(found[:1]))[0] - found[1])))
+            errors.append(np.hypot(*(apply_transform(p.fixed_to_moving, np.array(found[:1]))[0] - found[1])))
     assert len(errors) > 10 and max(errors) < 0.1, errors
 
 
@@ -154,7 +154,7 @@ def test_a_draw_depends_on_index_and_generator_alone(bank):
         p, q = (s.draw(i, np.random.default_rng(i), (96, 96)) for s in (a, b))
         np.testing.assert_array_equal(p.image0, q.image0)
         np.testing.assert_array_equal(p.image1, q.image1)
-        np.testing.assert_array_equal(p.T_0to1, q.T_0to1)
+        np.testing.assert_array_equal(p.fixed_to_moving, q.fixed_to_moving)
         assert (p.mode, p.id) == (q.mode, q.id)
     with pytest.raises(ValueError, match="unknown mode"):
         GeneratedSource(bank, ("cf-mri",))

@@ -35,7 +35,7 @@ def oracle(monkeypatch):
 
     def pair(*what):
         p = real(*what)
-        state.T = p.T_0to1
+        state.T = p.fixed_to_moving
         return p
 
     def register(fixed, moving, matcher, config):
@@ -57,13 +57,13 @@ def test_pairs_show_what_their_transform_says():
     for axis, value in (("rotation", 120), ("scale", 2.0), ("scale", 0.5), ("shift", 0.5)):
         p, again = (sweep_pair(axis, value, "cf-fa", 0, TINY) for _ in range(2))
         assert np.array_equal(p.fixed, again.fixed) and np.array_equal(p.moving, again.moving)
-        d = decompose(p.T_0to1, p.fixed.shape[:2])
+        d = decompose(p.fixed_to_moving, p.fixed.shape[:2])
         assert {"rotation": abs(d["angle_deg"]), "scale": d["scale"], "shift": np.hypot(*d["shift"]) / 96}[
             axis
         ] == pytest.approx(value)
         assert abs(d["angle_deg"]) < 5.001 or axis == "rotation"
         assert len(p.fixed_points) > 20
-        assert np.abs(apply_transform(p.T_0to1, p.fixed_points) - p.moving_points).max() < 1e-9
+        assert np.abs(apply_transform(p.fixed_to_moving, p.fixed_points) - p.moving_points).max() < 1e-9
 
 
 def test_a_right_answer_succeeds_everywhere_and_none_nowhere(oracle):

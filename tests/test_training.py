@@ -233,7 +233,10 @@ def test_overfitting_one_pair_registers_it():
     )
     torch.manual_seed(0)
     net = Matcher(MatcherConfig(dims=(16, 32, 64), layers=2))
-    optimizer, T = torch.optim.AdamW(net.parameters(), 2e-3), torch.from_numpy(s.T_0to1).float()[None]
+    optimizer, T = (
+        torch.optim.AdamW(net.parameters(), 2e-3),
+        torch.from_numpy(s.fixed_to_moving).float()[None],
+    )
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 240)
     for step in range(240):
         net.train()
@@ -246,4 +249,4 @@ def test_overfitting_one_pair_registers_it():
         optimizer.step()
         schedule.step()
     found = net.eval().match(given["image0"], given["image1"], given["fov0"], given["fov1"])[0]
-    assert quick_error(found, s.fov0, s.T_0to1, (size, size)) * size / 512 < 2
+    assert quick_error(found, s.fov0, s.fixed_to_moving, (size, size)) * size / 512 < 2

@@ -51,6 +51,10 @@ def register(
     found = estimate_transform(
         p0[[m.queryIdx for m, _ in near]], p1[[m.trainIdx for m, _ in near]], "affine", threshold_px
     )
-    if found is None or found.inliers.sum() < least or check_transform(found.T_0to1, np.shape(fixed)[:2]):
+    if (
+        found is None
+        or found.inliers.sum() < least
+        or check_transform(found.fixed_to_moving, np.shape(fixed)[:2])
+    ):
         return None
-    return invert(found.T_0to1)
+    return invert(found.fixed_to_moving)

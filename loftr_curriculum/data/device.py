@@ -180,7 +180,7 @@ def draw_recipe(
         "plane": np.array(source._planes[mode]),
         "seed": int(rng.integers(2**62)),
         "ink": ink,
-        "T_0to1": T.astype(np.float32),
+        "fixed_to_moving": T.astype(np.float32),
         "mode": mode,
         "id": f"eye{source.bank.seeds[index]}",
     }
@@ -502,7 +502,9 @@ class DeviceViews:
             "fov0": fov[::2],
             "fov1": fov[1::2],
         }
-        return out | {k: recipe[k] for k in ("T_0to1", "map_0to1", "map_1to0", "mode", "id") if k in recipe}
+        return out | {
+            k: recipe[k] for k in ("fixed_to_moving", "map_0to1", "map_1to0", "mode", "id") if k in recipe
+        }
 
     def grain(
         self,

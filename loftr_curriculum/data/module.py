@@ -93,7 +93,7 @@ class PairLoader(DataLoader):
 def to_tensors(
     sample,  # PairSample
     maps=False,  # carry the true maps too
-) -> dict:  # image0, image1 (1, S, S) f32; mask0, mask1 (S, S) f32; fov0, fov1 (S, S) bool; T_0to1 (3, 3) f32; mode, id str; with maps map_0to1, map_1to0 (S/8, S/8, 2) f32
+) -> dict:  # image0, image1 (1, S, S) f32; mask0, mask1 (S, S) f32; fov0, fov1 (S, S) bool; fixed_to_moving (3, 3) f32; mode, id str; with maps map_0to1, map_1to0 (S/8, S/8, 2) f32
     "One training item."
     item = {
         k: torch.from_numpy(np.ascontiguousarray(getattr(sample, k), np.float32))[None]
@@ -101,13 +101,13 @@ def to_tensors(
     }
     item |= {
         k: torch.from_numpy(np.ascontiguousarray(getattr(sample, k), np.float32))
-        for k in ("mask0", "mask1", "T_0to1")
+        for k in ("mask0", "mask1", "fixed_to_moving")
     }
     item |= {k: torch.from_numpy(np.ascontiguousarray(getattr(sample, k), bool)) for k in ("fov0", "fov1")}
     if maps:
         straight = {
-            "map_0to1": (sample.T_0to1, sample.image0.shape),
-            "map_1to0": (invert(sample.T_0to1), sample.image1.shape),
+            "map_0to1": (sample.fixed_to_moving, sample.image0.shape),
+            "map_1to0": (invert(sample.fixed_to_moving), sample.image1.shape),
         }
         for k, (T, size) in straight.items():
             points = getattr(sample, k)
@@ -286,9 +286,9 @@ class PairDataModule(L.LightningDataModule):
     """Training and validation batches of image pairs.
 
     A batch is a dict: image0, image1 (B, 1, S, S) float32 in [-1, 1]; mask0, mask1 (B, S, S) float32 vessel masks in [0, 1];
-    fov0, fov1 (B, S, S) bool; T_0to1 (B, 3, 3) float32, points of image 0 to points of image 1; mode, id lists of str.
+    fov0, fov1 (B, S, S) bool; fixed_to_moving (B, 3, 3) float32, points of image 0 to points of image 1; mode, id lists of str.
     With `config.deform` above 0 also map_0to1, map_1to0 (B, S/8, S/8, 2) float32: where the centres of the 8-px cells truly lie in the other
-    image, px; T_0to1 is then the affine part.
+    image, px; fixed_to_moving is then the affine part.
     """
 
     def __init__(

@@ -69,10 +69,10 @@ class PairSample:
     mask1: np.ndarray  # (H, W) float32
     fov0: np.ndarray  # (H, W) bool
     fov1: np.ndarray  # (H, W) bool
-    T_0to1: np.ndarray  # (3, 3) float64, points of image 0 -> points of image 1
+    fixed_to_moving: np.ndarray  # (3, 3) float64, points of image 0 -> points of image 1
     mode: str  # 'fixed-moving', such as 'cf-fa'
     id: str  # where it came from
-    # (H/8, W/8, 2) float32: where the cell centres of image 0 lie in image 1; None: where T_0to1 says
+    # (H/8, W/8, 2) float32: where the cell centres of image 0 lie in image 1; None: where fixed_to_moving says
     map_0to1: np.ndarray | None = None
     # (H/8, W/8, 2) float32: where the cell centres of image 1 lie in image 0; None: likewise
     map_1to0: np.ndarray | None = None
@@ -209,26 +209,26 @@ def stamp(
 
 # %% ../../nbs/04_data/03_pairs.ipynb #40624a9a
 def place_views(
-    T_0to1: np.ndarray,  # (3, 3) fixed view -> moving view
+    fixed_to_moving: np.ndarray,  # (3, 3) fixed view -> moving view
     frame_size,  # (height, width) of the frame
     size,  # (height, width) of both views
     rng: np.random.Generator,  # source of chance
     field=(0.28, 0.9),  # least and largest side of a view, as a share of the frame's shorter side
-) -> tuple[np.ndarray, np.ndarray]:  # A0, A1 (3, 3): frame -> view, with T_0to1 = A1 @ inv(A0)
+) -> tuple[np.ndarray, np.ndarray]:  # A0, A1 (3, 3): frame -> view, with fixed_to_moving = A1 @ inv(A0)
     "Choose where in the frame the two views lie: as large as allowed, inside the frame as far as they fit."
-    ratio = np.sqrt(abs(np.linalg.det(T_0to1[:2, :2])))
+    ratio = np.sqrt(abs(np.linalg.det(fixed_to_moving[:2, :2])))
     least, largest = field[0] * max(1, ratio), field[1] * min(1, ratio)
     share = np.exp(rng.uniform(np.log(least), np.log(max(least, largest))))
     zoom = min(size) / (share * min(frame_size))
     turn = np.deg2rad(rng.normal(0, 8) if rng.random() < 0.7 else rng.uniform(-180, 180))
     c, s = np.cos(turn) / zoom, np.sin(turn) / zoom
     B = np.array([[c, -s, 0], [s, c, 0], [0, 0, 1.0]])
-    box = np.r_[corners(size), apply_transform(invert(T_0to1), corners(size))]
+    box = np.r_[corners(size), apply_transform(invert(fixed_to_moving), corners(size))]
     mid = centre(size)
     box = apply_transform(B, 0.85 * (box - mid) + mid)
     low, high = -box.min(0), np.array(frame_size[::-1]) - 1 - box.max(0)
     B[:2, 2] = low + (high - low) * rng.uniform(0, 1, 2)
-    return invert(B), compose(invert(B), T_0to1)
+    return invert(B), compose(invert(B), fixed_to_moving)
 
 
 # %% ../../nbs/04_data/03_pairs.ipynb #05bcb5ec
@@ -336,22 +336,22 @@ def draw_residual(
 
 # %% ../../nbs/04_data/03_pairs.ipynb #c6d5620e
 def to_fixed(
-    T_0to1: np.ndarray,  # (3, 3) the affine part
+    fixed_to_moving: np.ndarray,  # (3, 3) the affine part
     residual: Residual,  # of the moving view
     points: np.ndarray,  # (..., 2) pixels of the moving image
 ) -> np.ndarray:  # (..., 2) pixels of the fixed image
     "Where points of the moving image truly lie in the fixed one."
-    return apply_transform(invert(T_0to1), points + residual.at(points))
+    return apply_transform(invert(fixed_to_moving), points + residual.at(points))
 
 
 def to_moving(
-    T_0to1: np.ndarray,  # (3, 3) the affine part
+    fixed_to_moving: np.ndarray,  # (3, 3) the affine part
     residual: Residual,  # of the moving view
     points: np.ndarray,  # (..., 2) pixels of the fixed image
     rounds: int = 10,  # of the fixed-point iteration
 ) -> np.ndarray:  # (..., 2) pixels of the moving image
     "Where points of the fixed image truly lie in the moving one."
-    straight = q = apply_transform(T_0to1, points)
+    straight = q = apply_transform(fixed_to_moving, points)
     for _ in range(rounds):
         q = straight - residual.at(q)
     return q
@@ -368,7 +368,7 @@ def draw_views(
     optics: bool = True,  # draw fields of view; False leaves the frame's own
     frame_fovs=(None, None),  # (H, W) uint8 or None each: what the frame's images saw
     unbent=(None, None),  # (H, W, 2) float32 or None each, as in `cut`
-) -> tuple[np.ndarray, tuple, list]:  # T_0to1, frame -> view of both, fields of view of both
+) -> tuple[np.ndarray, tuple, list]:  # fixed_to_moving, frame -> view of both, fields of view of both
     "Where two views lie and what they see."
     for _ in range(6):
         T = random_transform(rng, size, size, motion)
@@ -393,7 +393,7 @@ def cut_views(
     id: str = "",  # kept in the sample
     field: tuple = (0.28, 0.9),  # side of a view as a share of the frame's shorter side
     optics: bool = True,  # draw fields of view and stamps; False leaves the frame's own
-    deform: float = 0.0,  # largest smooth residual of the moving view, rms px at 512; 0: none, and `T_0to1` is exact
+    deform: float = 0.0,  # largest smooth residual of the moving view, rms px at 512; 0: none, and `fixed_to_moving` is exact
 ) -> PairSample:
     "Two random views of one frame, each cut with one warp, randomised and normalised."
     names = split_mode(mode)

@@ -73,13 +73,13 @@ class RawPair:
     mode: str  # 'fixed-moving'
     fixed: np.ndarray  # (H, W[, 3]) uint8
     moving: np.ndarray  # (H, W[, 3]) uint8
-    T_0to1: np.ndarray  # (3, 3) float64, fixed -> moving
+    fixed_to_moving: np.ndarray  # (3, 3) float64, fixed -> moving
     fixed_points: np.ndarray  # (N, 2) px of the fixed image
     moving_points: np.ndarray  # (N, 2) the same places in the moving image
 
 
 def shared_grid(
-    T_0to1: np.ndarray,  # (3, 3) fixed -> moving
+    fixed_to_moving: np.ndarray,  # (3, 3) fixed -> moving
     fov0: np.ndarray,  # (H, W) bool
     fov1: np.ndarray,  # (H, W) bool
     side: int = 16,  # points along a side, before those outside are left out
@@ -88,7 +88,7 @@ def shared_grid(
     h, w = fov0.shape
     x, y = ((np.arange(side) + 0.5) * n / side - 0.5 for n in (w, h))
     p = np.stack(np.meshgrid(x, y), -1).reshape(-1, 2)
-    q = apply_transform(T_0to1, p)
+    q = apply_transform(fixed_to_moving, p)
 
     def sees(fov, at):
         return cv2.remap(fov.astype(np.uint8), *(np.float32(at.T)[..., None]), cv2.INTER_NEAREST)[:, 0] > 0
@@ -204,7 +204,7 @@ def write_raw_pair(
     save_transform(
         folder / "landmarks" / f"{pair.id}.json",
         TransformRecord(
-            invert(pair.T_0to1), fixed_size=pair.fixed.shape[:2], moving_size=pair.moving.shape[:2]
+            invert(pair.fixed_to_moving), fixed_size=pair.fixed.shape[:2], moving_size=pair.moving.shape[:2]
         ),
     )
 

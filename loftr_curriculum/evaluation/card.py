@@ -138,9 +138,9 @@ def hardness(
 ) -> dict:  # angle_deg in [0, 180], scale (moving px per fixed px), shift (share of the side), shared (share of the fixed field)
     "How far the two images of a pair are from each other."
     size0, size1 = pair.fixed.shape[:2], pair.moving.shape[:2]
-    found = decompose(pair.T_0to1, size0)
+    found = decompose(pair.fixed_to_moving, size0)
     shared = overlap(
-        pair.T_0to1, size0, size1, *(estimate_fov(to_gray(i)) for i in (pair.fixed, pair.moving))
+        pair.fixed_to_moving, size0, size1, *(estimate_fov(to_gray(i)) for i in (pair.fixed, pair.moving))
     )
     return dict(
         angle_deg=round(abs(found["angle_deg"]), 1),

@@ -77,16 +77,16 @@ class Fields:
 def overlap_fields(
     fov0,  # (H0, W0) bool
     fov1,  # (H1, W1) bool
-    T_0to1=None,  # (3, 3) plausible fixed -> moving, None where there is none
+    fixed_to_moving=None,  # (3, 3) plausible fixed -> moving, None where there is none
 ) -> Fields:
     "The parts of both fields of view that the other image sees; the whole fields without a transform."
     fov0, fov1 = np.asarray(fov0, bool), np.asarray(fov1, bool)
-    if T_0to1 is None:
+    if fixed_to_moving is None:
         return Fields(fov0, fov1, float(np.sqrt(max(fov1.sum(), 1) / max(fov0.sum(), 1))))
     return Fields(
-        fov0 & warp_image(fov1, invert(T_0to1), fov0.shape),
-        fov1 & warp_image(fov0, T_0to1, fov1.shape),
-        decompose(T_0to1, fov0.shape)["scale"],
+        fov0 & warp_image(fov1, invert(fixed_to_moving), fov0.shape),
+        fov1 & warp_image(fov0, fixed_to_moving, fov1.shape),
+        decompose(fixed_to_moving, fov0.shape)["scale"],
     )
 
 
@@ -96,15 +96,15 @@ LEAST_AGREEING, LEAST_SHARE = 6, 0.15  # of a fit that is believed
 
 
 def agreeing(
-    T_0to1,  # (3, 3) fixed -> moving, or None
+    fixed_to_moving,  # (3, 3) fixed -> moving, or None
     points0,  # (N, 2) start points
     points1,  # (N, 2) end points
     size0,  # (height, width) of the fixed image
 ) -> np.ndarray:  # (N,) bool, all False without a transform
     "Which matches agree with a transform to 8 px at 512 px."
-    if T_0to1 is None or not len(points0):
+    if fixed_to_moving is None or not len(points0):
         return np.zeros(len(points0), bool)
-    return residuals(T_0to1, points0, points1) <= AGREE_PX * max(size0) / 512
+    return residuals(fixed_to_moving, points0, points1) <= AGREE_PX * max(size0) / 512
 
 
 def believed_transform(
@@ -126,10 +126,10 @@ def believed_transform(
     if found is None:
         return None
     same = resize_matrix(size1, [n * max(size0) / max(size1) for n in size1])
-    if check_transform(compose(found.T_0to1, same), size0):
+    if check_transform(compose(found.fixed_to_moving, same), size0):
         return None
-    agree = agreeing(found.T_0to1, points0, points1, size0)
-    return found.T_0to1 if agree.sum() >= LEAST_AGREEING and agree.mean() >= LEAST_SHARE else None
+    agree = agreeing(found.fixed_to_moving, points0, points1, size0)
+    return found.fixed_to_moving if agree.sum() >= LEAST_AGREEING and agree.mean() >= LEAST_SHARE else None
 
 
 # %% ../../nbs/07_evaluation/01_collapse.ipynb #ba767889
@@ -250,7 +250,7 @@ def thirds_excess(
 def spread(
     points0,  # (N, 2) start points
     points1,  # (N, 2) end points
-    T_0to1=None,  # (3, 3) fixed -> moving; None: only `scale` is removed
+    fixed_to_moving=None,  # (3, 3) fixed -> moving; None: only `scale` is removed
     scale=1.0,  # px of the moving image per px of the fixed one
 ) -> float:  # 1 is right, 0 is one point; 0 without matches
     "Spread of the end points, the transform removed, against that of the start points."
@@ -261,7 +261,7 @@ def spread(
     points0, points1 = np.asarray(points0, float).reshape(-1, 2), np.asarray(points1, float).reshape(-1, 2)
     if not len(points0):
         return 0.0
-    back = points1 / scale if T_0to1 is None else apply_transform(invert(T_0to1), points1)
+    back = points1 / scale if fixed_to_moving is None else apply_transform(invert(fixed_to_moving), points1)
     back = back[np.isfinite(back).all(1)]
     return float(sigma(back) / max(sigma(points0), 1e-9)) if len(back) else 0.0
 
@@ -309,7 +309,7 @@ def symptoms(
     points1,  # (N, 2) end points
     fields,  # Fields
     fov1,  # (H1, W1) bool
-    T_0to1,  # (3, 3) or None
+    fixed_to_moving,  # (3, 3) or None
 ) -> np.ndarray:  # (5,) in [0, 1]: starts, ends, many to one, thirds, shrinking
     "The five symptoms against one choice of fields."
     return np.array(
@@ -318,7 +318,7 @@ def symptoms(
             1 - min(coverage(points1, fields.end), entropy(points1, fields.end)),
             many_to_one(points0, points1, fields.scale),
             thirds_excess(points1, fields.end, fov1),
-            1 - min(1.0, spread(points0, points1, T_0to1, fields.scale)),
+            1 - min(1.0, spread(points0, points1, fixed_to_moving, fields.scale)),
         ]
     )
 
@@ -328,17 +328,17 @@ def collapse_index(
     points1,  # (N, 2) end points, pixels of the moving image
     fov0,  # (H0, W0) bool
     fov1,  # (H1, W1) bool
-    T_0to1=None,  # (3, 3) fixed -> moving that is true or believed; None where there is none
+    fixed_to_moving=None,  # (3, 3) fixed -> moving that is true or believed; None where there is none
 ) -> float:  # in [0, 1]; 1 for fewer than four matches
     "Mean of the two worst symptoms, each against the overlap or the whole fields, whichever is kinder; less what is proven right."
     if len(points0) < LEAST["affine"]:
         return 1.0
     fov1 = np.asarray(fov1, bool)
     worst, right = symptoms(points0, points1, overlap_fields(fov0, fov1), fov1, None), 0.0
-    if T_0to1 is not None:
-        f = overlap_fields(fov0, fov1, T_0to1)
-        worst = np.minimum(worst, symptoms(points0, points1, f, fov1, T_0to1))
-        right = agreeing(T_0to1, points0, points1, np.shape(fov0)).mean() * min(
+    if fixed_to_moving is not None:
+        f = overlap_fields(fov0, fov1, fixed_to_moving)
+        worst = np.minimum(worst, symptoms(points0, points1, f, fov1, fixed_to_moving))
+        right = agreeing(fixed_to_moving, points0, points1, np.shape(fov0)).mean() * min(
             coverage(points0, f.start), coverage(points1, f.end)
         )
     return float(np.sort(worst)[-2:].mean() * (1 - right))
@@ -350,22 +350,22 @@ def collapse_figures(
     points1,  # (N, 2) end points, pixels of the moving image
     fov0,  # (H0, W0) bool
     fov1,  # (H1, W1) bool
-    T_0to1=None,  # (3, 3) fixed -> moving where it is known; None: fitted, where a fit can be believed
+    fixed_to_moving=None,  # (3, 3) fixed -> moving where it is known; None: fitted, where a fit can be believed
     mask0=None,  # (H0, W0) vessel mask of the fixed image in [0, 1]
     confidence=None,  # (N,) in (0, 1]; all matches count alike when None
 ) -> CollapseFigures:
     "All figures of one pair. The images are about 256 to 512 px long: the radius of `many_to_one` is a coarse cell of 8 px."
     fov0, fov1 = np.asarray(fov0, bool), np.asarray(fov1, bool)
     points0, points1 = np.asarray(points0, float).reshape(-1, 2), np.asarray(points1, float).reshape(-1, 2)
-    if T_0to1 is None:
-        T_0to1 = believed_transform(points0, points1, fov0, fov1.shape, confidence)
+    if fixed_to_moving is None:
+        fixed_to_moving = believed_transform(points0, points1, fov0, fov1.shape, confidence)
     total, mean = (
         len(points0),
         np.nan if confidence is None else float(np.mean(confidence)) if len(points0) else 0.0,
     )
     if confidence is not None:
         points0, points1 = (p[carriers(confidence)] for p in (points0, points1))
-    f, n = overlap_fields(fov0, fov1, T_0to1), len(points0)
+    f, n = overlap_fields(fov0, fov1, fixed_to_moving), len(points0)
     return CollapseFigures(
         total,
         n,
@@ -375,11 +375,11 @@ def collapse_figures(
         many_to_one(points0, points1, f.scale),
         *map(float, thirds(points1, f.end, fov1)[0]),
         thirds_excess(points1, f.end, fov1),
-        spread(points0, points1, T_0to1, f.scale),
+        spread(points0, points1, fixed_to_moving, f.scale),
         mean,
-        float(agreeing(T_0to1, points0, points1, fov0.shape).mean()) if n else 0.0,
+        float(agreeing(fixed_to_moving, points0, points1, fov0.shape).mean()) if n else 0.0,
         *((np.nan, np.nan) if mask0 is None else vessel_share(points0, mask0, f.start)),
-        collapse_index(points0, points1, fov0, fov1, T_0to1),
+        collapse_index(points0, points1, fov0, fov1, fixed_to_moving),
     )
 
 
@@ -388,7 +388,7 @@ def calibration_pairs(
     eyes=40,  # eyes of the calibration range
     views=3,  # pairs of each eye
     size=256,  # side of both views, px
-):  # generator of (rng, T_0to1, fov0, fov1, mask0)
+):  # generator of (rng, fixed_to_moving, fov0, fov1, mask0)
     "Geometry, fields and vessels of generated pairs over the whole range of motion."
     for k, seed in enumerate(seeds_of("calibration", eyes)):
         world = make_world(seed, EyeConfig(size=512), ())

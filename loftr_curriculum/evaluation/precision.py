@@ -72,7 +72,7 @@ def draw_bin(
             source.draw(k, np.random.default_rng((list(BINS).index(name), k)), (config.size,) * 2, motion),
             k + 1,
         )
-        if lo <= decompose(sample.T_0to1, sample.fov0.shape)["scale"] <= hi:
+        if lo <= decompose(sample.fixed_to_moving, sample.fov0.shape)["scale"] <= hi:
             found.append(sample)
     return found
 
@@ -109,7 +109,7 @@ def match_errors(
     fitted = (
         np.full_like(m.points0, np.inf)
         if first is None
-        else apply_transform(refit(first.T_0to1, m.points0, m.points1), m.points0)
+        else apply_transform(refit(first.fixed_to_moving, m.points0, m.points1), m.points0)
     )
     placed = (
         back(*(c.double().numpy() for c in cells)),
@@ -118,7 +118,7 @@ def match_errors(
         (m.points0, fitted),
     )
     return {
-        name: np.linalg.norm(apply_transform(sample.T_0to1, p0) - p1, axis=1)
+        name: np.linalg.norm(apply_transform(sample.fixed_to_moving, p0) - p1, axis=1)
         for name, (p0, p1) in zip(STAGES, placed)
     }
 

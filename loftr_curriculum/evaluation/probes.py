@@ -42,7 +42,7 @@ def validation_probes(
                 (s.image0, s.image1),
                 (s.fov0, s.fov1),
                 (s.mask0, s.mask1),
-                s.T_0to1,
+                s.fixed_to_moving,
             )
         )
     return probes
@@ -54,7 +54,7 @@ def estimated_probe(
     kind,  # "pseudo-real" or "real"
     fixed,  # (H0, W0[, 3]) uint8 or uint16
     moving,  # (H1, W1[, 3]) uint8 or uint16
-    T_0to1,  # (3, 3) between the files' pixels, or None
+    fixed_to_moving,  # (3, 3) between the files' pixels, or None
     size,  # px of the long side of both images
 ) -> Probe:
     "A probe from two pictures: resized, field of view and vessels estimated."
@@ -66,7 +66,7 @@ def estimated_probe(
         (p0.image, p1.image),
         (p0.fov, p1.fov),
         masks,
-        None if T_0to1 is None else compose(invert(p0.T), T_0to1, p1.T),
+        None if fixed_to_moving is None else compose(invert(p0.T), fixed_to_moving, p1.T),
     )
 
 
@@ -78,7 +78,9 @@ def pseudo_real_probes(
     "The first pairs of every mode, always the same."
     spec = PseudoReal(size=(size, size), eye=EyeConfig(size=3 * size, gap=1.25, disease=0.75))
     pairs = [pseudo_real_pair(mode, k, spec) for mode in MODES for k in range(per_mode)]
-    return tuple(estimated_probe(p.id, "pseudo-real", p.fixed, p.moving, p.T_0to1, size) for p in pairs)
+    return tuple(
+        estimated_probe(p.id, "pseudo-real", p.fixed, p.moving, p.fixed_to_moving, size) for p in pairs
+    )
 
 
 # %% ../../nbs/07_evaluation/08_probes.ipynb #4fd662dd

@@ -58,7 +58,7 @@ class Probe:
     fov1: np.ndarray  # (H1, W1) bool
     mask0: np.ndarray  # (H0, W0) uint8, 255 inside a vessel
     mask1: np.ndarray  # (H1, W1) uint8
-    T_0to1: np.ndarray | None  # (3, 3) true fixed -> moving, None where nobody knows
+    fixed_to_moving: np.ndarray | None  # (3, 3) true fixed -> moving, None where nobody knows
 
 
 def make_probe(
@@ -67,7 +67,7 @@ def make_probe(
     images,  # two (H, W) float32 in [-1, 1]
     fovs,  # two (H, W) bool
     masks,  # two (H, W) float32 in [0, 1]
-    T_0to1,  # (3, 3) or None
+    fixed_to_moving,  # (3, 3) or None
 ) -> Probe:
     "A probe from prepared images."
     return Probe(
@@ -76,7 +76,7 @@ def make_probe(
         *(np.rint(127 * i).astype(np.int8) for i in images),
         *(np.asarray(f, bool) for f in fovs),
         *(np.rint(255 * np.clip(m, 0, 1)).astype(np.uint8) for m in masks),
-        None if T_0to1 is None else np.asarray(T_0to1, float),
+        None if fixed_to_moving is None else np.asarray(fixed_to_moving, float),
     )
 
 
@@ -104,11 +104,11 @@ def measure(
     "The figures of one look."
     p, q, size0, size1 = matches.points0, matches.points1, probe.fov0.shape, probe.fov1.shape
     fit = believed_transform(p, q, probe.fov0, size1, matches.confidence)
-    T = fit if probe.T_0to1 is None else probe.T_0to1
+    T = fit if probe.fixed_to_moving is None else probe.fixed_to_moving
     figures = vars(collapse_figures(p, q, probe.fov0, probe.fov1, T, probe.mask0 / 255, matches.confidence))
     error = (
         np.nan
-        if probe.T_0to1 is None
+        if probe.fixed_to_moving is None
         else np.inf
         if fit is None
         else at_512(corner_error(invert(fit), invert(T), size1), size0)
@@ -129,9 +129,9 @@ def write_probes(
     arrays = dict(
         names=np.array([p.name for p in probes]),
         kinds=np.array([p.kind for p in probes]),
-        T_0to1=np.array([np.full((3, 3), np.nan) if p.T_0to1 is None else p.T_0to1 for p in probes]).reshape(
-            -1, 3, 3
-        ),
+        fixed_to_moving=np.array(
+            [np.full((3, 3), np.nan) if p.fixed_to_moving is None else p.fixed_to_moving for p in probes]
+        ).reshape(-1, 3, 3),
     )
     for k, p in enumerate(probes):
         arrays |= {
@@ -256,7 +256,7 @@ def read_probes(
 
     return [
         Probe(str(name), str(kind), *part(k), T if np.isfinite(T).all() else None)
-        for k, (name, kind, T) in enumerate(zip(a["names"], a["kinds"], a["T_0to1"]))
+        for k, (name, kind, T) in enumerate(zip(a["names"], a["kinds"], a["fixed_to_moving"]))
     ]
 
 

@@ -67,7 +67,7 @@ def swept_transform(
     side,  # px a side of both images
     rng,  # np.random.Generator: the mild rest, the same draws for every axis and value
 ) -> np.ndarray:
-    "A similarity `T_0to1` (3, 3) that has exactly `value` on the axis."
+    "A similarity `fixed_to_moving` (3, 3) that has exactly `value` on the axis."
     sign, phi = rng.choice([-1, 1]), rng.uniform(0, 2 * np.pi)
     motion = dict(rotation=rng.uniform(-5, 5), scale=np.exp(rng.uniform(-0.05, 0.05)), shift=0.05)
     motion[axis] = value * sign if axis == "rotation" else value

@@ -51,13 +51,13 @@ def read_features(
 
 def bring_home(
     maps,  # (B, C, h1, w1) features of image 1 at 1 / stride
-    T_0to1,  # (B, 3, 3)
+    fixed_to_moving,  # (B, 3, 3)
     grid,  # (h0, w0) samples of image 0
     stride=FINE,  # pixels between samples
 ) -> torch.Tensor:
-    "The features of image 1 where `T_0to1` puts the samples of image 0, (B, C, h0, w0) float32, bilinear; zero outside image 1."
+    "The features of image 1 where `fixed_to_moving` puts the samples of image 0, (B, C, h0, w0) float32, bilinear; zero outside image 1."
     return read_features(
-        maps, apply_transform(T_0to1, cell_centres(grid, stride, maps.device)[None]), stride, "zeros"
+        maps, apply_transform(fixed_to_moving, cell_centres(grid, stride, maps.device)[None]), stride, "zeros"
     ).unflatten(2, grid)
 
 
@@ -68,7 +68,7 @@ LEAST = 8  # matches that have to agree
 def consensus(
     points0,  # (M, 2) centres of matched cells of image 0, pixels
     points1,  # (M, 2) those of image 1
-) -> torch.Tensor | None:  # (3, 3) `T_0to1` like points0; None where there is none
+) -> torch.Tensor | None:  # (3, 3) `fixed_to_moving` like points0; None where there is none
     "The affine on which most matches agree, to a cell."
     if len(points0) < LEAST:
         return None
@@ -94,7 +94,7 @@ def weighted_affine(
     points1,  # (B, N, 2)
     weight,  # (B, N), >= 0
 ) -> torch.Tensor:
-    "The affine with the least weighted squared distances, (B, 3, 3) `T_0to1`, float64 inside."
+    "The affine with the least weighted squared distances, (B, 3, 3) `fixed_to_moving`, float64 inside."
     x, y, w = (t.double() for t in (points0, points1, weight / weight.sum(1, keepdim=True).clamp(min=1e-12)))
     middle = (x * w[..., None]).sum(1, keepdim=True)
     X = torch.cat([x - middle, torch.ones_like(x[..., :1])], -1)
@@ -178,16 +178,16 @@ def follow(
     fine1,  # (B, C, h1, w1) fine features of image 1
     seen0,  # (B, 1, h0 / 2, w0 / 2) cells of image 0 inside the field of view
     seen1,  # (B, 1, h1 / 2, w1 / 2)
-    T_0to1,  # (B, 3, 3) a first answer, at most 12 px of image 0 off
+    fixed_to_moving,  # (B, 3, 3) a first answer, at most 12 px of image 0 off
 ) -> tuple:
     "The flow that a first answer leaves, as `FlowHead` gives it: the partner of x lies at T(x + u)."
-    T = T_0to1.float()
+    T = fixed_to_moving.float()
     seen = torch.cat([seen0.float(), bring_home(seen1.float(), T, seen0.shape[2:], COARSE)], 1)
     return head(fine0, bring_home(fine1, T, fine0.shape[2:]), seen)
 
 
 def settle(
-    T_0to1,  # (B, 3, 3) the answer that the flow is left by
+    fixed_to_moving,  # (B, 3, 3) the answer that the flow is left by
     flow,  # (B, 2, h, w) pixels of image 0
     log_sigma,  # (B, h, w)
     seen0,  # (B, 1, h, w)
@@ -196,7 +196,7 @@ def settle(
     c = cell_centres(flow.shape[2:], device=flow.device)[None].expand(len(flow), -1, -1)
     return weighted_affine(
         c,
-        apply_transform(T_0to1.float(), c + flow.flatten(2).mT),
+        apply_transform(fixed_to_moving.float(), c + flow.flatten(2).mT),
         ((-2 * log_sigma).exp() * seen0[:, 0]).flatten(1),
     )
 
@@ -210,12 +210,12 @@ def refine(
     fine1,  # (B, C, h1, w1) fine features of image 1
     seen0,  # (B, 1, h0 / 2, w0 / 2) cells of image 0 inside the field of view
     seen1,  # (B, 1, h1 / 2, w1 / 2)
-    T_0to1,  # (B, 3, 3) a first answer
+    fixed_to_moving,  # (B, 3, 3) a first answer
     rounds=ROUNDS,  # times the flow is followed
 ) -> tuple:
     "The answer before the last round, and the flow that it leaves, as `follow` gives it."
     for k in range(rounds):
         if k:
-            T_0to1 = settle(T_0to1, flow, log_sigma, seen0)
-        flow, log_sigma = follow(head, fine0, fine1, seen0, seen1, T_0to1)
-    return T_0to1, flow, log_sigma
+            fixed_to_moving = settle(fixed_to_moving, flow, log_sigma, seen0)
+        flow, log_sigma = follow(head, fine0, fine1, seen0, seen1, fixed_to_moving)
+    return fixed_to_moving, flow, log_sigma

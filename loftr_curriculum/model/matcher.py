@@ -94,7 +94,7 @@ class FlowResult(CoarseResult):
 
     def flow(
         self,
-        T_0to1,  # (B, 3, 3) a first answer
+        fixed_to_moving,  # (B, 3, 3) a first answer
     ) -> tuple:
         "The flow that it leaves, (B, L, 2) in pixels of image 0, and log of its deviation (B, L)."
         flow, log_sigma = follow(
@@ -103,7 +103,7 @@ class FlowResult(CoarseResult):
             self.fine1,
             self.seen0.unflatten(1, self.grid0)[:, None],
             self.seen1.unflatten(1, self.grid1)[:, None],
-            T_0to1,
+            fixed_to_moving,
         )
         return flow.flatten(2).mT, log_sigma.flatten(1)
 
@@ -138,14 +138,14 @@ def matched_cells(
 def move_to_flow(
     points0,  # (M, 2) pixels of image 0
     points1,  # (M, 2) their partners in image 1
-    T_0to1,  # (1, 3, 3) an answer
+    fixed_to_moving,  # (1, 3, 3) an answer
     flow,  # (1, 2, h, w) what it leaves, pixels of image 0
     agree,  # pixels of image 0
 ) -> torch.Tensor:  # (M, 2)
     "The partners that the flow leads to, of those matches that agree with it; the others stay."
     at = read_features(flow, points0[None], COARSE)[0].T
-    to = apply_transform(T_0to1[0], points0 + at)
-    scale = torch.linalg.det(T_0to1[0, :2, :2]).abs().sqrt()
+    to = apply_transform(fixed_to_moving[0], points0 + at)
+    scale = torch.linalg.det(fixed_to_moving[0, :2, :2]).abs().sqrt()
     return torch.where(((to - points1).norm(dim=1) <= agree * scale)[:, None], to, points1)
 
 

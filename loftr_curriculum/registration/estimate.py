@@ -20,7 +20,7 @@ from .config import TRANSFORMS
 class Estimate:
     "A transform and the matches that agree with it."
 
-    T_0to1: np.ndarray  # (3, 3) maps fixed to moving points
+    fixed_to_moving: np.ndarray  # (3, 3) maps fixed to moving points
     inliers: np.ndarray  # (N,) bool
 
 
@@ -29,12 +29,12 @@ FITS = {"affine": fit_affine, "similarity": fit_similarity, "homography": fit_ho
 
 
 def residuals(
-    T_0to1,  # (3, 3) fixed -> moving
+    fixed_to_moving,  # (3, 3) fixed -> moving
     points0,  # (N, 2) points of the fixed image
     points1,  # (N, 2) points of the moving image
 ) -> np.ndarray:  # (N,) pixels of the fixed image; inf where a point has no image
     "Distance of each moving point, brought to the fixed image, from its partner."
-    r = np.linalg.norm(apply_transform(invert(T_0to1), np.asarray(points1, float)) - points0, axis=1)
+    r = np.linalg.norm(apply_transform(invert(fixed_to_moving), np.asarray(points1, float)) - points0, axis=1)
     return np.where(np.isfinite(r), r, np.inf)
 
 
@@ -60,7 +60,7 @@ def estimate_transform(
     kind="affine",  # affine, similarity or homography
     threshold_px=5.0,  # largest residual of an inlier, pixels of the fixed image
 ) -> Estimate | None:  # None where no transform can be found
-    """The transform `T_0to1` on which most matches agree (MAGSAC++ for affine and homography, RANSAC and least squares for the similarity).
+    """The transform `fixed_to_moving` on which most matches agree (MAGSAC++ for affine and homography, RANSAC and least squares for the similarity).
     Deterministic. Says nothing about plausibility: see `geometry.check_transform`."""
     if kind not in TRANSFORMS:
         raise ValueError(f"kind {kind!r}: expected one of {', '.join(TRANSFORMS)}")
@@ -75,21 +75,21 @@ def estimate_transform(
         return None  # every sample was degenerate, for instance collinear
     if M is None or abs(np.linalg.det(M)) < 1e-9:
         return None
-    T_0to1 = invert(M)
-    return Estimate(T_0to1, residuals(T_0to1, points0, points1) <= threshold_px)
+    fixed_to_moving = invert(M)
+    return Estimate(fixed_to_moving, residuals(fixed_to_moving, points0, points1) <= threshold_px)
 
 
 # %% ../../nbs/06_registration/02_estimate.ipynb #85d5f507
 def refit(
-    T_0to1,  # (3, 3) fixed -> moving, a first answer
+    fixed_to_moving,  # (3, 3) fixed -> moving, a first answer
     points0,  # (N, 2) points of the fixed image, pixels
     points1,  # (N, 2) their partners in the moving image, pixels
     kind="affine",  # affine, similarity or homography
     threshold_px=5.0,  # largest residual of a match that counts, pixels of the fixed image
 ) -> np.ndarray:  # (3, 3) fixed -> moving
     "The transform with the least squared distances over all matches near a first answer; that answer itself where they determine none."
-    near = residuals(T_0to1, points0, points1) <= threshold_px
+    near = residuals(fixed_to_moving, points0, points1) <= threshold_px
     if near.sum() < LEAST[kind]:
-        return T_0to1
+        return fixed_to_moving
     M = FITS[kind](np.asarray(points1, float)[near], np.asarray(points0, float)[near])
-    return invert(M) if np.isfinite(M).all() and abs(np.linalg.det(M)) > 1e-9 else T_0to1
+    return invert(M) if np.isfinite(M).all() and abs(np.linalg.det(M)) > 1e-9 else fixed_to_moving

@@ -185,17 +185,17 @@ class Look:
 
     matches: Matches  # all matches of the pass
     kept: np.ndarray  # (M,) int: those that spatial binning kept
-    T_0to1: np.ndarray | None  # (3, 3) fixed -> moving, None where nothing plausible was found
-    inliers: int  # kept matches that agree with T_0to1
-    reasons: tuple  # why T_0to1 is None
+    fixed_to_moving: np.ndarray | None  # (3, 3) fixed -> moving, None where nothing plausible was found
+    inliers: int  # kept matches that agree with fixed_to_moving
+    reasons: tuple  # why fixed_to_moving is None
 
-    def support(self, T_0to1, threshold_px) -> int:
+    def support(self, fixed_to_moving, threshold_px) -> int:
         "How many of the kept matches agree with a transform."
-        return 0 if T_0to1 is None else int((self.residuals(T_0to1) <= threshold_px).sum())
+        return 0 if fixed_to_moving is None else int((self.residuals(fixed_to_moving) <= threshold_px).sum())
 
-    def residuals(self, T_0to1) -> np.ndarray:
+    def residuals(self, fixed_to_moving) -> np.ndarray:
         "Residuals of the kept matches, pixels of the fixed working frame."
-        return residuals(T_0to1, self.matches.points0[self.kept], self.matches.points1[self.kept])
+        return residuals(fixed_to_moving, self.matches.points0[self.kept], self.matches.points1[self.kept])
 
 
 # %% ../../nbs/06_registration/03_pair.ipynb #c74a0de3
@@ -248,7 +248,7 @@ def look(
     e = estimate_transform(m.points0[kept], m.points1[kept], config.transform, threshold_px)
     if e is None:
         return Look(m, kept, None, 0, (f"no transform could be found among {len(kept)} matches",))
-    T = refit(e.T_0to1, m.points0, m.points1, config.transform, threshold_px)
+    T = refit(e.fixed_to_moving, m.points0, m.points1, config.transform, threshold_px)
     n, wrong = (
         int((residuals(T, m.points0[kept], m.points1[kept]) <= threshold_px).sum()),
         check_transform(T, fov0.shape, config.limits),
@@ -293,12 +293,12 @@ def distance(
 
 # %% ../../nbs/06_registration/03_pair.ipynb #440dc933
 def seen_by_both(
-    T_0to1,  # (3, 3) fixed -> moving
+    fixed_to_moving,  # (3, 3) fixed -> moving
     fov0,  # (H0, W0) bool
     fov1,  # (H1, W1) bool
 ) -> np.ndarray:  # (H0, W0) bool
     "The part of the fixed field that the moving image sees."
-    return fov0 & warp_image(fov1, invert(T_0to1), fov0.shape)
+    return fov0 & warp_image(fov1, invert(fixed_to_moving), fov0.shape)
 
 
 def gather_evidence(
@@ -310,11 +310,11 @@ def gather_evidence(
 ) -> dict:  # numbers; only the first three where there is no transform
     "The numbers behind a verdict."
     evidence = dict(matches=len(look.matches), binned=len(look.kept), inliers=look.inliers)
-    if look.T_0to1 is None:
+    if look.fixed_to_moving is None:
         return evidence
-    both, box = seen_by_both(look.T_0to1, fov0, fov1), field_box(fov0)
+    both, box = seen_by_both(look.fixed_to_moving, fov0, fov1), field_box(fov0)
     start = look.matches.points0[look.kept]
-    agrees = look.residuals(look.T_0to1) <= config.threshold_px
+    agrees = look.residuals(look.fixed_to_moving) <= config.threshold_px
     column, row = np.clip(np.rint(start).astype(int), 0, np.array(fov0.shape)[::-1] - 1).T
     inside = both[row, column]
     ys, xs = 4 * np.array(np.nonzero(both[::4, ::4]))
@@ -448,12 +448,12 @@ def first_look(
         return look(matcher, view0, view, fixed.fov, config, config.first_threshold_px, guidance)
 
     looks = [ask(view1)]
-    sure = looks[0].T_0to1 is not None and looks[0].inliers >= max(
+    sure = looks[0].fixed_to_moving is not None and looks[0].inliers >= max(
         config.sure_inliers, config.ok_inlier_ratio * len(looks[0].kept)
     )
     if config.turn_when_unsure and not sure:
         looks += [ask(turned_view(view1, k)) for k in (1, 2, 3)]
-    best = max(range(len(looks)), key=lambda k: (looks[k].T_0to1 is not None, looks[k].inliers))
+    best = max(range(len(looks)), key=lambda k: (looks[k].fixed_to_moving is not None, looks[k].inliers))
     return looks[best], 90 * best
 
 
@@ -470,18 +470,23 @@ def second_looks(
     for k, side in enumerate(config.second_long_sides):
         view0 = plain_view(fixed, side)
         view1 = warped_view(
-            moving, compose(invert(best.T_0to1), nudge(k, fixed.size, config.nudge), view0.T), view0.fov.shape
+            moving,
+            compose(invert(best.fixed_to_moving), nudge(k, fixed.size, config.nudge), view0.T),
+            view0.fov.shape,
         )
         again = look(matcher, view0, view1, fixed.fov, config, config.threshold_px, guidance)
-        both = seen_by_both(best.T_0to1, fixed.fov, moving.fov)
+        both = seen_by_both(best.fixed_to_moving, fixed.fov, moving.fov)
 
         def off(T):
-            return distance(again.T_0to1, T, both) * 512 / config.long_side
+            return distance(again.fixed_to_moving, T, both) * 512 / config.long_side
 
-        witness = dict(agreement_px=off(best.T_0to1), straight_px=off(compose(view0.T, invert(view1.T))))
+        witness = dict(
+            agreement_px=off(best.fixed_to_moving), straight_px=off(compose(view0.T, invert(view1.T)))
+        )
         if (
-            again.support(again.T_0to1, config.threshold_px) >= best.support(best.T_0to1, config.threshold_px)
-            and again.T_0to1 is not None
+            again.support(again.fixed_to_moving, config.threshold_px)
+            >= best.support(best.fixed_to_moving, config.threshold_px)
+            and again.fixed_to_moving is not None
         ):
             best = again
     return best, witness
@@ -507,7 +512,7 @@ def _open_mask(mask, size, name):
 
 
 def _home(look, fixed, moving, config):
-    m, T = look.matches, look.T_0to1
+    m, T = look.matches, look.fixed_to_moving
     agrees = (
         np.zeros(len(m), bool) if T is None else residuals(T, m.points0, m.points1) <= config.threshold_px
     )
@@ -572,7 +577,7 @@ def attempt(
     "First look, second looks, verdict."
     best, turned = first_look(matcher, fixed, moving, config, guidance, long_side)
     witness = None
-    if best.T_0to1 is not None:
+    if best.fixed_to_moving is not None:
         best, witness = second_looks(best, matcher, fixed, moving, config, guidance)
     evidence = dict(
         gather_evidence(best, witness, fixed.fov, moving.fov, config),
@@ -608,12 +613,15 @@ def _walk(matcher, fixed, moving, sizes, config, guidance, source):
             None,
             verdict,
             reasons,
-            _home(replace(best, T_0to1=None), fixed, moving, config),
+            _home(replace(best, fixed_to_moving=None), fixed, moving, config),
             *sizes,
             evidence,
             source,
         )
-    M, matches = compose(moving.T, invert(best.T_0to1), invert(fixed.T)), _home(best, fixed, moving, config)
+    M, matches = (
+        compose(moving.T, invert(best.fixed_to_moving), invert(fixed.T)),
+        _home(best, fixed, moving, config),
+    )
     if (
         config.transform == "similarity"
     ):  # the working sizes are whole pixels, so their aspect ratios differ from the originals' a little

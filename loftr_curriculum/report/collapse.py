@@ -124,7 +124,7 @@ def draw_thirds(
     p, r = recording.probes[probe], recording.record(epoch)
     look = r.find(probe, guided)
     ends = [0, 0, 0] if look is None else [r.figures[n][look] for n in ("top", "middle", "lower")]
-    area = thirds(np.empty((0, 2)), overlap_fields(p.fov0, p.fov1, p.T_0to1).end, p.fov1)[1]
+    area = thirds(np.empty((0, 2)), overlap_fields(p.fov0, p.fov1, p.fixed_to_moving).end, p.fov1)[1]
     y = np.arange(3)
     axes.barh(y - 0.18, ends, 0.34, color="tab:red", label="end points")
     axes.barh(y + 0.18, area, 0.34, color="0.7", label="area of the overlap")

@@ -186,7 +186,7 @@ def pseudo_probes(
         SPECIFICATION, size=(s.size, s.size), eye=replace(SPECIFICATION.eye, size=3 * s.size), motion=s.motion
     )
     pairs = [pseudo_real_pair(mode, first + k, spec) for mode in MODES for k in range(s.pseudo_real)]
-    return [estimated_probe(p.id, "pseudo-real", p.fixed, p.moving, p.T_0to1, s.size) for p in pairs]
+    return [estimated_probe(p.id, "pseudo-real", p.fixed, p.moving, p.fixed_to_moving, s.size) for p in pairs]
 
 
 # %% ../../nbs/09_training/13_ablation.ipynb #0a69ccf4

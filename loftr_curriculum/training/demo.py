@@ -99,9 +99,11 @@ def demo_pair(
     world = make_world(seed, EYE, ("cf", "fa"))
     middle = centre(world.images["cf"].shape[:2])
     A0 = similarity(0.0, 1.0, centre(size) - middle, middle)
-    T_0to1 = similarity(angle_deg, zoom, shift, centre(size))
-    fixed, moving = (resample(world.images[m], A, size) for m, A in (("cf", A0), ("fa", compose(A0, T_0to1))))
-    return fixed, moving, invert(T_0to1)
+    fixed_to_moving = similarity(angle_deg, zoom, shift, centre(size))
+    fixed, moving = (
+        resample(world.images[m], A, size) for m, A in (("cf", A0), ("fa", compose(A0, fixed_to_moving)))
+    )
+    return fixed, moving, invert(fixed_to_moving)
 
 
 # %% ../../nbs/09_training/07_demo.ipynb #3b6fd86c

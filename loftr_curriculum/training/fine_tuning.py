@@ -218,7 +218,7 @@ def errors_of(
         )
         errors += [
             quick_error(m, fov0.numpy(), T.double().numpy(), fov1.shape)
-            for m, fov0, fov1, T in zip(found, given["fov0"], given["fov1"], given["T_0to1"])
+            for m, fov0, fov1, T in zip(found, given["fov0"], given["fov1"], given["fixed_to_moving"])
         ]
         eyes += [name.partition(":")[0] for name in given["id"]]
     return np.array(errors), eyes

@@ -102,12 +102,12 @@ STRENGTHS = (1.0, 0.3, 0.1)  # of the error of a first answer, drawn with equal 
 
 
 def nearby(
-    T_0to1,  # (B, 3, 3)
+    fixed_to_moving,  # (B, 3, 3)
     size,  # (height, width) of image 0, pixels
     generator,  # torch.Generator
 ) -> torch.Tensor:
-    "`T_0to1` behind random affines near the identity, (B, 3, 3): at full strength up to 10 px a shift, and 0.05 of deviation in every entry of the matrix."
-    B, draw = len(T_0to1), lambda *shape: torch.randn(*shape, generator=generator)
+    "`fixed_to_moving` behind random affines near the identity, (B, 3, 3): at full strength up to 10 px a shift, and 0.05 of deviation in every entry of the matrix."
+    B, draw = len(fixed_to_moving), lambda *shape: torch.randn(*shape, generator=generator)
     strength = torch.tensor(STRENGTHS)[torch.randint(len(STRENGTHS), (B,), generator=generator)][
         :, None, None
     ]
@@ -118,8 +118,8 @@ def nearby(
         - (E[:, :2, :2] * middle).sum(-1)
         + 10 * strength[:, 0] * (2 * torch.rand(B, 2, generator=generator) - 1)
     )
-    with torch.autocast(T_0to1.device.type, enabled=False):
-        return T_0to1 @ E.to(T_0to1)
+    with torch.autocast(fixed_to_moving.device.type, enabled=False):
+        return fixed_to_moving @ E.to(fixed_to_moving)
 
 
 def flow_loss(
@@ -131,7 +131,7 @@ def flow_loss(
 ):
     "Weighted likelihood, and the median distance in pixels of image 0; 0 and nan where no cell has a partner within reach."
     r, t = result, targets
-    T = nearby(t.T_0to1, tuple(COARSE * n for n in r.grid0), generator)
+    T = nearby(t.fixed_to_moving, tuple(COARSE * n for n in r.grid0), generator)
     flow, log_sigma = r.flow(T)
     truth = apply_transform(torch.linalg.inv(T), t.points1) - cell_centres(r.grid0, device=T.device)
     b, i = ((t.forward >= 0) & (truth.abs().amax(-1) < REACH * FINE)).nonzero(as_tuple=True)

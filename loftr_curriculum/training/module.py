@@ -49,15 +49,15 @@ from .supervision import supervise
 def quick_error(
     matches,  # Matches of one pair
     fov0,  # (H, W) bool
-    T_0to1,  # (3, 3) true map
+    fixed_to_moving,  # (3, 3) true map
     size1,  # (height, width) of the moving image
 ) -> float:
     "Corner error of a single-pass affine in pixels of the fixed image at 512 px, inf for no answer."
     kept = bin_matches(matches.points0, matches.confidence, fov0)
     found = estimate_transform(matches.points0[kept], matches.points1[kept], "affine", threshold_px=4.0)
-    if found is None or check_transform(found.T_0to1, fov0.shape):
+    if found is None or check_transform(found.fixed_to_moving, fov0.shape):
         return np.inf
-    return at_512(corner_error(invert(found.T_0to1), invert(T_0to1), size1), fov0.shape)
+    return at_512(corner_error(invert(found.fixed_to_moving), invert(fixed_to_moving), size1), fov0.shape)
 
 
 def mean_auc(
@@ -198,9 +198,9 @@ def cell_frame(
     batch,  # dict of PairDataModule
     shift,  # pixels, of the matcher's result
 ) -> tuple:
-    "`T_0to1`, `map_0to1`, `map_1to0`, `mask0` and `mask1` of a batch in the frame in which cells lie at `cell_centres`."
+    "`fixed_to_moving`, `map_0to1`, `map_1to0`, `mask0` and `mask1` of a batch in the frame in which cells lie at `cell_centres`."
     T, maps, masks = (
-        batch["T_0to1"],
+        batch["fixed_to_moving"],
         [batch.get(k) for k in ("map_0to1", "map_1to0")],
         [batch[k] for k in ("mask0", "mask1")],
     )
@@ -255,7 +255,7 @@ def validate(
         if k in ("fov0", "fov1", "mask0", "mask1")
     }
     found = module.matcher.match(batch["image0"], batch["image1"], guidance=guidance, threshold=0.0, **given)
-    T, fov0, fov1, mask0 = (batch[k].cpu().numpy() for k in ("T_0to1", "fov0", "fov1", "mask0"))
+    T, fov0, fov1, mask0 = (batch[k].cpu().numpy() for k in ("fixed_to_moving", "fov0", "fov1", "mask0"))
     T = T.astype(float)
     errors = [quick_error(m, fov0[k], T[k], fov1.shape[1:]) for k, m in enumerate(found)]
     figures = [

@@ -25,7 +25,7 @@ class Targets:
     forward: torch.Tensor
     # (B, S) int64: the cell of image 0 in which the centre of cell j lies, -1 where it is not seen
     backward: torch.Tensor
-    T_0to1: torch.Tensor  # (B, 3, 3) true map, or the affine part of it
+    fixed_to_moving: torch.Tensor  # (B, 3, 3) true map, or the affine part of it
     points1: torch.Tensor  # (B, L, 2) where the centre of cell i truly lies in image 1, pixels
     points0: torch.Tensor  # (B, S, 2) where the centre of cell j truly lies in image 0, pixels
     positive: torch.Tensor  # (B, L, S) bool
@@ -69,19 +69,22 @@ def _true_points(T, centres, grid, points):
 
 @torch.no_grad()
 def supervise(
-    T_0to1,  # (B, 3, 3) true map from image 0 to image 1, pixels
+    fixed_to_moving,  # (B, 3, 3) true map from image 0 to image 1, pixels
     grid0,  # (h, w) coarse cells of image 0
     grid1,  # (h, w) coarse cells of image 1
     seen0,  # (B, L) bool: cells of image 0 inside the field of view
     seen1,  # (B, S) bool
-    map_0to1=None,  # (B, *grid0, 2) where the centres of the cells of image 0 truly lie in image 1, pixels; None: where T_0to1 says
+    map_0to1=None,  # (B, *grid0, 2) where the centres of the cells of image 0 truly lie in image 1, pixels; None: where fixed_to_moving says
     map_1to0=None,  # (B, *grid1, 2) where the centres of the cells of image 1 truly lie in image 0; None: likewise
 ) -> Targets:
     "The state of every cell pair; raises ValueError where a map is not that of the grid."
-    c0, c1 = cell_centres(grid0, device=T_0to1.device), cell_centres(grid1, device=T_0to1.device)
+    c0, c1 = (
+        cell_centres(grid0, device=fixed_to_moving.device),
+        cell_centres(grid1, device=fixed_to_moving.device),
+    )
     p1, p0 = (
-        _true_points(T_0to1, c0, grid0, map_0to1),
-        _true_points(torch.linalg.inv(T_0to1), c1, grid1, map_1to0),
+        _true_points(fixed_to_moving, c0, grid0, map_0to1),
+        _true_points(torch.linalg.inv(fixed_to_moving), c1, grid1, map_1to0),
     )
     forward, backward = _links(p1, grid1, seen0, seen1), _links(p0, grid0, seen1, seen0)
     near, positive = torch.zeros(
@@ -96,4 +99,4 @@ def supervise(
     b, j = (backward >= 0).nonzero(as_tuple=True)
     positive[b, backward[b, j], j] = True
     negative = ~near & ~positive & seen0[:, :, None] & seen1[:, None, :]
-    return Targets(forward, backward, T_0to1, p1, p0, positive, negative)
+    return Targets(forward, backward, fixed_to_moving, p1, p0, positive, negative)
