@@ -61,6 +61,7 @@ def field_comments(
     return comments
 
 
+# %% ../nbs/11_cli/00_cli.ipynb #496cf542
 def describe(
     kind,  # dataclass
     prefix="",  # of the names, such as "data."
@@ -103,6 +104,7 @@ def add_settings(
         )
 
 
+# %% ../nbs/11_cli/00_cli.ipynb #ddddf8d7
 def settings(
     kind,  # dataclass
     values,  # what the parser read: has every field as an item, nested ones as items of items
@@ -129,6 +131,7 @@ def nearest(
     return max(sorted(known, key=len), key=lambda k: max(alike(k), alike(k.rpartition(".")[2])))
 
 
+# %% ../nbs/11_cli/00_cli.ipynb #d673a39e
 def explain(
     message,  # what the parser complains about
     known,  # valid names
@@ -174,11 +177,13 @@ def parse(
     raise ValueError(message)
 
 
+# %% ../nbs/11_cli/00_cli.ipynb #e41a9335
 def _underscored(word):
     flag, equals, value = word.partition("=")
     return f"--{flag[2:].replace('-', '_')}{equals}{value}"
 
 
+# %% ../nbs/11_cli/00_cli.ipynb #31232923
 def read_settings(
     kind,  # dataclass
     argv,  # list of str: flags
@@ -238,6 +243,7 @@ def _add_synth(parser):
     add_settings(parser, EyeConfig, "eye")
 
 
+# %% ../nbs/11_cli/00_cli.ipynb #f0997464
 def _synth(a):
     from loftr_curriculum.retina.config import EyeConfig
     from loftr_curriculum.retina.synth import synthesise
@@ -247,6 +253,7 @@ def _synth(a):
     return 0
 
 
+# %% ../nbs/11_cli/00_cli.ipynb #97e96fd4
 def _again(*words):
     return shlex.join(["loftr-curriculum", *words])
 
@@ -258,11 +265,13 @@ def _add_train(parser):
     add_settings(parser, TrainConfig)
 
 
+# %% ../nbs/11_cli/00_cli.ipynb #d7dd096d
 def _hush():
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", module=r"lightning\.")
 
 
+# %% ../nbs/11_cli/00_cli.ipynb #bb948af8
 def _train(a):
     from loftr_curriculum.training.config import TrainConfig
 
@@ -278,6 +287,7 @@ def _train(a):
     return 0
 
 
+# %% ../nbs/11_cli/00_cli.ipynb #c12081e3
 def _add_demo(parser):
     parser.add_argument(
         "--out",
@@ -287,6 +297,7 @@ def _add_demo(parser):
     )
 
 
+# %% ../nbs/11_cli/00_cli.ipynb #e5b812da
 def _demo(a):
     from loftr_curriculum.training.demo import demo
 
@@ -312,6 +323,7 @@ def _add_diagnose(parser):
     )
 
 
+# %% ../nbs/11_cli/00_cli.ipynb #876ba884
 def _diagnose(a):
     from loftr_curriculum.evaluation.recording import Recording, in_words, table
     from loftr_curriculum.report.collapse import write_diagnosis
@@ -341,6 +353,7 @@ def _add_matcher(parser):
     )
 
 
+# %% ../nbs/11_cli/00_cli.ipynb #1c9d1557
 def _matcher(a):
     from loftr_curriculum.model.weights import load_matcher
 
@@ -350,6 +363,7 @@ def _matcher(a):
         raise ValueError(f"device {a.device!r} or weights {a.weights!r}: {str(e).splitlines()[0]}") from None
 
 
+# %% ../nbs/11_cli/00_cli.ipynb #023870f2
 def _add_register(parser):
     from loftr_curriculum.registration.config import RegistrationConfig
 
@@ -415,6 +429,7 @@ def _register(a):
     return EXIT[r.verdict]
 
 
+# %% ../nbs/11_cli/00_cli.ipynb #0ecaccab
 def _add_many(parser):
     from loftr_curriculum.registration.config import RegistrationConfig
 
@@ -426,6 +441,7 @@ def _add_many(parser):
     add_settings(parser, RegistrationConfig)
 
 
+# %% ../nbs/11_cli/00_cli.ipynb #25ffcbed
 def _many(a):
     from loftr_curriculum.registration.config import RegistrationConfig
     from loftr_curriculum.registration.many import register_many
@@ -454,6 +470,7 @@ def _add_warp(parser):
     )
 
 
+# %% ../nbs/11_cli/00_cli.ipynb #4ed63053
 def _warp(a):
     from loftr_curriculum.io.files import FileError
     from loftr_curriculum.io.images import read_image, write_image
@@ -495,6 +512,7 @@ def _add_evaluate(parser):
     add_settings(parser, RegistrationConfig)
 
 
+# %% ../nbs/11_cli/00_cli.ipynb #7c27c346
 def _evaluate(a):
     from loftr_curriculum.evaluation.sets import evaluate_set
     from loftr_curriculum.registration.config import RegistrationConfig
@@ -510,6 +528,7 @@ def _evaluate(a):
     return 0
 
 
+# %% ../nbs/11_cli/00_cli.ipynb #372b50e6
 def _add_weights(parser):
     parser.add_argument(
         "weights",
@@ -522,6 +541,7 @@ def _add_weights(parser):
     )
 
 
+# %% ../nbs/11_cli/00_cli.ipynb #965793c6
 def _weights(a):
     from dataclasses import asdict
 
@@ -637,11 +657,13 @@ def make_parser(
     return parser
 
 
+# %% ../nbs/11_cli/00_cli.ipynb #7fa825a5
 def _complain(name, message):
     print(f"{' '.join(['loftr-curriculum', *name])}: error: {message}", file=sys.stderr)
     return 2
 
 
+# %% ../nbs/11_cli/00_cli.ipynb #fd882b68
 def _interrupted(argv):
     more = (
         f"; the same command goes on where it stopped: {_again(*argv)}" if COMMANDS[argv[0]].resumes else ""

@@ -52,6 +52,7 @@ def apply_transform(
         return q[..., :2] / q[..., 2:]
 
 
+# %% ../nbs/01_geometry/00_geometry.ipynb #2b9a19d7
 def compose(
     *Ts,  # (3, 3) matrices in the order in which they act
 ) -> np.ndarray:
@@ -62,6 +63,7 @@ def compose(
     return out
 
 
+# %% ../nbs/01_geometry/00_geometry.ipynb #c3d37893
 def invert(
     T,  # (3, 3) invertible matrix
 ) -> np.ndarray:
@@ -78,6 +80,7 @@ def centre(
     return np.array([(size[1] - 1) / 2, (size[0] - 1) / 2])
 
 
+# %% ../nbs/01_geometry/00_geometry.ipynb #486b93b3
 def corners(
     size,  # (height, width)
 ) -> np.ndarray:
@@ -86,6 +89,7 @@ def corners(
     return np.array([[0, 0], [w - 1, 0], [w - 1, h - 1], [0, h - 1]], float)
 
 
+# %% ../nbs/01_geometry/00_geometry.ipynb #ec07d4bb
 def translation(
     shift,  # (2,) pixels along x and y
 ) -> np.ndarray:
@@ -94,6 +98,7 @@ def translation(
     return T
 
 
+# %% ../nbs/01_geometry/00_geometry.ipynb #5c63000a
 def affine(
     angle_deg=0.0,  # degrees, clockwise on the screen
     scale=1.0,  # square root of the determinant, > 0
@@ -111,6 +116,7 @@ def affine(
     return T
 
 
+# %% ../nbs/01_geometry/00_geometry.ipynb #5db49674
 def similarity(
     angle_deg=0.0,  # degrees, clockwise on the screen
     scale=1.0,  # magnification, > 0
@@ -132,6 +138,7 @@ def jacobian(
     return (T[:2, :2] - np.outer(T[:2] @ p / w, T[2, :2])) / w
 
 
+# %% ../nbs/01_geometry/00_geometry.ipynb #d31008ef
 def decompose(
     T,  # (3, 3) source -> destination
     size,  # (height, width) of the source
@@ -156,6 +163,7 @@ def _normaliser(p):
     return np.array([[s, 0, -s * p[:, 0].mean()], [0, s, -s * p[:, 1].mean()], [0, 0, 1]])
 
 
+# %% ../nbs/01_geometry/00_geometry.ipynb #a8c21c17
 def _check_points(src, dst, least):
     src, dst = np.asarray(src, float), np.asarray(dst, float)
     if src.shape != dst.shape or src.ndim != 2 or src.shape[1] != 2 or len(src) < least:
@@ -165,6 +173,7 @@ def _check_points(src, dst, least):
     return src, dst
 
 
+# %% ../nbs/01_geometry/00_geometry.ipynb #cd55157f
 def fit_affine(
     src,  # (N, 2) points, N >= 3
     dst,  # (N, 2) where they go
@@ -178,6 +187,7 @@ def fit_affine(
     return T @ N
 
 
+# %% ../nbs/01_geometry/00_geometry.ipynb #505bb79f
 def fit_similarity(
     src,  # (N, 2) points, N >= 2
     dst,  # (N, 2) where they go
@@ -192,6 +202,7 @@ def fit_similarity(
     return T
 
 
+# %% ../nbs/01_geometry/00_geometry.ipynb #7dff8888
 def fit_homography(
     src,  # (N, 2) points, N >= 4
     dst,  # (N, 2) where they go
@@ -216,6 +227,7 @@ def resize_matrix(
     return np.array([[sx, 0, (sx - 1) / 2], [0, sy, (sy - 1) / 2], [0, 0, 1]])
 
 
+# %% ../nbs/01_geometry/00_geometry.ipynb #fce7ed3c
 def fit_size(
     size,  # (height, width)
     long_side,  # pixels of the longer side of the answer
@@ -225,6 +237,7 @@ def fit_size(
     return max(1, round(size[0] * f)), max(1, round(size[1] * f))
 
 
+# %% ../nbs/01_geometry/00_geometry.ipynb #ea3257e1
 def resize_image(
     image,  # (H, W) or (H, W, C), any dtype of OpenCV or bool
     size,  # (height, width) of the answer
@@ -265,6 +278,7 @@ def warp_image(
     return cv2.warpPerspective(image, T, (size[1], size[0]), **how)
 
 
+# %% ../nbs/01_geometry/00_geometry.ipynb #f3576ad2
 def warp_tensor(
     images,  # torch (B, C, H, W), floating
     T,  # torch (B, 3, 3) maps source points to output points
@@ -330,6 +344,7 @@ class Motion:
     min_overlap: float = 0.2  # least share of the fixed field that the moving image sees
 
 
+# %% ../nbs/01_geometry/00_geometry.ipynb #68d9266d
 STILL = Motion(rotation_deg=0, scale=1, shift=0, shear=0)
 # what is left between two images that a first look has aligned
 NEAR = Motion(
@@ -349,6 +364,7 @@ def mild(
     return replace(motion, rotation_deg=grow(30.0, motion.rotation_deg), scale=grow(1.25, motion.scale))
 
 
+# %% ../nbs/01_geometry/00_geometry.ipynb #9232b45c
 def random_transform(
     rng,  # np.random.Generator
     size0,  # (height, width) of the fixed image
@@ -384,6 +400,7 @@ class Limits:
     perspective: float = 0.35  # largest relative change of the homogeneous coordinate over the image
 
 
+# %% ../nbs/01_geometry/00_geometry.ipynb #1820a61c
 def check_transform(
     T,  # (3, 3) source -> destination
     size,  # (height, width) of the source

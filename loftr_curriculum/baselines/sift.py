@@ -29,6 +29,7 @@ def describe(
     return np.array([k.pt for k in keys]), np.sqrt(words / np.maximum(words.sum(1, keepdims=True), 1e-6))
 
 
+# %% ../../nbs/10_baselines/00_sift.ipynb #07221cc4
 def register(
     fixed,  # (H, W) or (H, W, 3) image
     moving,  # (H, W) or (H, W, 3) image of the same eye

@@ -94,6 +94,7 @@ def _checks(
     ]  # fmt: skip
 
 
+# %% ../../nbs/04_data/02_config.ipynb #f1aff4f7
 def shares_of(
     config,  # DataConfig
 ) -> dict:  # source name -> relative share, given sources only
@@ -109,6 +110,7 @@ def shares_of(
     return {**shares, "generated": generated}
 
 
+# %% ../../nbs/04_data/02_config.ipynb #c51c6951
 def check(
     config,  # DataConfig
 ):
@@ -136,6 +138,7 @@ def patient_of(
     )
 
 
+# %% ../../nbs/04_data/02_config.ipynb #86fff99f
 def held_out(
     cases,  # names of cases
     share,  # share of patients to hold out, in [0, 1)

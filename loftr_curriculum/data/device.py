@@ -80,6 +80,7 @@ def pad_nodes(
     return out
 
 
+# %% ../../nbs/04_data/08_device.ipynb #12c269b6
 def pack_look(
     look: Look,  # of one view; its grain is ignored
 ) -> dict:  # numbers (12,) in the order of `NUMBERS`, cells (2,), and nodes: gain, patches, veil (5, 5), tilt (16, 16), spots (40, 40)
@@ -137,6 +138,7 @@ def place(
     return invert(A)[:2].astype(np.float32), half
 
 
+# %% ../../nbs/04_data/08_device.ipynb #382f31b4
 def draw_recipe(
     source: GeneratedSource,  # whose pairs are wanted
     index: int,  # chooses the world
@@ -186,6 +188,7 @@ def draw_recipe(
     }
 
 
+# %% ../../nbs/04_data/08_device.ipynb #eb62be14
 # not stacked: the first two are asked for on the CPU, and fetching them back would make it wait for the
 # device
 HOST = ("world", "seed", "ink")
@@ -225,6 +228,7 @@ def sample_planes(
     return out
 
 
+# %% ../../nbs/04_data/08_device.ipynb #e4af37e1
 class DeviceBank:
     "The planes of a bank on a device; a world is copied there when it is first needed."
 
@@ -271,6 +275,7 @@ def matrix_of(
     )
 
 
+# %% ../../nbs/04_data/08_device.ipynb #e5bf8965
 @lru_cache(8)
 def smoothers(
     size: int,  # side of the views, px
@@ -293,6 +298,7 @@ def smoothers(
     }
 
 
+# %% ../../nbs/04_data/08_device.ipynb #0e5ac220
 def both_ways(
     rows: torch.Tensor,  # (H, n) or (N, H, n)
     planes: torch.Tensor,  # (N, n, m)
@@ -345,6 +351,7 @@ def jpeg_tables(
     return torch.from_numpy(STEPS).to(device), torch.from_numpy(matrix_of(cv2.dct, 8)).to(device)
 
 
+# %% ../../nbs/04_data/08_device.ipynb #e44ed719
 def compress_batch(
     gray: torch.Tensor,  # (N, H, W) float32 in 0..1, H and W multiples of 8
     quality: torch.Tensor,  # (N,) of JPEG, 0 leaves a view alone
@@ -396,6 +403,7 @@ def apply_looks(
     return (compress_batch(out, p["quality"][:, 0, 0]) * p["light"]).clamp(0, 1) * fov
 
 
+# %% ../../nbs/04_data/08_device.ipynb #899b6266
 def normalise_batch(
     gray: torch.Tensor,  # (N, S, S) float32
     fov: torch.Tensor,  # (N, S, S) bool

@@ -88,6 +88,7 @@ def read_table(
     return [(line, row) for line, row in rows if any(row.values())]
 
 
+# %% ../../nbs/04_data/05_landmarks.ipynb #2085510c
 LANDMARK_COLUMNS = ("fixed_x", "fixed_y", "moving_x", "moving_y")
 
 
@@ -122,6 +123,7 @@ class LandmarkPair:
     moving_to_fixed: np.ndarray | None  # (3, 3) reference, None where the set has none
 
 
+# %% ../../nbs/04_data/05_landmarks.ipynb #6a8b283e
 def _natural(
     text,  # an id
 ) -> list:  # sort key
@@ -129,6 +131,7 @@ def _natural(
     return [(0, int(p), "") if p.isdigit() else (1, 0, p) for p in re.split(r"(\d+)", text) if p]
 
 
+# %% ../../nbs/04_data/05_landmarks.ipynb #02f3e9a7
 def _image_of(
     folder,  # folder of images
     stem,  # name without suffix
@@ -202,6 +205,7 @@ class TablePair:
     mode: str  # "" where the table does not say
 
 
+# %% ../../nbs/04_data/05_landmarks.ipynb #cdcfc1f4
 def _geometry(
     row,  # dict of a table's line
     base,  # folder of the table
@@ -262,6 +266,7 @@ def _pair_of(
     )
 
 
+# %% ../../nbs/04_data/05_landmarks.ipynb #7ff77e34
 def _misfit(
     pair,  # TablePair
     sizes,  # path -> (height, width) of the readable files
@@ -314,6 +319,7 @@ def aligned(
     return resample(image, T, size), warp_image(frame_fov(image), T, size, mode="nearest")
 
 
+# %% ../../nbs/04_data/05_landmarks.ipynb #30a6e3fe
 def table_frame(
     pair,  # TablePair
 ):  # Frame

@@ -60,6 +60,7 @@ def _without_specks(
     return soft * keep[labels]
 
 
+# %% ../../nbs/04_data/01_masks.ipynb #ab1ba572
 def vesselness(
     gray,  # (H, W) float32 in [0, 1]
     fov=None,  # (H, W) bool; None: estimated

@@ -127,6 +127,7 @@ def motion_at(
     return mild(config.motion, min(1.0, g / pairs) if pairs else 1.0)
 
 
+# %% ../../nbs/04_data/06_module.ipynb #cdfc8bed
 def size_at(
     config,  # DataConfig
     g,  # global index of a training pair
@@ -140,6 +141,7 @@ def size_at(
     )
 
 
+# %% ../../nbs/04_data/06_module.ipynb #e9c00e94
 class TrainPairs(Dataset):
     "Endless training pairs; item g depends on (seed, g) alone."
 
@@ -240,6 +242,7 @@ def generated_source(
     return GeneratedSource(bank, config.modes, config.strength, deform=config.deform)
 
 
+# %% ../../nbs/04_data/06_module.ipynb #e5aa034e
 def file_sources(
     config,  # DataConfig
 ) -> dict:  # "triplets" and "pairs", where they are given -> source over all cases
@@ -282,6 +285,7 @@ def _settle(_):
         signal.signal(s, signal.SIG_IGN)
 
 
+# %% ../../nbs/04_data/06_module.ipynb #04742a1f
 class PairDataModule(L.LightningDataModule):
     """Training and validation batches of image pairs.
 

@@ -78,6 +78,7 @@ class PairSample:
     map_1to0: np.ndarray | None = None
 
 
+# %% ../../nbs/04_data/03_pairs.ipynb #77e38dbe
 class PairSource(Protocol):
     "What every source of pairs can do."
 
@@ -101,6 +102,7 @@ class Frame:
     fov1: np.ndarray | None = None  # (H, W) uint8 0 or 1: what the moving image saw
 
 
+# %% ../../nbs/04_data/03_pairs.ipynb #4ede80d5
 def make_frame(
     plane0: np.ndarray,  # (H, W) float in [0, 1] or uint8, the fixed modality
     plane1: np.ndarray,  # (H, W) the moving modality, aligned with it
@@ -147,6 +149,7 @@ def _grid(size):
     return x[None], y[:, None], x[None] ** 2 + y[:, None] ** 2
 
 
+# %% ../../nbs/04_data/03_pairs.ipynb #4fbd0633
 SHAPES = {  # share of full, round, clipped and inset fields of view of each modality
     "cf": (0.35, 0.30, 0.30, 0.05),
     "fa": (0.40, 0.30, 0.25, 0.05),
@@ -317,6 +320,7 @@ def cell_points(
     return np.stack([x, y], -1) * float(CELL) + (CELL - 1) / 2
 
 
+# %% ../../nbs/04_data/03_pairs.ipynb #1850fd1a
 def draw_residual(
     rng: np.random.Generator,  # source of chance
     size,  # (height, width) of the view
@@ -344,6 +348,7 @@ def to_fixed(
     return apply_transform(invert(fixed_to_moving), points + residual.at(points))
 
 
+# %% ../../nbs/04_data/03_pairs.ipynb #82c620bf
 def to_moving(
     fixed_to_moving: np.ndarray,  # (3, 3) the affine part
     residual: Residual,  # of the moving view

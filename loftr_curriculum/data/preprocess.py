@@ -179,6 +179,7 @@ class Prepared:
     T: np.ndarray  # (3, 3) maps points of the original image to points of `image`
 
 
+# %% ../../nbs/04_data/00_preprocess.ipynb #83bda9aa
 def prepare(
     image,  # (H, W) or (H, W, 3) RGB, uint8 or uint16, or float in [0, 1]
     long_side,  # px of the longer side of the result

@@ -78,6 +78,7 @@ class RawPair:
     moving_points: np.ndarray  # (N, 2) the same places in the moving image
 
 
+# %% ../../nbs/04_data/07_pseudo_real.ipynb #dbf489a5
 def shared_grid(
     fixed_to_moving: np.ndarray,  # (3, 3) fixed -> moving
     fov0: np.ndarray,  # (H, W) bool
@@ -162,6 +163,7 @@ def _draw(rng, world, names, spec):
     return shown, images, T, fovs
 
 
+# %% ../../nbs/04_data/07_pseudo_real.ipynb #b9544729
 def pseudo_real_pair(
     mode: str,  # one of the specification's modes
     number: int,  # 0 .. per_mode - 1
@@ -209,6 +211,7 @@ def write_raw_pair(
     )
 
 
+# %% ../../nbs/04_data/07_pseudo_real.ipynb #b9cc42b4
 def read_raw_pair(
     folder,  # where `images` and `landmarks` are
     id: str,  # mode and number
@@ -237,6 +240,7 @@ def _make(job):
     return None
 
 
+# %% ../../nbs/04_data/07_pseudo_real.ipynb #73f0124d
 def pseudo_real_pairs(
     modes=MODES,  # modes wanted
     limit: int = None,  # pairs of each mode, the first ones; None: all

@@ -37,6 +37,7 @@ def processor() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
+# %% ../../nbs/04_data/09_speed.ipynb #9d95428d
 def this_machine() -> dict:  # processor, cores, versions
     "What the figures depend on."
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -69,6 +70,7 @@ def _draw_block(job):
     return pairs_per_second(generated_source(config, "train"), (config.size,) * 2, count)
 
 
+# %% ../../nbs/04_data/09_speed.ipynb #30fa10df
 def draws_per_second(
     config,  # DataConfig whose eyes are in the cache
     processes=2,  # at the same time

@@ -62,6 +62,7 @@ class CaseFile:
         return self.note.startswith("clip")
 
 
+# %% ../../nbs/04_data/04_triplets.ipynb #cdd8eb42
 def parse_name(
     path,  # file in a case's folder
     case,  # the case: the folder's name
@@ -92,6 +93,7 @@ def _rank(
     )
 
 
+# %% ../../nbs/04_data/04_triplets.ipynb #057bcc3d
 def choose(
     files,  # list of CaseFile of one case
     mode,  # 'fixed-moving', such as 'cf-fa'
@@ -128,6 +130,7 @@ class Item:
     mask: Path | None  # None: estimated from the fixed image
 
 
+# %% ../../nbs/04_data/04_triplets.ipynb #8e8df3d9
 def same_shape(
     a,  # (height, width)
     b,  # (height, width)
@@ -136,6 +139,7 @@ def same_shape(
     return abs(a[1] * b[0] / (a[0] * b[1]) - 1) <= ASPECT_TOLERANCE
 
 
+# %% ../../nbs/04_data/04_triplets.ipynb #8b698c66
 def decode_all(
     paths,  # image files
 ) -> tuple:  # (path -> (height, width), path -> message)
@@ -203,6 +207,7 @@ def find_items(
     return items
 
 
+# %% ../../nbs/04_data/04_triplets.ipynb #1d14f67f
 def raise_faults(
     what,  # the folder or table that was read
     faults,  # list of messages
@@ -230,6 +235,7 @@ def load_plane(
     return resize_image(gray, size)
 
 
+# %% ../../nbs/04_data/04_triplets.ipynb #899a97c2
 def frame_fov(
     gray,  # (h, w) float32, a plane
 ) -> np.ndarray:  # (h, w) bool
@@ -239,6 +245,7 @@ def frame_fov(
     return fov
 
 
+# %% ../../nbs/04_data/04_triplets.ipynb #4030b01e
 class FrameStore:
     "Frames of a list of items, made on demand and kept until the budget is spent."
 
@@ -270,6 +277,7 @@ def _estimate(path, _):
     return cv2.convertScaleAbs(vesselness(load_plane(path)), alpha=255)
 
 
+# %% ../../nbs/04_data/04_triplets.ipynb #e6d4a679
 def estimated_mask(
     path,  # image file
 ) -> np.ndarray:  # (h, w) uint8, 255 inside a vessel, of the size of `load_plane(path)`
@@ -277,6 +285,7 @@ def estimated_mask(
     return _estimate(str(path), Path(path).stat().st_mtime_ns)
 
 
+# %% ../../nbs/04_data/04_triplets.ipynb #12e10e83
 def mask_plane(
     path,  # vessel mask, None where nobody drew one
     image,  # the image that it belongs to

@@ -124,6 +124,7 @@ def collect(
     return rows
 
 
+# %% ../../nbs/07_evaluation/06_calibration.ipynb #38af5f4c
 def table_of(
     rows: list[dict],  # from `collect`
 ) -> tuple[np.ndarray, np.ndarray]:  # evidence (N, 4), errors (N,)
@@ -134,6 +135,7 @@ def table_of(
     return evidence, np.array([np.inf if r["error"] is None else r["error"] for r in rows], float)
 
 
+# %% ../../nbs/07_evaluation/06_calibration.ipynb #c0b3c6b5
 def promises_kept(
     rows: list[dict],  # from `collect`, starts of a pair in their order
     thresholds: Thresholds,  # judged
@@ -192,6 +194,7 @@ def calibrate(
     return result
 
 
+# %% ../../nbs/07_evaluation/06_calibration.ipynb #a1493708
 def main() -> None:
     "`python -m loftr_curriculum.evaluation.calibration --out FILE`"
     from jsonargparse import auto_cli

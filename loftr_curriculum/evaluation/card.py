@@ -71,6 +71,7 @@ def _median(errors):
     return float(np.median(known)) if len(known) else np.nan
 
 
+# %% ../../nbs/07_evaluation/09_card.ipynb #a7d463de
 FIGURES = {  # (N,) px, inf for no answer -> number
     "SR@10": lambda errors: success_rate(errors, 10),
     "AUC@10": lambda errors: auc(errors, 10),
@@ -91,6 +92,7 @@ def resample(
         yield np.concatenate([members[k] for k in rng.integers(len(members), size=len(members))])
 
 
+# %% ../../nbs/07_evaluation/09_card.ipynb #e319064c
 def figures_of(
     errors,  # (N,) px, inf for no answer
     eyes=None,  # (N,) name of the eye behind each pair; None: every pair is of another eye
@@ -133,6 +135,7 @@ def judged(
     )
 
 
+# %% ../../nbs/07_evaluation/09_card.ipynb #563705af
 def hardness(
     pair,  # RawPair
 ) -> dict:  # angle_deg in [0, 180], scale (moving px per fixed px), shift (share of the side), shared (share of the fixed field)
@@ -158,6 +161,7 @@ def errors_of(
     return np.array([np.inf if r["error"] is None else r["error"] for r in rows], float)
 
 
+# %% ../../nbs/07_evaluation/09_card.ipynb #eee51678
 CLASSES = {"under 10 px": (0, 10), "10 to 20": (10, 20), "over 20 px": (20, np.inf)}
 
 
@@ -177,6 +181,7 @@ def verdict_table(
     }
 
 
+# %% ../../nbs/07_evaluation/09_card.ipynb #562ecee1
 HARD = {  # name -> does a row belong?
     "turned by more than 45 degrees": lambda r: r["angle_deg"] > 45,
     "with a scale ratio beyond 1.5": lambda r: max(r["scale"], 1 / r["scale"]) > 1.5,
@@ -201,6 +206,7 @@ def sha256_of(
     return hashlib.sha256(read_bytes(path)).hexdigest()
 
 
+# %% ../../nbs/07_evaluation/09_card.ipynb #aff7432a
 def judge_list(
     matcher,  # as in `registration.register`
     rows,  # dict of rows by pair that are known already; it is filled
@@ -226,6 +232,7 @@ def judge_list(
             bar.update()
 
 
+# %% ../../nbs/07_evaluation/09_card.ipynb #721188e5
 def _settings(**more):
     return json.loads(
         json.dumps(
@@ -239,6 +246,7 @@ def _settings(**more):
     )
 
 
+# %% ../../nbs/07_evaluation/09_card.ipynb #fd168a72
 def _same(path, settings):
     if not Path(path).is_file():
         return {}
@@ -268,6 +276,7 @@ def summary(
     )
 
 
+# %% ../../nbs/07_evaluation/09_card.ipynb #3674f93e
 def packaged_card() -> Path:
     "Where the card of the packaged weights is."
     from loftr_curriculum.model.weights import PACKAGED
@@ -275,6 +284,7 @@ def packaged_card() -> Path:
     return PACKAGED.with_name("card.json")
 
 
+# %% ../../nbs/07_evaluation/09_card.ipynb #296722b0
 def score_weights(
     weights: str | None = None,  # weights file; None: the packaged weights
     limit: int | None = None,  # pairs of each mode; None: all 100
@@ -312,6 +322,7 @@ def score_weights(
     return card
 
 
+# %% ../../nbs/07_evaluation/09_card.ipynb #4e903899
 def score_real(
     folder,  # set with `images` and `landmarks`
     matcher,  # as in `registration.register`
@@ -336,6 +347,7 @@ def runs_of(
     return [*(runs_of(before) if before else []), facts]
 
 
+# %% ../../nbs/07_evaluation/09_card.ipynb #3bd5ff00
 def totals(
     facts,  # of a weights file
 ) -> dict:  # steps, pairs, seconds; complete: is every run behind the weights told?
@@ -375,12 +387,14 @@ def _hours(seconds):
     return f"{seconds / 3600:,.1f} hours" if seconds >= 5400 else f"{seconds / 60:.0f} minutes"
 
 
+# %% ../../nbs/07_evaluation/09_card.ipynb #e6c786c8
 def _source(data):
     own = [n for n in ("triplets", "pairs") if data.get(n)]
     made = data["share_generated"] if data.get("share_generated") is not None else float(not own)
     return " and ".join([f"the {n} of a folder" for n in own] + (["generated eyes"] if made else []))
 
 
+# %% ../../nbs/07_evaluation/09_card.ipynb #9298b74f
 def _run_lines(number, facts):
     c = facts.get("config") or {}
     if "data" not in c or "pairs" not in facts:
@@ -408,6 +422,7 @@ def _run_lines(number, facts):
     ]
 
 
+# %% ../../nbs/07_evaluation/09_card.ipynb #f6599167
 def training_text(
     facts,  # of a weights file
 ) -> str:
@@ -435,6 +450,7 @@ def _interval(figure, digits):
     )
 
 
+# %% ../../nbs/07_evaluation/09_card.ipynb #2a1b3a6e
 COLUMNS = {"SR@10": 2, "AUC@10": 2, "median_px": 1, "no_answer": 2}  # figure -> digits
 
 
@@ -506,6 +522,7 @@ def card_of(
     return found, ""
 
 
+# %% ../../nbs/07_evaluation/09_card.ipynb #55974de5
 def describe_matcher(
     matcher,  # Matcher or ReferenceMatcher
 ) -> str:
@@ -519,6 +536,7 @@ def describe_matcher(
     )
 
 
+# %% ../../nbs/07_evaluation/09_card.ipynb #c91faa4b
 def card_text(
     path=None,  # weights file; None: the packaged weights
     card=None,  # card.json; None: the packaged one
@@ -565,6 +583,7 @@ def worst(
     return [*first, *(i for i in wrong if i not in first)][:count]
 
 
+# %% ../../nbs/07_evaluation/09_card.ipynb #ca28b420
 def why(
     name,  # of a pair
     rows,  # dict of rows by pair
@@ -636,6 +655,7 @@ def points_of(
     )
 
 
+# %% ../../nbs/07_evaluation/09_card.ipynb #59fe3bd1
 def extrapolate(
     pairs,  # (P,) training pairs seen, P >= 2 different ones
     errors,  # (P, N) px, inf for no answer
@@ -672,6 +692,7 @@ def _count(n):
     )
 
 
+# %% ../../nbs/07_evaluation/09_card.ipynb #758dd66d
 def in_words(
     result,  # of `curve`
     target=0.95,  # SR@10

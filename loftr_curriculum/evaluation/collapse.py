@@ -74,6 +74,7 @@ class Fields:
     scale: float  # px of the moving image per px of the fixed one
 
 
+# %% ../../nbs/07_evaluation/01_collapse.ipynb #a0fb7b37
 def overlap_fields(
     fov0,  # (H0, W0) bool
     fov1,  # (H1, W1) bool
@@ -107,6 +108,7 @@ def agreeing(
     return residuals(fixed_to_moving, points0, points1) <= AGREE_PX * max(size0) / 512
 
 
+# %% ../../nbs/07_evaluation/01_collapse.ipynb #0762aba7
 def believed_transform(
     points0,  # (N, 2) start points
     points1,  # (N, 2) end points
@@ -173,6 +175,7 @@ def cell_counts(
     return counts[area >= 0.25 * area.max()]
 
 
+# %% ../../nbs/07_evaluation/01_collapse.ipynb #185f99a3
 def coverage(
     points,  # (N, 2) points
     field,  # (H, W) bool: the overlap in their image
@@ -234,6 +237,7 @@ def thirds(
     return share(y, np.ones(len(y))), share(np.arange(len(rows)), rows)
 
 
+# %% ../../nbs/07_evaluation/01_collapse.ipynb #ee2a0214
 def thirds_excess(
     points,  # (N, 2) end points
     field,  # (H, W) bool: the overlap in the moving image
@@ -304,6 +308,7 @@ class CollapseFigures:
     collapse_index: float  # in [0, 1], 1 is one bundle
 
 
+# %% ../../nbs/07_evaluation/01_collapse.ipynb #4581f7b4
 def symptoms(
     points0,  # (N, 2) start points
     points1,  # (N, 2) end points
@@ -323,6 +328,7 @@ def symptoms(
     )
 
 
+# %% ../../nbs/07_evaluation/01_collapse.ipynb #b549d986
 def collapse_index(
     points0,  # (N, 2) start points, pixels of the fixed image
     points1,  # (N, 2) end points, pixels of the moving image
@@ -401,6 +407,7 @@ def calibration_pairs(
             yield rng, T, *fovs, cut(world.vessels, half, A[0], (size, size)) * fovs[0] / 255
 
 
+# %% ../../nbs/07_evaluation/01_collapse.ipynb #3e010fad
 def scatter(
     rng,  # np.random.Generator
     field,  # (H, W) bool
@@ -431,6 +438,7 @@ def true_matches(
     return p, q, np.where(wrong, rng.uniform(0.01, 0.3, n), rng.uniform(0.2, 0.95, n))
 
 
+# %% ../../nbs/07_evaluation/01_collapse.ipynb #68c78220
 def number_of(
     rng,  # np.random.Generator
     least,  # matches
@@ -440,6 +448,7 @@ def number_of(
     return int(np.exp(rng.uniform(np.log(least), np.log(max(least + 1, field.sum() / 64)))))
 
 
+# %% ../../nbs/07_evaluation/01_collapse.ipynb #8b0bbba5
 SICK = ("one point", "bundle", "bundle to bundle", "top third", "many to one")
 
 
@@ -462,6 +471,7 @@ def collapsed_ends(
     return target + rng.normal(0, rng.uniform(0.02, 0.08) * side, p.shape)
 
 
+# %% ../../nbs/07_evaluation/01_collapse.ipynb #c650308d
 def constructed_matches(
     kind,  # "healthy", "disorder" or one of SICK
     rng,  # np.random.Generator
@@ -489,6 +499,7 @@ def constructed_matches(
     )
 
 
+# %% ../../nbs/07_evaluation/01_collapse.ipynb #57cf3a83
 def with_background(
     rng,  # np.random.Generator
     p,  # (N, 2)
@@ -562,6 +573,7 @@ def write_calibration(
     return result
 
 
+# %% ../../nbs/07_evaluation/01_collapse.ipynb #9f5e971e
 def main() -> None:
     "`python -m loftr_curriculum.evaluation.collapse --out FILE.json`"
     from jsonargparse import auto_cli

@@ -34,11 +34,13 @@ def is_answer(
     return M.shape == (3, 3) and bool(np.isfinite(M).all()) and abs(np.linalg.det(M)) >= 1e-9
 
 
+# %% ../../nbs/07_evaluation/00_metrics.ipynb #477ba805
 def _mean_distance(a, b):
     d = float(np.linalg.norm(a - b, axis=1).mean())
     return d if np.isfinite(d) else np.inf
 
 
+# %% ../../nbs/07_evaluation/00_metrics.ipynb #6dbd1340
 def landmark_error(
     moving_to_fixed,  # (3, 3), or None for no answer
     fixed_points,  # (N, 2) landmarks in the fixed image
@@ -52,6 +54,7 @@ def landmark_error(
     )
 
 
+# %% ../../nbs/07_evaluation/00_metrics.ipynb #71c5e905
 def corner_error(
     moving_to_fixed,  # (3, 3), or None for no answer
     reference,  # (3, 3) true moving -> fixed
@@ -86,6 +89,7 @@ def success_rate(
     return float((errors < threshold).mean()) if errors.size else np.nan
 
 
+# %% ../../nbs/07_evaluation/00_metrics.ipynb #cea8cebc
 def auc(
     errors,  # (N,) pixels, inf for no answer
     threshold,  # pixels

@@ -47,6 +47,7 @@ class PrecisionConfig:
     eye: EyeConfig = EyeConfig(size=1536, gap=0.5, disease=0.3)  # what the eyes look like
 
 
+# %% ../../nbs/07_evaluation/10_precision.ipynb #29bcf5a4
 def draw_bin(
     source,  # GeneratedSource
     name,  # one of BINS
@@ -123,6 +124,7 @@ def match_errors(
     }
 
 
+# %% ../../nbs/07_evaluation/10_precision.ipynb #a5ac640b
 def figures(
     errors,  # list of (N,) px, one array a pair
 ) -> dict:
@@ -137,6 +139,7 @@ def figures(
     }
 
 
+# %% ../../nbs/07_evaluation/10_precision.ipynb #e42567f1
 def measure_precision(
     matcher,  # Matcher in evaluation mode
     config=PrecisionConfig(),  # which pairs
@@ -179,6 +182,7 @@ def lines_of(
     )
 
 
+# %% ../../nbs/07_evaluation/10_precision.ipynb #3f3cabb3
 def precision_file(
     weights: str | None = None,  # weights of `fast`; None: those of the package
     out: str | None = None,  # JSON file to write
@@ -201,6 +205,7 @@ def precision_file(
     return made
 
 
+# %% ../../nbs/07_evaluation/10_precision.ipynb #0fca4314
 def main() -> None:
     "`python -m loftr_curriculum.evaluation.precision --out FILE.json`"
     from jsonargparse import auto_cli

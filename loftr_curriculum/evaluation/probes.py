@@ -70,6 +70,7 @@ def estimated_probe(
     )
 
 
+# %% ../../nbs/07_evaluation/08_probes.ipynb #5ec2c3f8
 @lru_cache(2)
 def pseudo_real_probes(
     per_mode,  # pairs of each mode
@@ -95,6 +96,7 @@ def _truth(pair):
     )
 
 
+# %% ../../nbs/07_evaluation/08_probes.ipynb #0bd8b639
 def real_probes(
     source,  # folder with `images` and `landmarks`, or a CSV file with the columns id, fixed, moving
     size,  # px of the long side of both images

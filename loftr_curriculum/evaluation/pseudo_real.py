@@ -22,6 +22,7 @@ def matrix_of(
     return getattr(answer, "moving_to_fixed", answer)
 
 
+# %% ../../nbs/07_evaluation/03_pseudo_real.ipynb #5993688b
 def evaluate_pseudo_real(
     register_function,  # (fixed, moving) -> moving_to_fixed (3, 3), or None, or an object with that attribute
     modes=MODES,  # modes to score
@@ -58,6 +59,7 @@ def system_named(
         ) from None
 
 
+# %% ../../nbs/07_evaluation/03_pseudo_real.ipynb #81bee977
 def score_system(
     system: str = "loftr_curriculum.registration.register",  # dotted name of a function (fixed, moving) -> moving_to_fixed or None
     modes: tuple[str, ...] = MODES,  # modes to score
@@ -77,6 +79,7 @@ def score_system(
     return result
 
 
+# %% ../../nbs/07_evaluation/03_pseudo_real.ipynb #094dd023
 def lines_of(
     result: dict,  # from `score_system`
 ) -> str:
@@ -93,6 +96,7 @@ def lines_of(
     )
 
 
+# %% ../../nbs/07_evaluation/03_pseudo_real.ipynb #9faf78b3
 def main() -> None:
     "`python -m loftr_curriculum.evaluation.pseudo_real --system package.module.function`"
     from jsonargparse import auto_cli

@@ -61,6 +61,7 @@ class Probe:
     fixed_to_moving: np.ndarray | None  # (3, 3) true fixed -> moving, None where nobody knows
 
 
+# %% ../../nbs/07_evaluation/07_recording.ipynb #3b7b841a
 def make_probe(
     name,  # str
     kind,  # "generated", "pseudo-real" or "real"
@@ -95,6 +96,7 @@ class Entry:
     figures: dict  # a number for each of FIGURES
 
 
+# %% ../../nbs/07_evaluation/07_recording.ipynb #f9cbec60
 def measure(
     number,  # of the probe
     probe,  # Probe
@@ -141,6 +143,7 @@ def write_probes(
         np.savez_compressed(temporary, **arrays)
 
 
+# %% ../../nbs/07_evaluation/07_recording.ipynb #dcf5a9b6
 def write_epoch(
     folder,  # of the recording
     epoch,  # number of the epoch
@@ -223,6 +226,7 @@ def _load(path):
         raise FileError(f"{path}: expected a file of a recording ({e})") from None
 
 
+# %% ../../nbs/07_evaluation/07_recording.ipynb #e9c1dd72
 def read_epoch(
     path,  # epoch_NNNN.npz
 ) -> EpochRecord:
@@ -245,6 +249,7 @@ def read_epoch(
     )
 
 
+# %% ../../nbs/07_evaluation/07_recording.ipynb #e3929573
 def read_probes(
     folder,  # of the recording
 ) -> list:  # of Probe
@@ -320,6 +325,7 @@ def summary(
     return rows
 
 
+# %% ../../nbs/07_evaluation/07_recording.ipynb #a9801cc3
 def _median(values):
     known = values[~np.isnan(values)]
     return float(np.quantile(known, 0.5, method="lower")) if len(known) else np.nan
@@ -393,6 +399,7 @@ def spells(
     return [(int(a), int(b) - 1) for a, b in zip(starts, stops) if b - a >= patience]
 
 
+# %% ../../nbs/07_evaluation/07_recording.ipynb #5a602027
 def in_words(
     recording,  # Recording
     threshold=THRESHOLD,  # above is collapsed

@@ -32,6 +32,7 @@ def read_predictions(
     return predictions
 
 
+# %% ../../nbs/07_evaluation/02_sets.ipynb #fc973787
 def read_verdicts(
     path,  # folder of a batch that holds results.csv
 ) -> dict:  # {id: verdict}, empty where there is no such table
@@ -64,6 +65,7 @@ def set_errors(
     return landmark, corner
 
 
+# %% ../../nbs/07_evaluation/02_sets.ipynb #574b0d6a
 def score(
     landmark,  # {id: landmark error}, pixels of the fixed image, inf for no answer
     corner,  # {id: corner error}
@@ -106,6 +108,7 @@ def predict_set(
     return {i: r.moving_to_fixed for i, r in results.items()}, {i: str(r.verdict) for i, r in results.items()}
 
 
+# %% ../../nbs/07_evaluation/02_sets.ipynb #d2b1c9c1
 def evaluate_set(
     folder,  # folder of the set
     predictions=None,  # {id: 3x3 or None}, a JSON file of that, or the folder of a batch, whose verdicts are judged too

@@ -61,6 +61,7 @@ class SweepConfig:
         return dict(rotation=self.rotations, scale=self.scales, shift=self.shifts)
 
 
+# %% ../../nbs/07_evaluation/04_sweep.ipynb #0020783b
 def swept_transform(
     axis,  # rotation, scale or shift
     value,  # degrees, ratio or share of the side
@@ -81,6 +82,7 @@ def _world(seed, eye, names):
     return make_world(seed, eye, names)
 
 
+# %% ../../nbs/07_evaluation/04_sweep.ipynb #9b49efe7
 def sweep_pair(
     axis,  # rotation, scale or shift
     value,  # degrees, ratio or share of the side
@@ -159,6 +161,7 @@ def _tried_before(out, settings):
     return found["tried"]
 
 
+# %% ../../nbs/07_evaluation/04_sweep.ipynb #5c3e081b
 def sweep(
     matcher,  # as in `registration.register`, in evaluation mode
     config=SweepConfig(),  # what is tried
@@ -206,6 +209,7 @@ def sweep(
     return done
 
 
+# %% ../../nbs/07_evaluation/04_sweep.ipynb #192966aa
 def _hardware(matcher):
     import torch
 
@@ -233,6 +237,7 @@ def lines_of(
     return "\n".join(out)
 
 
+# %% ../../nbs/07_evaluation/04_sweep.ipynb #6b20436c
 def sweep_file(
     weights: str | None = None,  # weights file; None: those of the package
     out: str = "rotation_sweep.json",  # JSON file to write, or to go on with
@@ -246,6 +251,7 @@ def sweep_file(
     return sweep(load_matcher(weights, device), settings, out, progress)
 
 
+# %% ../../nbs/07_evaluation/04_sweep.ipynb #a5b8f941
 def main() -> None:
     "`python -m loftr_curriculum.evaluation.sweep --weights PATH --out FILE.json`"
     from jsonargparse import auto_cli

@@ -59,6 +59,7 @@ def _plain(
     return _plain(value.value) if hasattr(value, "value") else str(value)
 
 
+# %% ../../nbs/02_io/00_files.ipynb #36bfcd88
 def write_json(
     path,  # file to write, atomically
     value,  # dicts, sequences, NumPy arrays and scalars, paths, enums
@@ -85,6 +86,7 @@ def read_bytes(
     return data
 
 
+# %% ../../nbs/02_io/00_files.ipynb #475b5f9e
 def read_json(
     path,  # file to read
 ):

@@ -40,6 +40,7 @@ def versions() -> dict:  # name -> version
     }
 
 
+# %% ../../nbs/02_io/02_transforms.ipynb #ff3f9d3b
 @dataclass(frozen=True)
 class TransformRecord:
     "A transform between two images and what is known about it."
@@ -153,6 +154,7 @@ def save_matches(
         np.savez_compressed(f, **arrays)
 
 
+# %% ../../nbs/02_io/02_transforms.ipynb #4e0edbec
 def load_matches(
     path,  # file written by `save_matches`
 ) -> dict:  # points0, points1 (N, 2), confidence (N,), inliers (N,) bool or None

@@ -28,6 +28,7 @@ def fused_pays(
     return not (q.device.type == "cpu" and q.dtype == torch.bfloat16 and torch.is_grad_enabled())
 
 
+# %% ../../nbs/05_model/03_attention.ipynb #d868633c
 def attend_softmax(
     q,  # (B, h, N, d) queries
     k,  # (B, h, M, d) keys
@@ -76,6 +77,7 @@ def rotary_angles(
     return torch.cat([x.reshape(-1, 1) * freq, y.reshape(-1, 1) * freq], 1)
 
 
+# %% ../../nbs/05_model/03_attention.ipynb #7f1d7300
 def rotate(
     x,  # (B, h, N, d)
     angles,  # (N, d / 2)
@@ -128,6 +130,7 @@ class AttentionLayer(nn.Module):
         return x + self.mix(x)
 
 
+# %% ../../nbs/05_model/03_attention.ipynb #26c26451
 class Transformer(nn.Module):
     "Layers of self- and cross-attention over the tokens of both images, shared between the images."
 

@@ -67,6 +67,7 @@ class AttentionMaps:
     seen_other: np.ndarray  # (h', w') bool
 
 
+# %% ../../nbs/05_model/09_attention_maps.ipynb #65b13a8a
 def chosen_tokens(
     points,  # (Q, 2) pixels (x, y), or None: all tokens
     size,  # (height, width) of the image
@@ -148,6 +149,7 @@ def share_on(
     return (np.asarray(maps) * np.asarray(weights)).sum((-2, -1))
 
 
+# %% ../../nbs/05_model/09_attention_maps.ipynb #ad10cda3
 def evenness(
     maps,  # (..., h, w) maps with sum 1
     seen,  # (h, w) bool: cells inside the field of view

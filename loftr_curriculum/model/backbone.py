@@ -22,6 +22,7 @@ def conv_norm(
     )
 
 
+# %% ../../nbs/05_model/02_backbone.ipynb #c590b7f9
 class Block(nn.Module):
     "A residual block of two convolutions."
 

@@ -34,6 +34,7 @@ def cell_centres(
     return torch.stack([x, y], -1).reshape(-1, 2) * cell + (cell - 1) / 2
 
 
+# %% ../../nbs/05_model/04_coarse.ipynb #829684da
 def cell_index(
     points,  # (..., 2) pixels (x, y)
     grid,  # (h, w) cells
@@ -73,6 +74,7 @@ def coarse_similarity(
         return sim + bias if torch.is_tensor(bias) else sim
 
 
+# %% ../../nbs/05_model/04_coarse.ipynb #4dd90dfb
 def dual_softmax(
     sim,  # (B, L, S)
 ) -> torch.Tensor:

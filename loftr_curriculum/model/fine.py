@@ -49,6 +49,7 @@ def read_features(
         )[:, :, 0]
 
 
+# %% ../../nbs/05_model/05_fine.ipynb #cb46d4d4
 def bring_home(
     maps,  # (B, C, h1, w1) features of image 1 at 1 / stride
     fixed_to_moving,  # (B, 3, 3)
@@ -89,6 +90,7 @@ def consensus(
     return torch.from_numpy(np.vstack([M, [0, 0, 1]])).to(points0)
 
 
+# %% ../../nbs/05_model/05_fine.ipynb #d40e0b75
 def weighted_affine(
     points0,  # (B, N, 2)
     points1,  # (B, N, 2)
@@ -172,6 +174,7 @@ class FlowHead(nn.Module):
         return FINE * x[:, :2], x[:, 2].clamp(-4, 4)
 
 
+# %% ../../nbs/05_model/05_fine.ipynb #31e2a190
 def follow(
     head,  # FlowHead
     fine0,  # (B, C, h0, w0) fine features of image 0
@@ -186,6 +189,7 @@ def follow(
     return head(fine0, bring_home(fine1, T, fine0.shape[2:]), seen)
 
 
+# %% ../../nbs/05_model/05_fine.ipynb #a497b242
 def settle(
     fixed_to_moving,  # (B, 3, 3) the answer that the flow is left by
     flow,  # (B, 2, h, w) pixels of image 0
@@ -201,6 +205,7 @@ def settle(
     )
 
 
+# %% ../../nbs/05_model/05_fine.ipynb #4d1f01eb
 ROUNDS = 2  # of the flow at one resolution
 
 

@@ -32,6 +32,7 @@ def pad_to(
     return F.pad(x, (0, dw, 0, dh)) if dh or dw else x
 
 
+# %% ../../nbs/05_model/01_guidance.ipynb #cb0ea9a9
 def cell_share(
     mask,  # (B, H, W) bool or in [0, 1]
     cell,  # pixels a side of a token's cell
@@ -40,6 +41,7 @@ def cell_share(
     return F.avg_pool2d(pad_to(mask.float(), cell)[:, None], cell)[:, 0]
 
 
+# %% ../../nbs/05_model/01_guidance.ipynb #f4c63c9f
 def mask_to_grid(
     mask,  # (B, H, W) soft vessel mask in [0, 1]
     cell,  # pixels a side of a token's cell
@@ -48,6 +50,7 @@ def mask_to_grid(
     return (cell_share(mask, cell) / FULL_SHARE).clamp(max=1)
 
 
+# %% ../../nbs/05_model/01_guidance.ipynb #c80ab8c0
 def fov_to_grid(
     fov,  # (B, H, W) bool field of view
     cell,  # pixels a side of a token's cell
@@ -67,6 +70,7 @@ def key_bias(
     return zeros if mask is None else zeros + lam * mask.flatten(1)
 
 
+# %% ../../nbs/05_model/01_guidance.ipynb #6ff03f53
 def pair_bias(
     mask0,  # (B, h0, w0) token weights of image 0, or None
     mask1,  # (B, h1, w1) token weights of image 1, or None
@@ -78,6 +82,7 @@ def pair_bias(
     return lam * mask0.flatten(1)[:, :, None] * mask1.flatten(1)[:, None, :]
 
 
+# %% ../../nbs/05_model/01_guidance.ipynb #71189dfc
 def check_guidance(
     mask0,  # (B, H0, W0) or None
     mask1,  # (B, H1, W1) or None

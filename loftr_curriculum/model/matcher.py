@@ -86,6 +86,7 @@ class CoarseResult:
         return self.log_conf.exp()
 
 
+# %% ../../nbs/05_model/06_matcher.ipynb #2bf19e69
 @dataclass(frozen=True)
 class FlowResult(CoarseResult):
     "What `Matcher` knows about a batch of pairs."
@@ -108,6 +109,7 @@ class FlowResult(CoarseResult):
         return flow.flatten(2).mT, log_sigma.flatten(1)
 
 
+# %% ../../nbs/05_model/06_matcher.ipynb #c828afd2
 def check_pair(
     image0,  # (B, 1, H0, W0) expected
     image1,  # (B, 1, H1, W1) expected
@@ -135,6 +137,7 @@ def matched_cells(
     return b, cell_centres(r.grid0, device=b.device)[i], cell_centres(r.grid1, device=b.device)[j], conf
 
 
+# %% ../../nbs/05_model/06_matcher.ipynb #43285ec9
 def move_to_flow(
     points0,  # (M, 2) pixels of image 0
     points1,  # (M, 2) their partners in image 1
@@ -149,6 +152,7 @@ def move_to_flow(
     return torch.where(((to - points1).norm(dim=1) <= agree * scale)[:, None], to, points1)
 
 
+# %% ../../nbs/05_model/06_matcher.ipynb #aae651bb
 def split_matches(
     b,  # (M,) which pair of the batch
     points0,  # (M, 2) pixels of image 0
@@ -170,6 +174,7 @@ def working_size(
     return tuple(size) if max(size) <= side else fit_size(size, side)
 
 
+# %% ../../nbs/05_model/06_matcher.ipynb #f1ab515f
 def shrink(
     x,  # (B, ..., H, W) images, masks in [0, 1] or bool fields of view; None stays None
     size,  # (height, width), not larger
@@ -188,6 +193,7 @@ def shrink(
     return planes >= 0.5 if x.dtype == torch.bool else planes
 
 
+# %% ../../nbs/05_model/06_matcher.ipynb #dbfbf177
 def shrink_pair(
     side,  # longest long side, pixels
     *given,  # (of image 0, of image 1) each: images first, then what lies over them, or None
@@ -234,6 +240,7 @@ def stack(
     return [torch.cat([a, b])] if a.shape == b.shape else [a, b]
 
 
+# %% ../../nbs/05_model/06_matcher.ipynb #03237700
 def unstack(
     batches,  # list of one or two, as `stack` makes it
 ) -> tuple:
@@ -241,6 +248,7 @@ def unstack(
     return batches[0].chunk(2) if len(batches) == 1 else tuple(batches)
 
 
+# %% ../../nbs/05_model/06_matcher.ipynb #4c9041c1
 class Matcher(nn.Module, Pretrained):
     "Matches points of a fixed image (0) with points of a moving image (1)."
 

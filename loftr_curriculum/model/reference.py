@@ -66,6 +66,7 @@ def sitting(
     return fov.bool()[:, ::COARSE, ::COARSE].flatten(1)
 
 
+# %% ../../nbs/05_model/08_reference.ipynb #b7dbc520
 def vessel_weight(
     mask,  # (B, H, W) soft vessel mask in [0, 1], or None
     grid,  # (h, w) cells
@@ -76,6 +77,7 @@ def vessel_weight(
     return mask_to_grid(F.pad(mask.float(), (COARSE // 2,) * 4), COARSE)[:, : grid[0], : grid[1]]
 
 
+# %% ../../nbs/05_model/08_reference.ipynb #5e087822
 def off_border(
     grid,  # (h, w) cells
     width,  # cells

@@ -95,6 +95,7 @@ def save_pretrained(
     return folder / HUB_FILE
 
 
+# %% ../../nbs/05_model/07_weights.ipynb #45a697d1
 def fetch_pretrained(
     source,  # folder, or `owner/model` on the Hub
 ) -> Path:  # the weights file
@@ -130,6 +131,7 @@ def _pickled(path):
     return own, {k: v for k, v in state.items() if k.startswith("matcher.") or not own}, facts
 
 
+# %% ../../nbs/05_model/07_weights.ipynb #9436d845
 def _safetensors(path):
     try:
         with safe_open(str(path), framework="pt") as f:
@@ -146,6 +148,7 @@ def _safetensors(path):
     return None, state, {"source": path.name}
 
 
+# %% ../../nbs/05_model/07_weights.ipynb #ef677573
 def _is_published(state):
     return "loftr_coarse.layers.0.q_proj.weight" in state and "backbone.conv1.weight" in state
 
@@ -159,6 +162,7 @@ def order_for_cpu(
         matcher.to(memory_format=torch.channels_last)
 
 
+# %% ../../nbs/05_model/07_weights.ipynb #e0ba0107
 def load_matcher(
     path=None,  # .safetensors or .ckpt of ours or of the published format, or a name of PUBLISHED; the packaged weights when None or "shipped"
     device="cpu",  # torch device
@@ -211,6 +215,7 @@ def find_published(
     )
 
 
+# %% ../../nbs/05_model/07_weights.ipynb #768a8398
 def load_reference(
     source,  # one of PUBLISHED, or a file
     download=False,  # fetch a named checkpoint where torch's cache does not hold it?

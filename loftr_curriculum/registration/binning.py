@@ -21,6 +21,7 @@ def field_box(
     return xs[0] - 0.5, ys[0] - 0.5, xs[-1] + 0.5, ys[-1] + 0.5
 
 
+# %% ../../nbs/06_registration/01_binning.ipynb #39394a27
 def cell_of(
     points,  # (N, 2) points (x, y)
     box,  # (x0, y0, x1, y1)
@@ -46,6 +47,7 @@ def best_per_cell(
     return np.sort(order[rank < best])
 
 
+# %% ../../nbs/06_registration/01_binning.ipynb #b0c0914e
 def bin_matches(
     points0,  # (N, 2) points of the fixed image
     confidence,  # (N,) confidence of each match

@@ -24,6 +24,7 @@ class Estimate:
     inliers: np.ndarray  # (N,) bool
 
 
+# %% ../../nbs/06_registration/02_estimate.ipynb #ea3340f7
 LEAST = {"affine": 4, "similarity": 3, "homography": 5}  # one more than determines the transform
 FITS = {"affine": fit_affine, "similarity": fit_similarity, "homography": fit_homography}
 
@@ -54,6 +55,7 @@ def _robust(src, dst, kind, threshold_px):
     return M if len(M) == 3 else np.vstack([M, [0, 0, 1]])
 
 
+# %% ../../nbs/06_registration/02_estimate.ipynb #c37679d6
 def estimate_transform(
     points0,  # (N, 2) points of the fixed image, pixels
     points1,  # (N, 2) their partners in the moving image, pixels

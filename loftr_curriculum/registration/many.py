@@ -51,6 +51,7 @@ class Pair:
         return self.folder / self.fixed, self.folder / self.moving
 
 
+# %% ../../nbs/06_registration/04_many.ipynb #01b1ebe6
 def read_batch(
     path,  # CSV file with the columns id, fixed, moving; paths relative to it
 ) -> list:  # of Pair
@@ -102,6 +103,7 @@ def _line(
     return text.getvalue()
 
 
+# %% ../../nbs/06_registration/04_many.ipynb #7b633103
 def result_row(
     pair,  # Pair
     result,  # Registration, or None where the pair could not be tried
@@ -144,6 +146,7 @@ def row_matrix(
     return [[float(row[f"m{r}{c}"]) for c in range(3)] for r in range(3)] if row["m00"] else None
 
 
+# %% ../../nbs/06_registration/04_many.ipynb #9ee774b0
 def read_results(
     path,  # results.csv of a batch, finished or interrupted
 ) -> dict:  # {id: dict of FIELDS}, the last row of an id counts
@@ -155,6 +158,7 @@ def read_results(
     return {row["id"]: row for row in rows}
 
 
+# %% ../../nbs/06_registration/04_many.ipynb #ad208c40
 def _mend(path):
     data = Path(path).read_bytes()
     whole = data.rfind(b"\n") + 1
@@ -175,6 +179,7 @@ def fingerprint(
     return digest.hexdigest()[:16]
 
 
+# %% ../../nbs/06_registration/04_many.ipynb #daebfde8
 def _resume(out, pairs, settings):
     journal = out / "results.csv"
     if not journal.exists():
@@ -206,6 +211,7 @@ def _try(pair, matcher, config):
     return result_row(pair, result, time.perf_counter() - start, error)
 
 
+# %% ../../nbs/06_registration/04_many.ipynb #7836a86e
 def _in_order(out, pairs):
     rows = read_results(out / "results.csv")
     with atomic_path(out / "results.csv") as temporary:
@@ -216,6 +222,7 @@ def _in_order(out, pairs):
     return rows
 
 
+# %% ../../nbs/06_registration/04_many.ipynb #c6fd638c
 def register_many(
     table,  # CSV file with the columns id, fixed, moving; paths relative to it
     out,  # folder for transforms.json, results.csv and settings.json

@@ -76,6 +76,7 @@ def check_image(
     return image
 
 
+# %% ../../nbs/06_registration/03_pair.ipynb #96a07ce4
 def open_image(
     image,  # file path or array
     name,  # how an error calls an array
@@ -99,6 +100,7 @@ class Subject:
         return self.fov.shape
 
 
+# %% ../../nbs/06_registration/03_pair.ipynb #c266e8ef
 @dataclass(frozen=True)
 class View:
     "What the matcher is shown of a subject."
@@ -137,6 +139,7 @@ def make_subject(
     )
 
 
+# %% ../../nbs/06_registration/03_pair.ipynb #cccdd114
 def plain_view(
     subject,  # Subject
     long_side,  # px of the view's long side
@@ -150,6 +153,7 @@ def plain_view(
     )
 
 
+# %% ../../nbs/06_registration/03_pair.ipynb #964699d6
 def turned_view(
     view,  # View
     quarters,  # number of quarter turns, counter-clockwise on the screen
@@ -166,6 +170,7 @@ def turned_view(
     return View(turn(view.image), turn(view.fov), turn(view.mask), T)
 
 
+# %% ../../nbs/06_registration/03_pair.ipynb #7f508702
 def warped_view(
     subject,  # Subject
     T,  # (3, 3) working points -> points of the view
@@ -229,6 +234,7 @@ def _match(matcher, view0, view1, guidance):
         )[0]
 
 
+# %% ../../nbs/06_registration/03_pair.ipynb #978e3cc3
 def look(
     matcher,  # object with `match(image0, image1, fov0, fov1, mask0, mask1, guidance) -> list[Matches]`
     view0,  # View of the fixed image
@@ -276,6 +282,7 @@ def nudge(
     return similarity(3.0 * (-1) ** turn if amount else 0.0, 1.0, shift, centre(size))
 
 
+# %% ../../nbs/06_registration/03_pair.ipynb #582b500b
 def distance(
     T_a,  # (3, 3) fixed -> moving
     T_b,  # (3, 3) fixed -> moving
@@ -301,6 +308,7 @@ def seen_by_both(
     return fov0 & warp_image(fov1, invert(fixed_to_moving), fov0.shape)
 
 
+# %% ../../nbs/06_registration/03_pair.ipynb #5204a724
 def gather_evidence(
     look,  # Look whose transform is judged
     witness,  # dict of `agreement_px` and `straight_px`, as `second_looks` returns it
@@ -375,6 +383,7 @@ def judge(
     return (Verdict.DOUBTFUL, tuple(doubts)) if doubts else (Verdict.OK, ())
 
 
+# %% ../../nbs/06_registration/03_pair.ipynb #e1e70c40
 def _disagreement(agreement_px, config):
     if not np.isfinite(agreement_px):
         return "the second look found no transform"
@@ -394,6 +403,7 @@ class JudgedMatches(Matches):
         )
 
 
+# %% ../../nbs/06_registration/03_pair.ipynb #e417c71f
 @dataclass(frozen=True, eq=False)
 class Registration:
     "The answer for one pair, in pixels of the original images, and why it should be believed or not."
@@ -433,6 +443,7 @@ def unusable(
     return []
 
 
+# %% ../../nbs/06_registration/03_pair.ipynb #def9c49c
 def first_look(
     matcher,  # as in `look`
     fixed,  # Subject
@@ -457,6 +468,7 @@ def first_look(
     return looks[best], 90 * best
 
 
+# %% ../../nbs/06_registration/03_pair.ipynb #880979f1
 def second_looks(
     best,  # Look with a transform
     matcher,  # as in `look`
@@ -500,6 +512,7 @@ def _shipped_matcher():
     return load_matcher()
 
 
+# %% ../../nbs/06_registration/03_pair.ipynb #c5787742
 def _open_mask(mask, size, name):
     if mask is None:
         return None
@@ -511,6 +524,7 @@ def _open_mask(mask, size, name):
     return mask
 
 
+# %% ../../nbs/06_registration/03_pair.ipynb #cf3ab2d2
 def _home(look, fixed, moving, config):
     m, T = look.matches, look.fixed_to_moving
     agrees = (
@@ -566,6 +580,7 @@ def register(
     return _walk(matcher or _shipped_matcher(), subject0, subject1, sizes, config, guidance, moving)
 
 
+# %% ../../nbs/06_registration/03_pair.ipynb #41aa2485
 def attempt(
     matcher,  # as in `look`
     fixed,  # Subject
@@ -587,6 +602,7 @@ def attempt(
     return best, evidence, *judge(evidence, best.reasons, config)
 
 
+# %% ../../nbs/06_registration/03_pair.ipynb #cd022a4f
 RANK = {Verdict.FAILED: 0, Verdict.DOUBTFUL: 1, Verdict.OK: 2}
 
 
@@ -606,6 +622,7 @@ def best_attempt(
     return max(found, key=lambda a: (RANK[a[2]], a[1]["inliers"]))
 
 
+# %% ../../nbs/06_registration/03_pair.ipynb #7e1dfb03
 def _walk(matcher, fixed, moving, sizes, config, guidance, source):
     best, evidence, verdict, reasons = best_attempt(matcher, fixed, moving, config, guidance)
     if verdict == Verdict.FAILED:

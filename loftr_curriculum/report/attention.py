@@ -32,6 +32,7 @@ class AttentionPanel:
     note: str = ""  # written above, such as the share on vessels
 
 
+# %% ../../nbs/08_report/03_attention.ipynb #7177416d
 def draw_attention(
     axes,  # matplotlib Axes
     panel,  # AttentionPanel

@@ -57,6 +57,7 @@ def headline(
     return f"epoch {epoch}, {'guided' if guided else 'unguided'}: index {f['collapse_index']:.2f}, {f['inlier_ratio']:.0%} of {f['carrying']:.0f} lines agree"
 
 
+# %% ../../nbs/08_report/02_collapse.ipynb #15d2bf8e
 def draw_lines(
     axes,  # matplotlib Axes
     recording,  # Recording
@@ -113,6 +114,7 @@ def draw_density(
     axes.imshow(density, cmap=HEAT, vmin=1, vmax=8, interpolation="bilinear")
 
 
+# %% ../../nbs/08_report/02_collapse.ipynb #7e4960cf
 def draw_thirds(
     axes,  # matplotlib Axes
     recording,  # Recording
@@ -228,6 +230,7 @@ def strip_epochs(
     return sorted({near(e) for e in asked if e <= recorded[-1]} | {recorded[-1]})
 
 
+# %% ../../nbs/08_report/02_collapse.ipynb #ffe14c88
 def draw_strip(
     recording,  # Recording
     probes,  # numbers of the probes, one row each
@@ -255,6 +258,7 @@ def draw_strip(
     return figure
 
 
+# %% ../../nbs/08_report/02_collapse.ipynb #011937ae
 def write_film(
     path,  # GIF file to write
     recording,  # Recording
@@ -289,6 +293,7 @@ def first_of_kinds(
     return [next(k for k, p in enumerate(recording.probes) if p.kind == kind) for kind in recording.kinds]
 
 
+# %% ../../nbs/08_report/02_collapse.ipynb #ab52e3e5
 def write_diagnosis(
     out,  # folder
     recording,  # Recording

@@ -42,6 +42,7 @@ def new_figure(
     return figure
 
 
+# %% ../../nbs/08_report/00_plots.ipynb #e71a2e57
 def save_figure(
     path,  # PNG file to write, atomically
     figure,  # Figure
@@ -51,6 +52,7 @@ def save_figure(
         figure.savefig(temporary, format="png")
 
 
+# %% ../../nbs/08_report/00_plots.ipynb #952f4da7
 def figure_pixels(
     figure,  # Figure with an Agg canvas
 ) -> np.ndarray:  # (H, W, 3) uint8 RGB
@@ -76,6 +78,7 @@ def for_display(
     return np.uint8(np.clip((image - low) / max(high - low, 1e-6), 0, 1) * 255 + 0.5)
 
 
+# %% ../../nbs/08_report/00_plots.ipynb #c1307037
 def in_colour(
     image,  # (H, W) or (H, W, 3) uint8
 ) -> np.ndarray:  # (H, W, 3) uint8
@@ -96,6 +99,7 @@ class Canvas:
         self.axes, self.T0, self.T1 = axes, T0, T1
 
 
+# %% ../../nbs/08_report/00_plots.ipynb #6b41af6f
 def plot_pair(
     axes,  # matplotlib Axes
     fixed,  # (H0, W0[, 3]) image
@@ -121,6 +125,7 @@ def plot_pair(
     return Canvas(axes, *maps)
 
 
+# %% ../../nbs/08_report/00_plots.ipynb #9db3b113
 def add_matches(
     canvas,  # Canvas
     points0,  # (N, 2) pixels of the fixed image
@@ -167,6 +172,7 @@ def checkerboard(
     return np.where((take if seen is None else take & seen)[..., None], b, a)
 
 
+# %% ../../nbs/08_report/00_plots.ipynb #e3677f6d
 def side_by_side(
     images,  # sequence of images (H, W[, 3]), of any sizes and depths
     height=320,  # px
@@ -199,6 +205,7 @@ def phase_of(
     return np.where(free, 2, np.where(taught, 0, 1))
 
 
+# %% ../../nbs/08_report/00_plots.ipynb #16aebacb
 def shade_phases(
     axes,  # matplotlib Axes whose x axis counts epochs
     epochs,  # (N,) ascending
@@ -224,11 +231,13 @@ def shade_phases(
         )
 
 
+# %% ../../nbs/08_report/00_plots.ipynb #e3b4a0ef
 def _runs(values):
     cuts = np.flatnonzero(np.diff(values)) + 1
     return list(zip(np.r_[0, cuts], np.r_[cuts, len(values)]))
 
 
+# %% ../../nbs/08_report/00_plots.ipynb #fde6a7da
 def plot_curriculum(
     axes,  # matplotlib Axes
     epochs,  # (N,) ascending

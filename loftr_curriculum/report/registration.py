@@ -56,10 +56,12 @@ def draw_matches(
     return figure
 
 
+# %% ../../nbs/08_report/01_registration.ipynb #d9bc59f4
 def _shorten(text, most):
     return text if len(text) <= most else text[: max(0, most - 3)] + "..."
 
 
+# %% ../../nbs/08_report/01_registration.ipynb #bd06eb4b
 def draw_checkerboard(
     result,  # Registration with a transform
     fixed,  # (H0, W0[, 3]) image

@@ -61,6 +61,7 @@ class Disc:
     radius: float  # px, of the circle of the same area
 
 
+# %% ../../nbs/03_retina/06_anatomy.ipynb #4ad204b0
 def along_rays(
     image: np.ndarray,  # (H, W) float32
     centre: np.ndarray,  # (2,) px
@@ -76,6 +77,7 @@ def along_rays(
     ), heading
 
 
+# %% ../../nbs/03_retina/06_anatomy.ipynb #04138bfc
 def find_disc(
     cf: np.ndarray,  # (S, S, 3) uint8 RGB
     px_per_mm: float,  # scale
@@ -119,6 +121,7 @@ class Fovea:
     radius: float  # px, of the circle of the area of the avascular zone; nan where none was found
 
 
+# %% ../../nbs/03_retina/06_anatomy.ipynb #4c5a599b
 def darkness(
     image: np.ndarray,  # (S, S) uint8
     px_per_mm: float,  # scale
@@ -134,6 +137,7 @@ def darkness(
     return np.log(blur(far) / blur(near))
 
 
+# %% ../../nbs/03_retina/06_anatomy.ipynb #68299378
 def find_fovea(
     fa: np.ndarray,  # (S, S) uint8
     octa: np.ndarray,  # (S, S) uint8
@@ -184,6 +188,7 @@ class Segment:
         return float(self.area[part].sum() / self.steps[part].sum())
 
 
+# %% ../../nbs/03_retina/06_anatomy.ipynb #4eb4dc4c
 def in_order(
     pixels: np.ndarray,  # (n, 2) int, a chain of 8-neighbours
 ) -> np.ndarray:  # (n,) indices from one end to the other
@@ -258,6 +263,7 @@ def way_to_disc(
     ]
 
 
+# %% ../../nbs/03_retina/06_anatomy.ipynb #e9b23f7c
 def leaving(
     segment: Segment,  # a segment
     node: int,  # the number of one of its ends
@@ -275,6 +281,7 @@ def leaving(
     return segment.calibre(piece), ahead / np.hypot(*ahead)
 
 
+# %% ../../nbs/03_retina/06_anatomy.ipynb #dae0c250
 def junctions(
     segments: list[Segment],  # of one system
     nodes: np.ndarray,  # (N, 2) px
@@ -338,6 +345,7 @@ def box_dimension(
     return float(-np.polyfit(np.log(sides), np.log(np.maximum(counts, 1)), 1)[0])
 
 
+# %% ../../nbs/03_retina/06_anatomy.ipynb #741f6649
 def mass_dimension(
     bones: np.ndarray,  # (S, S) bool
     px_per_mm: float,  # scale
@@ -356,6 +364,7 @@ def mass_dimension(
     return float(np.polyfit(np.log(radii), np.log(np.maximum(mass, 1)), 1)[0])
 
 
+# %% ../../nbs/03_retina/06_anatomy.ipynb #ea167bd0
 def crossings(
     bones0: np.ndarray,  # (S, S) bool, skeleton of one system
     bones1: np.ndarray,  # (S, S) bool, skeleton of the other
@@ -368,6 +377,7 @@ def crossings(
     return int((stats[1:, [cv2.CC_STAT_WIDTH, cv2.CC_STAT_HEIGHT]].max(1) <= longest).sum())
 
 
+# %% ../../nbs/03_retina/06_anatomy.ipynb #e9314be2
 def loops(
     mask: np.ndarray,  # (S, S) uint8
     disc: Disc,  # the disc is filled: trunks that leave it together close nothing there
@@ -405,6 +415,7 @@ def turns(
     return float((kinds != np.roll(kinds, 1)).mean()) if len(kinds) >= 4 else np.nan
 
 
+# %% ../../nbs/03_retina/06_anatomy.ipynb #99af2951
 def trunk_calibre(
     segments: list[Segment],  # of one system
     disc: Disc,  # where the disc was found
@@ -484,6 +495,7 @@ def measure_landmarks(
     }
 
 
+# %% ../../nbs/03_retina/06_anatomy.ipynb #0d61bc4c
 def measure_vessels(
     world: World,  # one eye with `systems`
     disc: Disc,  # in px of this world
@@ -546,14 +558,17 @@ class Published:
     tells: str  # what `low` and `high` are
 
 
+# %% ../../nbs/03_retina/06_anatomy.ipynb #a0468a07
 def _around(mean, sd, source):
     return Published(round(mean - sd, 4), round(mean + sd, 4), source, f"{mean:g} +- {sd:g}")
 
 
+# %% ../../nbs/03_retina/06_anatomy.ipynb #6f9115d2
 def _about(value, source):
     return Published(round(0.9 * value, 4), round(1.1 * value, 4), source, f"{value:g}, taken as +- 10 %")
 
 
+# %% ../../nbs/03_retina/06_anatomy.ipynb #3c722a68
 GOLDENBERG = "Goldenberg et al., Retina 33 (2013) 1888"
 PUBLISHED = {
     "disc_fovea_mm": _around(4.76, 0.34, "PMC4577126"),
@@ -606,10 +621,12 @@ def summarise_eyes(
     return out
 
 
+# %% ../../nbs/03_retina/06_anatomy.ipynb #32c0f189
 def _job(job):
     return measure_eye(*job)
 
 
+# %% ../../nbs/03_retina/06_anatomy.ipynb #aa1075c8
 def measure_eyes(
     eyes: int = 500,  # number of eyes, from the seeds kept for reports
     out: str = "anatomy.json",  # file to write
@@ -652,6 +669,7 @@ def table_of(
     return "\n".join(lines)
 
 
+# %% ../../nbs/03_retina/06_anatomy.ipynb #bf5c3b8c
 def main() -> None:
     "`python -m loftr_curriculum.retina.anatomy --eyes 500`"
     from jsonargparse import auto_cli

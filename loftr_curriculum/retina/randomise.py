@@ -43,6 +43,7 @@ def enlarger(
     return cv2.resize(np.eye(cells, dtype=np.float32), (cells, length), interpolation=how)
 
 
+# %% ../../nbs/03_retina/04_randomise.ipynb #86c7cc67
 def enlarge(
     nodes: np.ndarray,  # (n, n) float32
     size,  # (height, width)
@@ -62,6 +63,7 @@ def draw_field(
     return rng.standard_normal((cells, cells), dtype=np.float32)
 
 
+# %% ../../nbs/03_retina/04_randomise.ipynb #a2bfdb96
 def draw_spots(
     rng: np.random.Generator,  # source of chance
     count: int,  # number of spots
@@ -78,6 +80,7 @@ def draw_spots(
     return ((gy * sign[:, None]).T @ gx).astype(np.float32)
 
 
+# %% ../../nbs/03_retina/04_randomise.ipynb #6536d334
 def draw_weakness(
     rng: np.random.Generator,  # source of chance
     strength: float,  # 0..
@@ -102,6 +105,7 @@ def draw_weakness(
     return nodes.astype(np.float32), min(0.95, rng.uniform(0.3, 0.9) * strength)
 
 
+# %% ../../nbs/03_retina/04_randomise.ipynb #04f5a723
 def local_mean(
     gray: np.ndarray,  # (H, W) float32
 ) -> np.ndarray:  # (H, W) float32
@@ -111,6 +115,7 @@ def local_mean(
     return cv2.resize(cv2.GaussianBlur(small, (0, 0), 1.5), (w, h))
 
 
+# %% ../../nbs/03_retina/04_randomise.ipynb #0b7436b2
 def weaken(
     gray: np.ndarray,  # (H, W) float32
     weakness: tuple,  # from `draw_weakness`
@@ -143,6 +148,7 @@ class Look:
     light: float  # factor at the end
 
 
+# %% ../../nbs/03_retina/04_randomise.ipynb #e971719e
 def draw_look(
     rng: np.random.Generator,  # source of chance
     size,  # (height, width)
@@ -204,6 +210,7 @@ def uneven_light(
     return cv2.exp(gain)
 
 
+# %% ../../nbs/03_retina/04_randomise.ipynb #20c305f1
 def add_noise(
     gray: np.ndarray,  # (H, W) float32
     look: Look,  # with a `grain`
@@ -214,6 +221,7 @@ def add_noise(
     return cv2.scaleAdd(grain, float(look.noise * contrast), gray)
 
 
+# %% ../../nbs/03_retina/04_randomise.ipynb #ee0cb4ee
 def compress(
     gray: np.ndarray,  # (H, W) float32 in 0..1
     quality: int,  # of JPEG
@@ -223,6 +231,7 @@ def compress(
     return cv2.imdecode(code, cv2.IMREAD_GRAYSCALE) * np.float32(1 / 255)
 
 
+# %% ../../nbs/03_retina/04_randomise.ipynb #f891c50d
 def apply_look(
     gray: np.ndarray,  # (H, W) float32 in 0..1
     fov: np.ndarray,  # (H, W) bool; outside it the answer is 0
@@ -252,6 +261,7 @@ def apply_look(
     return out if fov.all() else np.multiply(out, fov, out=out)
 
 
+# %% ../../nbs/03_retina/04_randomise.ipynb #f2cb06c8
 def randomise(
     gray: np.ndarray,  # (H, W) float32 in 0..1
     fov: np.ndarray,  # (H, W) bool; outside it the answer is 0

@@ -59,6 +59,7 @@ def odd_width(
     return 2 * (steps // parts) + 1, steps % parts
 
 
+# %% ../../nbs/03_retina/02_render.ipynb #b27d5ac3
 def draw_vessels(
     vessels: Vessels,  # arteries and veins
     size: int,  # side of the picture, px
@@ -107,6 +108,7 @@ def coordinates(
     return axis[None, :], axis[:, None]
 
 
+# %% ../../nbs/03_retina/02_render.ipynb #a020e4b2
 def enlarge(
     coarse: np.ndarray,  # (h, w) float32
     size: int,  # side of the answer, px
@@ -132,6 +134,7 @@ def clouds(
     return out * (1.25 / np.sqrt(sum(0.25**o for o in range(octaves))))
 
 
+# %% ../../nbs/03_retina/02_render.ipynb #d4add282
 def mesh(
     rng: np.random.Generator,  # source of chance
     at: int,  # side of the answer, px
@@ -266,6 +269,7 @@ def common_lesions(
     ]
 
 
+# %% ../../nbs/03_retina/02_render.ipynb #ce5e3030
 def lesions_shown(
     rng: np.random.Generator,  # source of chance
     anatomy: Anatomy,  # landmarks
@@ -318,6 +322,7 @@ def visibility(
     return np.clip(shown * np.where(vessels.artery, artery, 1.0), 0, 1)
 
 
+# %% ../../nbs/03_retina/02_render.ipynb #24c92995
 def weak_side(
     rng: np.random.Generator,  # source of chance
     at: int,  # side of the answer, px
@@ -347,6 +352,7 @@ def lighting(
     )
 
 
+# %% ../../nbs/03_retina/02_render.ipynb #e65e2e2d
 def fibres(
     rng: np.random.Generator,  # source of chance
     anatomy: Anatomy,  # landmarks
@@ -378,6 +384,7 @@ def speckle(
     return out
 
 
+# %% ../../nbs/03_retina/02_render.ipynb #38dead33
 def to_bytes(
     image: np.ndarray,  # (H, W[, 3]) float, 0..1
 ) -> np.ndarray:  # the same shape, uint8
@@ -605,6 +612,7 @@ def mosaic(
     return image
 
 
+# %% ../../nbs/03_retina/02_render.ipynb #55eebcf0
 def scan_lines(
     image: np.ndarray,  # (H, W) uint8, one scan: rows are its scan lines
     rng: np.random.Generator,  # source of chance

@@ -34,6 +34,7 @@ def world_for(
     return replace(eye, size=max(eye.size, side))
 
 
+# %% ../../nbs/03_retina/05_synth.ipynb #e9190a29
 def photograph(
     world: World,  # one eye
     config: EyeConfig,  # settings it was made with
@@ -99,6 +100,7 @@ def case_name(
     return f"{seed:06d}_G"
 
 
+# %% ../../nbs/03_retina/05_synth.ipynb #6f00040c
 def _make_case(job):
     seed, config, out, size, modalities = job
     folder, name = Path(out) / case_name(seed), case_name(seed)

@@ -167,6 +167,7 @@ def trunk_curves(
     return out
 
 
+# %% ../../nbs/03_retina/01_tree.ipynb #5d1d4141
 def crosses(
     line: np.ndarray,  # (m, 2) a curve that wants to join
     points: np.ndarray,  # (n, 2) nodes that exist
@@ -179,6 +180,7 @@ def crosses(
     return bool(cKDTree(points).query(far)[0].min() < 2.5 * step)
 
 
+# %% ../../nbs/03_retina/01_tree.ipynb #70dea1ac
 def trunks(
     anatomy: Anatomy,  # landmarks
     rng: np.random.Generator,  # source of chance
@@ -332,6 +334,7 @@ def worth_keeping(
     return ((np.bincount(branch) >= least) | feeds)[branch]
 
 
+# %% ../../nbs/03_retina/01_tree.ipynb #7c030d1d
 def only(
     parent: np.ndarray,  # (n,) parents, each before its children
     keep: np.ndarray,  # (n,) bool; whose parent goes, goes too
@@ -341,6 +344,7 @@ def only(
     return np.where(parent[keep] >= 0, number[np.maximum(parent[keep], 0)], -1)
 
 
+# %% ../../nbs/03_retina/01_tree.ipynb #d3a8e830
 def relax(
     points: np.ndarray,  # (n, 2) nodes
     parent: np.ndarray,  # (n,) parents
@@ -382,6 +386,7 @@ def smooth_field(
     return rng.standard_normal((g, g, channels)).astype(np.float32)
 
 
+# %% ../../nbs/03_retina/01_tree.ipynb #1b4108ba
 def sample_field(
     grid: np.ndarray,  # (g, g, C) from `smooth_field`
     points: np.ndarray,  # (N, 2) world px

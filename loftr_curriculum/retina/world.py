@@ -122,6 +122,7 @@ def planes_of(
     return np.stack([*(grey(world.images[m]) for m in MODALITIES), world.vessels])
 
 
+# %% ../../nbs/03_retina/03_world.ipynb #7305c1a6
 def half_of(
     planes: np.ndarray,  # (C, S, S) uint8, S even
 ) -> np.ndarray:  # (C, S/2, S/2) uint8
@@ -172,6 +173,7 @@ def serve() -> None:
             return
 
 
+# %% ../../nbs/03_retina/03_world.ipynb #dda05f3a
 class Worker:
     "A process that does one job at a time."
 

@@ -176,6 +176,7 @@ def config_of(
     )
 
 
+# %% ../../nbs/09_training/13_ablation.ipynb #76445fd2
 def pseudo_probes(
     settings,  # Settings
     first=0,  # number of the first pair of each mode
@@ -208,6 +209,7 @@ def final(
     return float(np.mean(values)) if values else np.nan
 
 
+# %% ../../nbs/09_training/13_ablation.ipynb #db06e53d
 def choose(
     runs,  # one of v2.1 for each strength
 ) -> dict:
@@ -243,6 +245,7 @@ def look_figures(
     return mean | {"AUC@20": auc(errors, 20), "median_px": float(np.median(errors))}
 
 
+# %% ../../nbs/09_training/13_ablation.ipynb #2afac18d
 def curves(
     recording,  # Recording
     kind,  # of the probes
@@ -309,6 +312,7 @@ class Job:
         )
 
 
+# %% ../../nbs/09_training/13_ablation.ipynb #1d90fa78
 class SilentRecorder(MatchRecorder):
     "Records unguided looks, and neither logs nor warns: nothing that decides within a run hears of them."
 
@@ -331,6 +335,7 @@ class SilentRecorder(MatchRecorder):
         self.recording.refresh()
 
 
+# %% ../../nbs/09_training/13_ablation.ipynb #65c239f6
 class EndsWithCommand(pl.Callback):
     "Ends a working process whose command is gone."
 
@@ -345,6 +350,7 @@ class EndsWithCommand(pl.Callback):
             raise SystemExit("the command is gone")
 
 
+# %% ../../nbs/09_training/13_ablation.ipynb #f9534fd6
 def one_run(
     job,  # Job
 ) -> dict:
@@ -405,6 +411,7 @@ def cache_of(
     )
 
 
+# %% ../../nbs/09_training/13_ablation.ipynb #42249797
 def do_runs(
     jobs,  # list of Job
     workers,  # processes
@@ -430,6 +437,7 @@ def do_runs(
         yield run
 
 
+# %% ../../nbs/09_training/13_ablation.ipynb #aaa8cfe8
 def run_ablation(
     out: str = "curriculum_ablation.json",  # file to write, again after every run
     cache: str = "runs/ablation",  # folder of the runs; the same command goes on with what it finds there
@@ -521,6 +529,7 @@ def value(
     return float(run[kind][figure]) if kind == "landmarks" else final(run, kind, figure)
 
 
+# %% ../../nbs/09_training/13_ablation.ipynb #afeb9971
 def differences(
     result,  # from `run_ablation`
     arm,  # preset
@@ -544,6 +553,7 @@ def is_clear(
     return len(d) > 1 and bool(np.all(d > 0) or np.all(d < 0)) and bool(abs(d.mean()) >= 2 * np.ptp(d))
 
 
+# %% ../../nbs/09_training/13_ablation.ipynb #d3e0905a
 def in_words(
     name,  # of the contrast
     measure,  # name in MEASURES
@@ -575,6 +585,7 @@ def conclusions(
     ]
 
 
+# %% ../../nbs/09_training/13_ablation.ipynb #f458d27a
 def table(
     result,  # from `run_ablation`
     measures=tuple(MEASURES)[:2],  # names in MEASURES
@@ -608,6 +619,7 @@ def seeds_of_arm(
     return [r for r in result["runs"] if r["arm"] == arm]
 
 
+# %% ../../nbs/09_training/13_ablation.ipynb #a3824422
 def collapsed_in_words(
     result,  # from `run_ablation`
     arm,  # preset that was run
@@ -630,6 +642,7 @@ def collapsed_in_words(
     )
 
 
+# %% ../../nbs/09_training/13_ablation.ipynb #668cc9b0
 def weaning_epochs(
     result,  # from `run_ablation`
     arm,  # preset that was run
@@ -641,6 +654,7 @@ def weaning_epochs(
     ]
 
 
+# %% ../../nbs/09_training/13_ablation.ipynb #0e1fab18
 def adaptive_in_words(
     result,  # from `run_ablation`
     measures=("index, pseudo-real", "AUC@20, pseudo-real"),  # names in MEASURES

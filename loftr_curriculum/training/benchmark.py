@@ -109,6 +109,7 @@ class Settings:
             raise ValueError("batch, repeats, threads and product: expected at least 1")
 
 
+# %% ../../nbs/09_training/10_benchmark.ipynb #4a96a1cf
 def draw_pairs(
     settings,  # Settings
     path,  # file to write
@@ -154,15 +155,18 @@ def _timed(f):
     return time.perf_counter() - start, value
 
 
+# %% ../../nbs/09_training/10_benchmark.ipynb #937ab849
 def _pictures(given, k, motion, side=None):  # pair k, two arrays
     pair = [g[k].numpy() for g in given[motion]]
     return pair if side is None else [resize_image(p, (side, side)) for p in pair]
 
 
+# %% ../../nbs/09_training/10_benchmark.ipynb #c8ac11ac
 def _tensors(pair):  # as the two tensors (1, 1, H, W) in [0, 1] that a network reads
     return [torch.from_numpy(p)[None, None] / 255 for p in pair]
 
 
+# %% ../../nbs/09_training/10_benchmark.ipynb #fac257c3
 def _operations(f):
     with FlopCounterMode(display=False) as counter:
         f()
@@ -194,6 +198,7 @@ def ask_ours(
     return ask
 
 
+# %% ../../nbs/09_training/10_benchmark.ipynb #53084316
 def ask_kornia(
     given,  # what `draw_pairs` wrote
     settings,  # Settings
@@ -240,6 +245,7 @@ def training_steps(
     return step
 
 
+# %% ../../nbs/09_training/10_benchmark.ipynb #bd124298
 def ask_training(
     given,  # what `draw_pairs` wrote
     settings,  # Settings
@@ -257,6 +263,7 @@ def ask_training(
     return ask
 
 
+# %% ../../nbs/09_training/10_benchmark.ipynb #7386f5a0
 def ask_product(
     given,  # not read
     settings,  # Settings
@@ -302,6 +309,7 @@ def serve(
         print(json.dumps(answer | {"memory_mb": memory_mb("VmHWM") - base}), flush=True)
 
 
+# %% ../../nbs/09_training/10_benchmark.ipynb #ab11bfa2
 class Process:
     "A system in a process of its own; use it as a context."
 
@@ -363,6 +371,7 @@ def in_turn(
     return told
 
 
+# %% ../../nbs/09_training/10_benchmark.ipynb #e1aac69c
 def summary(
     answers,  # of one system to one question
 ) -> dict:
@@ -396,6 +405,7 @@ def measure_registration(folder, settings) -> dict:  # as in `in_turn`
     }
 
 
+# %% ../../nbs/09_training/10_benchmark.ipynb #5582fde0
 def measure_training(folder, settings) -> dict:
     "A training step of both variants in both precisions."
     names, precisions = ("training:fast", "training:reference"), ("32", "bf16")
@@ -412,6 +422,7 @@ def measure_training(folder, settings) -> dict:
     }
 
 
+# %% ../../nbs/09_training/10_benchmark.ipynb #aec6aede
 def measure_product(folder, settings) -> dict:
     "GFLOP/s of a matrix product in both precisions."
     told = in_turn(("product",), folder, settings, ("32", "bf16"))
@@ -421,6 +432,7 @@ def measure_product(folder, settings) -> dict:
     }
 
 
+# %% ../../nbs/09_training/10_benchmark.ipynb #e5d32c81
 def measure_sides(folder, settings) -> list:
     "One pass and a registration against the side of the image, each side in a process of its own."
     rows = []
@@ -467,6 +479,7 @@ def _rate(f, pairs, repeats):
     return round(pairs / float(np.median([_timed(f)[0] for _ in range(repeats)])), 2)
 
 
+# %% ../../nbs/09_training/10_benchmark.ipynb #09f9bbf5
 def measure_cuda(
     given,  # what `draw_pairs` wrote
     settings,  # Settings
@@ -602,6 +615,7 @@ def benchmark_table(
     return "\n".join(lines)
 
 
+# %% ../../nbs/09_training/10_benchmark.ipynb #b0d9248e
 def draw_sides(
     result,  # from `run_benchmark`, with sides
 ):

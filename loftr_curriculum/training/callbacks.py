@@ -68,6 +68,7 @@ class BestWhenIndependent(ModelCheckpoint):
         )
 
 
+# %% ../../nbs/09_training/05_callbacks.ipynb #a82592d6
 def _renamed(
     state, to, folder
 ):  # the state of a ModelCheckpoint with other names of files: `to` gives them, `folder` is their folder
@@ -83,6 +84,7 @@ def _renamed(
     }
 
 
+# %% ../../nbs/09_training/05_callbacks.ipynb #8fb31349
 class PatientStopping(EarlyStopping):
     "Stops when `val/auc` has not improved for `patience` epochs, never before epoch `stop_from`."
 
@@ -167,6 +169,7 @@ def spell(
     return f"{seconds / 60:.0f} min" if seconds < 100 * 60 else f"{seconds / 3600:.1f} h"
 
 
+# %% ../../nbs/09_training/05_callbacks.ipynb #814de199
 def say(
     trainer,  # Trainer
     line,  # text
@@ -178,6 +181,7 @@ def say(
         )
 
 
+# %% ../../nbs/09_training/05_callbacks.ipynb #deb2b503
 class Progress(pl.Callback):
     "Says how far the run is, and what it expects as soon as that is measured."
 
@@ -283,6 +287,7 @@ def epoch_line(
     return f"{epoch:5d} " + " ".join(cell(key, spec) for _, key, spec in COLUMNS)
 
 
+# %% ../../nbs/09_training/05_callbacks.ipynb #3d03542e
 class EpochTable(pl.Callback):
     "Prints the figures of every epoch, above the progress bar where there is one."
 

@@ -78,6 +78,7 @@ def as_fractions(
     )
 
 
+# %% ../../nbs/09_training/00_config.ipynb #35647e98
 def find_curriculum(
     name,  # one of CURRICULA
 ) -> CurriculumConfig:

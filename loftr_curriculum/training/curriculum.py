@@ -36,6 +36,7 @@ def joints(
     return curriculum.teach_until * unit, curriculum.wean_until * unit
 
 
+# %% ../../nbs/09_training/01_curriculum.ipynb #5e4c4222
 def schedule(
     curriculum,  # CurriculumConfig
     epoch,  # epoch from 0; fractions are allowed
@@ -53,6 +54,7 @@ def schedule(
     )
 
 
+# %% ../../nbs/09_training/01_curriculum.ipynb #2231b41f
 def phase(
     curriculum,  # CurriculumConfig
     epoch,  # epoch from 0
@@ -63,6 +65,7 @@ def phase(
     return PHASES[int(epoch >= teach) + int(epoch >= wean)]
 
 
+# %% ../../nbs/09_training/01_curriculum.ipynb #86918270
 def independence_from(
     curriculum,  # CurriculumConfig
     epochs,  # epochs of the whole run

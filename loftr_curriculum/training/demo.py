@@ -157,6 +157,7 @@ def answer(
     )
 
 
+# %% ../../nbs/09_training/07_demo.ipynb #d3e4a3e4
 def said(
     name,  # one of NAMES
     found,  # dict of `answer`
@@ -167,6 +168,7 @@ def said(
     return f"{NAMES[name]}: {found['verdict']}, {found['inliers']} of {found['matches']} matches agree{end}"
 
 
+# %% ../../nbs/09_training/07_demo.ipynb #dafc24b1
 def draw_beside(
     answers,  # name of NAMES -> what `answer` returned
     pair,  # from `demo_pair`

@@ -73,6 +73,7 @@ class Camera:
     noise: float = 0.05  # standard deviation of its noise, share of full scale
 
 
+# %% ../../nbs/09_training/12_fine_tuning.ipynb #35e055ad
 def fibre_pattern(
     size,  # (height, width)
     period,  # px
@@ -93,6 +94,7 @@ def fibre_pattern(
     )
 
 
+# %% ../../nbs/09_training/12_fine_tuning.ipynb #3c5925b1
 def new_camera(
     image,  # (H, W) or (H, W, 3) uint8, black where the optics saw nothing
     kind,  # of the picture: cf, fa, ...
@@ -147,6 +149,7 @@ class Settings:
     seed: int = 0  # of the training pairs
 
 
+# %% ../../nbs/09_training/12_fine_tuning.ipynb #d6b9a7d4
 def make_domain(
     folder,  # folder to fill
     settings,  # Settings
@@ -195,6 +198,7 @@ def data_of(
     )
 
 
+# %% ../../nbs/09_training/12_fine_tuning.ipynb #6d284ea6
 def tests_of(
     data,  # DataConfig of `data_of`
 ) -> dict:  # "new" and "old" -> ValPairs
@@ -205,6 +209,7 @@ def tests_of(
     }
 
 
+# %% ../../nbs/09_training/12_fine_tuning.ipynb #eca93621
 def errors_of(
     matcher,  # Matcher in evaluation mode
     pairs,  # ValPairs
@@ -270,10 +275,12 @@ def run_of(
     )
 
 
+# %% ../../nbs/09_training/12_fine_tuning.ipynb #54617ee3
 def _told(errors):
     return [round(float(e), 2) if np.isfinite(e) else None for e in errors]
 
 
+# %% ../../nbs/09_training/12_fine_tuning.ipynb #46472cea
 def run_fine_tuning(
     out: str = "fine_tuning.json",  # file to write
     folder: str = "runs/fine_tuning",  # images, eyes and runs; an interrupted experiment goes on there
@@ -325,6 +332,7 @@ def errors_in(
     return np.array([np.inf if e is None else e for e in result["errors"][name][domain]])
 
 
+# %% ../../nbs/09_training/12_fine_tuning.ipynb #dcb7b179
 def changes_in(
     result,  # of `run_fine_tuning`
 ) -> dict:  # run -> domain -> figure -> [value, low, high]
@@ -344,6 +352,7 @@ def changes_in(
     }
 
 
+# %% ../../nbs/09_training/12_fine_tuning.ipynb #319eb1e3
 def fine_tuning_table(
     result,  # of `run_fine_tuning`
 ) -> str:  # Markdown
@@ -365,6 +374,7 @@ def fine_tuning_table(
     return "\n".join("| " + " | ".join(r) + " |" for r in (head, ["---"] * len(head), *rows))
 
 
+# %% ../../nbs/09_training/12_fine_tuning.ipynb #a4d0cdf9
 def in_words(
     result,  # of `run_fine_tuning`
 ) -> str:
@@ -381,6 +391,7 @@ def in_words(
     )
 
 
+# %% ../../nbs/09_training/12_fine_tuning.ipynb #98ef1fd1
 def draw_fine_tuning(
     result,  # of `run_fine_tuning`
     limit=40.0,  # px of the horizontal axis

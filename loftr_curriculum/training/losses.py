@@ -42,6 +42,7 @@ def pair_weight(
     return 1 + torch.maximum(m0, m1) * (scaler - 1)
 
 
+# %% ../../nbs/09_training/03_losses.ipynb #424aecb8
 def weighted_mean(
     loss,  # any shape
     weight,  # the same shape, >= 0
@@ -59,6 +60,7 @@ def _pairs(links):
     return b, i, links[b, i]
 
 
+# %% ../../nbs/09_training/03_losses.ipynb #26ba10b2
 def coarse_loss(
     sim,  # (B, L, S) logits of the dual softmax
     targets,  # Targets
@@ -122,6 +124,7 @@ def nearby(
         return fixed_to_moving @ E.to(fixed_to_moving)
 
 
+# %% ../../nbs/09_training/03_losses.ipynb #80378913
 def flow_loss(
     result,  # FlowResult
     targets,  # Targets
@@ -148,6 +151,7 @@ def _draw(links, count, generator):
     return b[pick], i[pick], links[b[pick], i[pick]]
 
 
+# %% ../../nbs/09_training/03_losses.ipynb #985f6ef8
 def window_errors(
     result,  # ReferenceResult
     back,  # follow cells of image 1 into image 0?
@@ -162,6 +166,7 @@ def window_errors(
     return ((found - truth[b, i]) / result.reach).square().sum(-1), sigma, b, i
 
 
+# %% ../../nbs/09_training/03_losses.ipynb #add468de
 def window_loss(
     result,  # ReferenceResult
     targets,  # Targets
@@ -198,6 +203,7 @@ class Loss:
     fine_px: torch.Tensor  # median distance in pixels, not trained on
 
 
+# %% ../../nbs/09_training/03_losses.ipynb #cf14f081
 def matching_loss(
     result,  # CoarseResult of the guided forward pass
     targets,  # Targets

@@ -60,6 +60,7 @@ def quick_error(
     return at_512(corner_error(invert(found.fixed_to_moving), invert(fixed_to_moving), size1), fov0.shape)
 
 
+# %% ../../nbs/09_training/04_module.ipynb #3a622d7b
 def mean_auc(
     errors,  # (N,) pixels at 512 px
 ) -> float:
@@ -93,6 +94,7 @@ def first_matcher(
     return matcher.train()
 
 
+# %% ../../nbs/09_training/04_module.ipynb #0e5337a4
 class Mean(Metric):
     "A weighted mean over an epoch; `total` and `weight` are all of its state."
 
@@ -108,6 +110,7 @@ class Mean(Metric):
         return self.total / self.weight
 
 
+# %% ../../nbs/09_training/04_module.ipynb #4d180590
 # logged over an epoch: name -> part of the loss
 MEANS = {
     "loss_epoch": "total",
@@ -183,6 +186,7 @@ def forward_batch(
     )
 
 
+# %% ../../nbs/09_training/04_module.ipynb #d33df7a7
 def _moved(
     points, T, shift
 ):  # the truth at the points of the cells, from that at `cell_centres`; T carries it over the few pixels between them
@@ -194,6 +198,7 @@ def _moved(
     )
 
 
+# %% ../../nbs/09_training/04_module.ipynb #93dd0130
 def cell_frame(
     batch,  # dict of PairDataModule
     shift,  # pixels, of the matcher's result
@@ -212,6 +217,7 @@ def cell_frame(
     return S @ T @ torch.linalg.inv(S), *maps, *(F.pad(m, (shift, 0, shift, 0)) for m in masks)
 
 
+# %% ../../nbs/09_training/04_module.ipynb #09cfa2bb
 def training_step(
     module,  # PL_LoFTR
     batch,  # dict of PairDataModule
@@ -267,6 +273,7 @@ def validate(
     }
 
 
+# %% ../../nbs/09_training/04_module.ipynb #4b2eef4d
 def log_errors(
     module,  # PL_LoFTR
     name,  # prefix of the logged names
@@ -293,6 +300,7 @@ def rate(
     return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warmup) / max(1, steps - warmup))))
 
 
+# %% ../../nbs/09_training/04_module.ipynb #dd899ebc
 def configure_optimizers(
     module,  # PL_LoFTR attached to a trainer
 ) -> dict:

@@ -74,6 +74,7 @@ class CollapseWarning(UserWarning):
     "The matches on the probe pairs have been collapsed for several recordings."
 
 
+# %% ../../nbs/09_training/09_recorder.ipynb #4d973772
 class MatchRecorder(pl.Callback):
     "Records matches and collapse figures of fixed pairs; warns, or stops the run, when they stay collapsed."
 
@@ -201,6 +202,7 @@ def log_recording(
             )
 
 
+# %% ../../nbs/09_training/09_recorder.ipynb #df53c01a
 def lines_picture(
     recording,  # Recording
     epoch,  # one of its epochs

@@ -147,6 +147,7 @@ class LastCheckpoint(Checkpoint):
         self.means = state_dict["means"]
 
 
+# %% ../../nbs/09_training/11_resume.ipynb #df789e5e
 def _before_validation(checkpoint):  # the steps of the epoch are done, the first validation batch is not
     progress = checkpoint["loops"]["fit_loop"]["epoch_loop.val_loop.batch_progress"]
     progress["is_last_batch"] = False

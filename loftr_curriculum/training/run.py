@@ -82,10 +82,12 @@ def _what_counts(config):  # what has to be the same where a run goes on: dict o
     }
 
 
+# %% ../../nbs/09_training/06_run.ipynb #9106064a
 def _elsewhere(init):
     return init not in (None, "shipped") and not Path(init).exists()
 
 
+# %% ../../nbs/09_training/06_run.ipynb #de38adc5
 def claim_folder(
     config,  # TrainConfig
 ) -> Path:
@@ -116,6 +118,7 @@ def computes_bf16() -> bool:
     return info.is_file() and any(flag in info.read_text() for flag in ("avx512_bf16", "amx_bf16"))
 
 
+# %% ../../nbs/09_training/06_run.ipynb #39ea5719
 def precision_of(
     config,  # TrainConfig
 ) -> str:
@@ -135,6 +138,7 @@ class Run:
     module: PL_LoFTR  # as it stands after the last epoch
 
 
+# %% ../../nbs/09_training/06_run.ipynb #035fb402
 def callbacks_of(
     config,  # TrainConfig
     out,  # Path
@@ -169,6 +173,7 @@ def callbacks_of(
     ]
 
 
+# %% ../../nbs/09_training/06_run.ipynb #7ff56229
 def loggers_of(
     out,  # Path
 ) -> list:
@@ -177,6 +182,7 @@ def loggers_of(
     return [CSVLogger(out, "logs", version=session), TensorBoardLogger(out, "logs", version=session)]
 
 
+# %% ../../nbs/09_training/06_run.ipynb #60878594
 BEFORE = "before.json"
 
 
@@ -217,6 +223,7 @@ def facts_of(
     )
 
 
+# %% ../../nbs/09_training/06_run.ipynb #f8b70f15
 def keep_before(
     out,  # folder of the run
     config,  # TrainConfig
@@ -227,6 +234,7 @@ def keep_before(
         write_json(out / BEFORE, facts_from(config.init, matcher.facts))
 
 
+# %% ../../nbs/09_training/06_run.ipynb #e14bd8ac
 def train(
     config,  # TrainConfig
     progress=True,  # show a progress bar

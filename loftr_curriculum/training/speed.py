@@ -53,6 +53,7 @@ class StepClock(pl.Callback):
         self.inside.append(self.ended - self.began)
 
 
+# %% ../../nbs/09_training/08_speed.ipynb #020ca7a8
 def _now(module):
     if module.device.type == "cuda":
         torch.cuda.synchronize(module.device)
@@ -88,6 +89,7 @@ def watch_training(
     return {"step_seconds": clock.inside[warm:], "between_seconds": clock.between[warm - 1 :]}
 
 
+# %% ../../nbs/09_training/08_speed.ipynb #f48cf308
 def waiting_share(
     watched,  # from `watch_training`
 ) -> float:  # in [0, 1]
@@ -140,6 +142,7 @@ def measure_speed(
     return _written(out, result, config, processes)
 
 
+# %% ../../nbs/09_training/08_speed.ipynb #b686f10c
 def _written(out, result, config, processes):
     step = float(np.median(result["training_with_0_workers"]["step_seconds"]))
     told = replace(config, out="", data=replace(config.data, cache=None))
@@ -170,6 +173,7 @@ def _rates(result):
     return {title: np.atleast_1d(result[key]) for title, key in ROWS.items() if key in result}
 
 
+# %% ../../nbs/09_training/08_speed.ipynb #a3b60844
 def speed_table(
     result: dict,  # from `measure_speed`
 ) -> str:
@@ -197,6 +201,7 @@ def speed_table(
     return "\n".join(lines)
 
 
+# %% ../../nbs/09_training/08_speed.ipynb #41d0a2b9
 def draw_speed(
     result: dict,  # from `measure_speed`
 ):

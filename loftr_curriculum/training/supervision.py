@@ -36,12 +36,14 @@ class Targets:
         return ~(self.positive | self.negative)
 
 
+# %% ../../nbs/09_training/02_supervision.ipynb #d229d1a7
 def _links(points, grid, seen_from, seen_to):
     index = cell_index(points, grid)
     ok = (index >= 0) & seen_from & seen_to.gather(1, index.clamp(min=0))
     return torch.where(ok, index, -1)
 
 
+# %% ../../nbs/09_training/02_supervision.ipynb #f0f2ca24
 def _close(
     points, grid
 ):  # which cells (b, point, cell) lie within CLOSE of a point: only the 5 x 5 around it can
@@ -57,6 +59,7 @@ def _close(
     return b, i, index[b, i, k]
 
 
+# %% ../../nbs/09_training/02_supervision.ipynb #593a5a5e
 def _true_points(T, centres, grid, points):
     if points is None:
         return apply_transform(T, centres[None])
@@ -67,6 +70,7 @@ def _true_points(T, centres, grid, points):
     return points.flatten(1, 2)
 
 
+# %% ../../nbs/09_training/02_supervision.ipynb #a4fbc4f3
 @torch.no_grad()
 def supervise(
     fixed_to_moving,  # (B, 3, 3) true map from image 0 to image 1, pixels
