@@ -475,7 +475,7 @@ def _warp(a):
     from loftr_curriculum.io.files import FileError
     from loftr_curriculum.io.images import read_image, write_image
     from loftr_curriculum.io.transforms import load_transform
-    from loftr_curriculum.registration.pair import warp_to_fixed
+    from loftr_curriculum.registration.frames import warp_to_fixed
 
     record, image = load_transform(a.transform), read_image(a.image)
     if record.matrix is None:

@@ -16,6 +16,7 @@ from loftr_curriculum.evaluation.calibration import (
     table_of,
 )
 from loftr_curriculum.registration.config import RegistrationConfig
+from loftr_curriculum.registration.verdict import Evidence
 
 ROOT = Path(__file__).parents[1]
 
@@ -145,7 +146,9 @@ def test_every_start_of_a_pair_is_an_answer_and_a_pair_stays_in_one_half(monkeyp
     def answers(fixed, moving, matcher, config):
         assert config.retry_long_sides == ()
         sides.append(config.first_long_side)
-        return SimpleNamespace(moving_to_fixed=np.eye(3), evidence=dict(zip(EVIDENCE, (90, 0.9, 0.9, 0.5))))
+        return SimpleNamespace(
+            moving_to_fixed=np.eye(3), evidence=Evidence(**dict(zip(EVIDENCE, (90, 0.9, 0.9, 0.5))))
+        )
 
     monkeypatch.setattr(calibration, "register", answers)
     monkeypatch.setattr(calibration, "pseudo_real_pairs", lambda *a, **k: iter(pairs))

@@ -25,7 +25,7 @@ from loftr_curriculum.registration import RegistrationConfig, Verdict, register,
 from loftr_curriculum.registration.binning import best_per_cell, bin_matches
 from loftr_curriculum.registration.estimate import estimate_transform
 from loftr_curriculum.registration.many import FIELDS, read_results
-from loftr_curriculum.registration.pair import nudge
+from loftr_curriculum.registration.registrar import nudge
 
 
 class UprightSift:
@@ -131,7 +131,7 @@ def error(result, truth):
 def test_finds_the_pose_and_says_so(angle, scale, shift, turned):
     fixed, moving, truth = a_pair(angle, scale, shift)
     r = register(fixed, moving, matcher=UprightSift())
-    assert (r.verdict, r.reasons, r.evidence["turned_deg"]) == (Verdict.OK, (), turned)
+    assert (r.verdict, r.reasons, r.evidence.turned_deg) == (Verdict.OK, (), turned)
     assert error(r, truth) < 1.0
     assert r.moving_to_fixed.dtype == np.float64 and r.moving_to_fixed.shape == (3, 3)
 
@@ -310,11 +310,9 @@ def test_a_fresh_start_with_a_larger_first_look_saves_what_the_small_one_missed(
     fixed, moving, truth = a_pair(5)
     config = RegistrationConfig(long_side=384, retry_long_sides=())
     lost = register(fixed, moving, matcher=FarSighted(), config=config)
-    assert lost.verdict == Verdict.FAILED and lost.evidence["first_long_side"] == 256
+    assert lost.verdict == Verdict.FAILED and lost.evidence.first_long_side == 256
     found = register(fixed, moving, matcher=FarSighted(), config=replace(config, retry_long_sides=(384,)))
-    assert (
-        found.verdict == Verdict.OK and found.evidence["first_long_side"] == 384 and error(found, truth) < 2
-    )
+    assert found.verdict == Verdict.OK and found.evidence.first_long_side == 384 and error(found, truth) < 2
     sure = UprightSift()
     register(fixed, moving, matcher=sure, config=replace(config, retry_long_sides=(384,)))
     assert sure.calls == 2  # an ok answer is not tried again
@@ -404,7 +402,7 @@ def test_masks_reach_the_matcher_in_every_view():
             )
     last0, last1 = (m[0].numpy() > 0.5 for m in matcher.masks[-1])
     back = warp_image(
-        last1, invert(nudge(1, last0.shape, QUICK.nudge)), last0.shape
+        last1, invert(nudge(1, last0.shape, QUICK.nudge).matrix), last0.shape
     )  # the last view differs from the fixed frame by its nudge
     assert (last0 & back)[40:-40, 40:-40].sum() > 0.7 * back[40:-40, 40:-40].sum() > 0
     unguided = Recorder()

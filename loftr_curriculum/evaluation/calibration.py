@@ -111,7 +111,7 @@ def collect(
         error = at_512(
             landmark_error(r.moving_to_fixed, pair.fixed_points, pair.moving_points), pair.fixed.shape[:2]
         )
-        told = {k: r.evidence.get(k) for k in EVIDENCE}
+        told = {k: getattr(r.evidence, k) for k in EVIDENCE}
         rows.append(
             {
                 "id": pair.id,

@@ -22,7 +22,7 @@ from loftr_curriculum.report.plots import (
 from ..geometry import fit_size, resize_image
 from ..io.images import write_image
 from ..io.transforms import TransformRecord, save_transform
-from ..registration.pair import open_image, warp_to_fixed
+from ..registration.frames import open_image, warp_to_fixed
 
 
 # %% ../../nbs/08_report/01_registration.ipynb #15e7d553
