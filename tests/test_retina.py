@@ -1,9 +1,12 @@
-"""Guards of the generated eye and of the pairs cut from it: anatomy, determinism, caches, the vessel share of tokens, exact geometry."""
+"""Guards of the generated eye and of pairs cut from it: anatomy, determinism, caches, vessels, geometry."""
 
 import json
 import math
 import os
 import pickle
+import subprocess
+import sys
+from dataclasses import replace
 
 import cv2
 import numpy as np
@@ -12,10 +15,20 @@ import pytest
 from loftr_curriculum.data.pairs import Frame, GeneratedSource, cut_views, make_frame
 from loftr_curriculum.geometry import Motion, apply_transform, decompose, overlap
 from loftr_curriculum.retina.config import MODES, EyeConfig, seeds_of, split_mode
+from loftr_curriculum.retina.jobs import run_jobs
+from loftr_curriculum.retina.modality import (
+    ANATOMY_STREAM,
+    LESION_STREAM,
+    MODALITIES,
+    VIEW_STREAM,
+    check_table,
+    modality,
+    plane_index,
+)
 from loftr_curriculum.retina.randomise import randomise
 from loftr_curriculum.retina.synth import synthesise, world_for
 from loftr_curriculum.retina.tree import draw_anatomy, grow_vessels
-from loftr_curriculum.retina.world import PLANES, WorldBank, half_of, make_world, run_jobs
+from loftr_curriculum.retina.world import WorldBank, half_of, make_world, planes_of
 
 LITTLE = EyeConfig(size=256)
 
@@ -85,7 +98,7 @@ def test_bank_refuses_other_settings_and_foreign_folders(tmp_path):
 
 
 def test_vessel_share_of_the_tokens():
-    """design.md: after mask_to_grid, 15 to 45 % of the tokens in the field of view stand at 0.5 or more, at 8 and at 16 px cells."""
+    """After mask_to_grid, 15 to 45 % of the tokens in the field stand at 0.5 or more, at 8 and 16 px cells."""
     torch = pytest.importorskip("torch")
     from loftr_curriculum.model.guidance import fov_to_grid, mask_to_grid
 
@@ -125,7 +138,7 @@ def test_pairs_stay_within_the_range_of_motion(bank):
 
 
 def test_the_true_transform_is_exact():
-    """Spots in the frame are found in both views where fixed_to_moving says, to a tenth of a pixel, whatever level they were cut from."""
+    """Spots are found in both views where fixed_to_moving says, to a tenth of a pixel, from either level."""
     y, x = np.mgrid[:600, :600]
     errors = []
     for i in range(40):
@@ -163,7 +176,7 @@ def test_a_draw_depends_on_index_and_generator_alone(bank):
 def test_modes_show_the_planes_that_they_name(bank):
     still = Motion(rotation_deg=0, scale=1, same_scale=1, shift=0, shear=0)
     full, half = bank[0]
-    i, j = (PLANES.index(n) for n in split_mode("oct-fa"))
+    i, j = (plane_index(name) for name in split_mode("oct-fa"))
     frame = Frame(full[i], full[j], full[-1], (half[i], half[j], half[-1]))
     p = cut_views(frame, np.random.default_rng(0), (256, 256), still, 0, "oct-fa", optics=False)
     q = cut_views(
@@ -240,3 +253,64 @@ def test_a_fault_in_a_worker_process_comes_back(tmp_path):
         list(run_jobs(math.sqrt, [4.0, -1.0], 2, ""))
     with pytest.raises(RuntimeError, match="exit code"):
         list(run_jobs(os._exit, [3, 3], 2, ""))
+
+
+def a_fifth_modality() -> dict:
+    """The table with one entry more, put in front so that every place behind it moves."""
+
+    def render_negative(*eye):
+        image, facts = modality("oct").renderer(*eye)
+        return 255 - image, facts
+
+    negative = replace(modality("oct"), name="negative", stream=6, renderer=render_negative)
+    return {"negative": negative, **MODALITIES}
+
+
+@pytest.mark.parametrize("seed", (7, 11, 12))
+def test_a_fifth_modality_changes_nothing_of_the_others(seed):
+    config = EyeConfig(size=256, disease=1)
+    table = a_fifth_modality()
+    check_table(table)
+    four = make_world(seed, config)
+    five = make_world(seed, config, table, table=table)
+    assert list(five.images) == list(table)
+    for name in MODALITIES:
+        np.testing.assert_array_equal(five.images[name], four.images[name])
+        assert five.facts[name] == four.facts[name]
+    np.testing.assert_array_equal(five.vessels, four.vessels)
+    assert any(four.facts[name]["lesions"] for name in MODALITIES), "no lesion that could have changed"
+
+
+def test_planes_are_found_by_name_wherever_they_stand():
+    table = a_fifth_modality()
+    names = ("vessels", *table)
+    world = make_world(7, LITTLE, table, table=table)
+    planes = planes_of(world, names)
+    for name in table:
+        image = world.images[name]
+        grey = image[..., 1] if image.ndim == 3 else image
+        np.testing.assert_array_equal(planes[plane_index(name, names)], grey)
+    np.testing.assert_array_equal(planes[plane_index("vessels", names)], world.vessels)
+    np.testing.assert_array_equal(planes_of(world)[plane_index("vessels")], world.vessels)
+    with pytest.raises(ValueError, match="unknown plane 'icg'"):
+        plane_index("icg")
+
+
+def test_streams_of_chance_are_fixed_for_ever():
+    """A change of one of these numbers changes every eye that was ever generated."""
+    streams = {name: entry.stream for name, entry in MODALITIES.items()}
+    assert streams == {"cf": 1, "fa": 2, "oct": 3, "octa": 4}
+    assert (ANATOMY_STREAM, LESION_STREAM, VIEW_STREAM) == (0, 5, 100)
+    check_table(MODALITIES)
+    with pytest.raises(ValueError, match="stream 5 belongs to the eye itself"):
+        check_table({"icg": replace(modality("fa"), stream=LESION_STREAM)})
+
+
+def test_names_are_read_without_the_renderers():
+    """`retina.config` is read for a line of help, so it must not load what draws."""
+    program = (
+        "import sys; from loftr_curriculum.retina.config import MODALITIES; "
+        "print(*MODALITIES, *[m for m in ('cv2', 'torch', 'scipy') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert tuple(done.stdout.split()) == tuple(MODALITIES)
