@@ -15,9 +15,10 @@ from loftr_curriculum.data.pairs import GeneratedSource
 from loftr_curriculum.geometry import NEAR, apply_transform, resize_matrix
 from loftr_curriculum.model.coarse import cell_centres, dual_softmax, mutual_maxima
 from loftr_curriculum.model.config import UNGUIDED, Guidance, MatcherConfig
-from loftr_curriculum.model.fine import FlowHead, follow, settle
+from loftr_curriculum.model.fine import AGREE, FlowHead, affine_from_flow, predict_flow
 from loftr_curriculum.model.guidance import mask_to_grid
-from loftr_curriculum.model.matcher import AGREE, Matcher, matched_cells, shrink_pair
+from loftr_curriculum.model.matcher import Matcher
+from loftr_curriculum.model.stages import matched_cells, shrink_pair
 from loftr_curriculum.model.weights import PACKAGED, load_matcher, save_matcher
 from loftr_curriculum.retina.config import EyeConfig, seeds_of
 from loftr_curriculum.retina.world import WorldBank
@@ -199,8 +200,9 @@ def test_an_enlarged_image_gives_the_matches_of_the_small_one_scaled():
 def test_full_resolution_features_without_shrinking_are_the_ordinary_ones():
     net, image = tiny(), smooth((100, 173))
     with torch.no_grad():
-        r, tokens = net._forward(image, image, None, None, None, None, UNGUIDED)
-        for full, fine in zip(net._fine_full((image, image), tokens, [(100, 173)] * 2), (r.fine0, r.fine1)):
+        r = net(image, image)
+        whole = net.whole_features((image, image), (r.tokens0, r.tokens1), [(100, 173)] * 2)
+        for full, fine in zip(whole, (r.fine0, r.fine1)):
             assert (full - fine).abs().max() < 1e-4
 
 
@@ -209,7 +211,7 @@ def test_tokens_of_the_shrunk_image_stand_at_the_same_places_of_the_large_one():
     net.merge8.register_forward_pre_hook(lambda _, args: taken.append(args[0]))
     ramp = cell_centres((4, 8), 16).T.reshape(1, 2, 4, 8)
     with torch.no_grad():
-        net._fine_full([smooth(size)] * 2, [F.pad(ramp, (0, 0, 0, 0, 0, 30))] * 2, [small] * 2)
+        net.whole_features([smooth(size)] * 2, [F.pad(ramp, (0, 0, 0, 0, 0, 30))] * 2, [small] * 2)
     want = apply_transform(resize_matrix(size, small), cell_centres((10, 21), 16).double().numpy()).T.reshape(
         2, 10, 21
     )
@@ -218,11 +220,11 @@ def test_tokens_of_the_shrunk_image_stand_at_the_same_places_of_the_large_one():
 
 
 def known_flow(shift):
-    "A head that reads a code of the position off the features that were brought home: what is left of `shift`."
+    "A head that reads a code of the position off the warped features: what is left of `shift`."
 
     class Known(FlowHead):
-        def forward(self, f0, home, seen):
-            own = (f0 - home)[:, :2, ::2, ::2] * seen[:, 1:]
+        def forward(self, f0, warped, seen):
+            own = (f0 - warped)[:, :2, ::2, ::2] * seen[:, 1:]
             return own, own[:, 0] * 0
 
     return Known()
@@ -232,7 +234,7 @@ def test_full_resolution_refines_what_the_shrunk_images_left_open(monkeypatch):
     net, shift = tiny(threshold=0.0, coarse_side=128), torch.tensor([3.0, -2.0])
     image, c = smooth((512, 512)), cell_centres((128, 128), 4).T.reshape(1, 2, 128, 128)
     maps = [c, c - shift.view(1, 2, 1, 1)]  # what image 1 shows at x stands at x - shift in image 0
-    monkeypatch.setattr(net, "_fine_full", lambda *_: maps)
+    monkeypatch.setattr(net, "whole_features", lambda *_: maps)
     net.flow_head = known_flow(shift)
     m = net.match(image, image)[0]
     inner = ((m.points0 > 40) & (m.points0 < 470)).all(1)
@@ -248,7 +250,7 @@ torch.manual_seed(0)
 status = lambda what: next(int(line.split()[1]) / 1024 for line in open("/proc/self/status") if line.startswith(what))
 net, image, full = Matcher().eval(), torch.randn(1, 1, {side} // 8, {side} // 8), []
 image = torch.nn.functional.interpolate(image, ({side}, {side}), mode="bicubic")
-own, net._fine_full = net._fine_full, lambda *a: full.append(1) or own(*a)
+own, net.whole_features = net.whole_features, lambda *a: full.append(1) or own(*a)
 before = status("VmRSS")
 net.match(image, image, threshold=0.0)
 print(len(full), status("VmHWM") - before)
@@ -284,12 +286,12 @@ def test_the_flow_is_in_pixels_of_the_fixed_image(scale):
     fine0 = c0.T.reshape(1, 2, 32, 32)
     fine1 = apply_transform(torch.linalg.inv(right), c1).T.reshape(1, 2, 80, 80)  # where in image 0 it is
     seen0, seen1 = torch.ones(1, 1, 16, 16), torch.ones(1, 1, 40, 40)
-    flow, log_sigma = follow(known_flow(None), fine0, fine1, seen0, seen1, wrong[None])
+    flow, log_sigma = predict_flow(known_flow(None), fine0, fine1, seen0, seen1, wrong[None])
     inner = flow[0, :, 4:12, 4:12]
     assert torch.allclose(inner, torch.tensor([-4.0, -2.0])[:, None, None].expand_as(inner), atol=1e-3)
     middle = torch.zeros(1, 1, 16, 16)
     middle[..., 4:12, 4:12] = 1
-    assert torch.allclose(settle(wrong[None], flow, log_sigma, middle)[0], right, atol=1e-2)
+    assert torch.allclose(affine_from_flow(wrong[None], flow, log_sigma, middle)[0], right, atol=1e-2)
 
 
 @pytest.mark.parametrize(
@@ -323,7 +325,8 @@ def test_every_parameter_learns():
     )  # it begins at zero, and shields what lies before it
     r = net(p["image0"], p["image1"])
     t = supervise(torch.eye(3).repeat(2, 1, 1), r.grid0, r.grid1, r.seen0, r.seen1)
-    matching_loss(r, t, p["mask0"], p["mask1"], torch.Generator().manual_seed(0), UNGUIDED).total.backward()
+    draw = torch.Generator().manual_seed(0)
+    matching_loss(net, r, t, p["mask0"], p["mask1"], draw, UNGUIDED).total.backward()
     assert [n for n, q in net.named_parameters() if q.grad is None or not q.grad.abs().sum() > 0] == []
 
 

@@ -10,9 +10,16 @@ from loftr_curriculum.geometry import similarity
 from loftr_curriculum.model.attention import ATTEND
 from loftr_curriculum.model.coarse import coarse_similarity, dual_softmax, mutual_maxima
 from loftr_curriculum.model.config import UNGUIDED, Guidance, MatcherConfig
-from loftr_curriculum.model.fine import FlowHead, bring_home, consensus, follow, settle
+from loftr_curriculum.model.fine import (
+    FlowHead,
+    affine_from_flow,
+    consensus,
+    perturb,
+    predict_flow,
+    warp_features,
+)
 from loftr_curriculum.model.matcher import Matcher
-from loftr_curriculum.training.losses import coarse_loss, matching_loss, nearby
+from loftr_curriculum.training.losses import coarse_loss, matching_loss
 from loftr_curriculum.training.supervision import Targets, supervise
 
 SIDE = 64
@@ -79,7 +86,8 @@ def loss_of(net, case, seed, cast=None, device="cpu"):
         r = net(**b, guidance=guidance)
     T = torch.tensor(T, dtype=torch.float32, device=device)[None].repeat(2, 1, 1)
     targets = supervise(T, r.grid0, r.grid1, r.seen0, r.seen1)
-    return matching_loss(r, targets, b["mask0"], b["mask1"], torch.Generator().manual_seed(seed), guidance)
+    draw = torch.Generator().manual_seed(seed)
+    return matching_loss(net, r, targets, b["mask0"], b["mask1"], draw, guidance)
 
 
 def walk(net, steps, cast=None, device="cpu", scaler=None):
@@ -238,12 +246,12 @@ def test_flow_of_features_without_bounds_is_finite(sharpness):
     seen = torch.ones(2, 1, 8, 8)
     T = torch.eye(3).repeat(2, 1, 1)
     T[1, 0, 2] = 1e4
-    flow, log_sigma = follow(head, fine0, fine1, seen, seen, T)
+    flow, log_sigma = predict_flow(head, fine0, fine1, seen, seen, T)
     (flow.norm(dim=1) * (-log_sigma).exp() + log_sigma).mean().backward()
     assert flow.isfinite().all() and log_sigma.abs().max() <= 4
     assert all(p.grad.isfinite().all() for p in head.parameters())
-    assert settle(T, flow, log_sigma, seen).isfinite().all()
-    assert settle(T, flow, log_sigma, seen * 0).isfinite().all()
+    assert affine_from_flow(T, flow, log_sigma, seen).isfinite().all()
+    assert affine_from_flow(T, flow, log_sigma, seen * 0).isfinite().all()
 
 
 def test_no_consensus_is_no_error():
@@ -275,12 +283,12 @@ def test_the_truth_is_not_rounded_by_autocast():
     T = torch.tensor([[[0.9, -0.31, 40.3], [0.28, 1.1, -7.7], [0, 0, 1]]])
     seen = torch.ones(1, 1024, dtype=torch.bool)
     exact = supervise(T, (32, 32), (32, 32), seen, seen)
-    near = nearby(T, (256, 256), torch.Generator().manual_seed(0))
+    near = perturb(T, (256, 256), torch.Generator().manual_seed(0))
     with torch.autocast("cpu", torch.bfloat16):
         rounded = supervise(T, (32, 32), (32, 32), seen, seen)
-        assert torch.equal(nearby(T, (256, 256), torch.Generator().manual_seed(0)), near)
+        assert torch.equal(perturb(T, (256, 256), torch.Generator().manual_seed(0)), near)
     assert torch.equal(rounded.points1, exact.points1) and torch.equal(rounded.points0, exact.points0)
     x = torch.arange(64.0).expand(1, 1, 64, 64) * 4 + 1.5
     with torch.autocast("cpu", torch.bfloat16):
-        home = bring_home(x, T, (64, 64))
-    assert torch.equal(home, bring_home(x, T, (64, 64)))
+        warped = warp_features(x, T, (64, 64))
+    assert torch.equal(warped, warp_features(x, T, (64, 64)))

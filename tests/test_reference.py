@@ -15,7 +15,8 @@ from safetensors.torch import save_file
 from loftr_curriculum.cli import read_settings
 from loftr_curriculum.geometry import similarity
 from loftr_curriculum.model.config import PUBLISHED, REFERENCE, Guidance, MatcherConfig
-from loftr_curriculum.model.reference import ReferenceMatcher, off_border, vessel_weight
+from loftr_curriculum.model.reference import ReferenceMatcher, vessel_weight
+from loftr_curriculum.model.stages import off_border
 from loftr_curriculum.model.weights import (
     find_published,
     load_matcher,

@@ -242,7 +242,9 @@ def test_overfitting_one_pair_registers_it():
         net.train()
         r = net(**given)
         t = supervise(T, r.grid0, r.grid1, r.seen0, r.seen1)
-        loss = matching_loss(r, t, given["mask0"], given["mask1"], torch.Generator().manual_seed(step)).total
+        loss = matching_loss(
+            net, r, t, given["mask0"], given["mask1"], torch.Generator().manual_seed(step)
+        ).total
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)

@@ -5,17 +5,16 @@
 # %% auto #0
 __all__ = [
     "LOG_SMALL",
-    "STRENGTHS",
-    "FLOW_WEIGHT",
-    "WINDOW_WEIGHT",
     "pair_weight",
     "weighted_mean",
+    "linked_cells",
+    "confused_cells",
+    "negative_weight",
+    "read_once",
     "coarse_loss",
-    "nearby",
-    "flow_loss",
-    "window_errors",
-    "window_loss",
+    "fine_loss",
     "Loss",
+    "vessel_weights",
     "matching_loss",
 ]
 
@@ -24,12 +23,9 @@ from dataclasses import dataclass
 
 import torch
 
-from ..geometry import apply_transform
-from ..model.coarse import COARSE, cell_centres
-from ..model.config import UNGUIDED
-from ..model.fine import FINE, REACH
+from ..io.deprecated import deprecated_names
+from ..model.config import UNGUIDED, VARIANTS
 from ..model.guidance import mask_to_grid, pad_to
-from ..model.matcher import FlowResult
 
 
 # %% ../../nbs/09_training/03_losses.ipynb #c17df356
@@ -55,9 +51,48 @@ def weighted_mean(
 LOG_SMALL = -6.9  # log of the confidence under which a negative is left out of the sum
 
 
-def _pairs(links):
-    b, i = (links >= 0).nonzero(as_tuple=True)
-    return b, i, links[b, i]
+def linked_cells(
+    links,  # (B, N) the cell of the other image, or -1
+) -> tuple:
+    "Pair of the batch, cell, cell of the other image; each (M,)."
+    pair, cell = (links >= 0).nonzero(as_tuple=True)
+    return pair, cell, links[pair, cell]
+
+
+# %% ../../nbs/09_training/03_losses.ipynb #bc3119ee
+def confused_cells(
+    row,  # (B, L, S) log probabilities along the rows
+    col,  # (B, L, S) log probabilities along the columns
+    negative,  # (B, L, S) bool
+) -> tuple:
+    "The negatives that are not yet negligible: pair of the batch, cell of image 0, cell of image 1."
+    # one pair of images at a time: what is written stays in the cache
+    kept = [(r + c > LOG_SMALL) & no for r, c, no in zip(row, col, negative)]
+    return torch.stack(kept).nonzero(as_tuple=True)
+
+
+# %% ../../nbs/09_training/03_losses.ipynb #d62d5cb4
+def negative_weight(
+    negative,  # (B, L, S) bool
+    m0,  # (B, L) vessel weight of the cells of image 0
+    m1,  # (B, S) vessel weight of the cells of image 1
+    scaler,  # vessel_loss_weight_scaler
+) -> torch.Tensor:
+    "The weights of all negatives, summed."
+    if scaler == 1:
+        return negative.sum()
+    return sum((pair_weight(w0[:, None], w1, scaler) * no).sum() for w0, w1, no in zip(m0, m1, negative))
+
+
+# %% ../../nbs/09_training/03_losses.ipynb #8b60d28a
+def read_once(
+    log_p,  # (B, L, S)
+    first,  # pair of the batch, cell of image 0, cell of image 1; each (M,)
+    second,  # the same, (N,)
+) -> tuple:
+    "What stands at the first places (M,), and at the second ones (N,)."
+    places = tuple(torch.cat(both) for both in zip(first, second))
+    return log_p[places].split((len(first[0]), len(second[0])))
 
 
 # %% ../../nbs/09_training/03_losses.ipynb #26ba10b2
@@ -70,128 +105,37 @@ def coarse_loss(
 ):
     "Positive and negative term, two scalars."
     row, col = sim.log_softmax(2), sim.log_softmax(1)
-    (b0, i0, j0), (b1, j1, i1) = _pairs(targets.forward), _pairs(targets.backward)
-    with torch.no_grad():  # one pair of images at a time: what is written stays in the cache
-        total = (
-            sum(
-                (pair_weight(w0[:, None], w1, scaler) * no).sum()
-                for w0, w1, no in zip(m0, m1, targets.negative)
-            )
-            if scaler != 1
-            else targets.negative.sum()
-        )
-        b, i, j = torch.stack(
-            [(r + c > LOG_SMALL) & no for r, c, no in zip(row, col, targets.negative)]
-        ).nonzero(as_tuple=True)
-
-    def gather(log_p, *at):
-        # one read of each matrix, so one dense gradient
-        return log_p[tuple(torch.cat(t) for t in zip(at, (b, i, j)))].split((len(at[0]), len(b)))
-
-    (true0, false0), (true1, false1) = gather(row, b0, i0, j0), gather(col, b1, i1, j1)
-
-    def weigh(b, i, j):
-        return pair_weight(m0[b, i], m1[b, j], scaler)
-
-    positive = weighted_mean(-torch.cat([true0, true1]), torch.cat([weigh(b0, i0, j0), weigh(b1, i1, j1)]))
-    conf = (false0 + false1).exp().clamp(max=1 - 1e-6)
-    weight = weigh(b, i, j)
-    return positive, (-conf.square() * torch.log1p(-conf) * weight).sum() / total.clamp(min=1)
+    b0, i0, j0 = linked_cells(targets.forward)
+    b1, j1, i1 = linked_cells(targets.backward)
+    with torch.no_grad():
+        total = negative_weight(targets.negative, m0, m1, scaler)
+        b, i, j = confused_cells(row, col, targets.negative)
+    true_row, false_row = read_once(row, (b0, i0, j0), (b, i, j))
+    true_col, false_col = read_once(col, (b1, i1, j1), (b, i, j))
+    weight0 = pair_weight(m0[b0, i0], m1[b0, j0], scaler)
+    weight1 = pair_weight(m0[b1, i1], m1[b1, j1], scaler)
+    positive = weighted_mean(-torch.cat([true_row, true_col]), torch.cat([weight0, weight1]))
+    conf = (false_row + false_col).exp().clamp(max=1 - 1e-6)
+    focal = -conf.square() * torch.log1p(-conf) * pair_weight(m0[b, i], m1[b, j], scaler)
+    return positive, focal.sum() / total.clamp(min=1)
 
 
-# %% ../../nbs/09_training/03_losses.ipynb #44bc786e
-STRENGTHS = (1.0, 0.3, 0.1)  # of the error of a first answer, drawn with equal chance
-
-
-def nearby(
-    fixed_to_moving,  # (B, 3, 3)
-    size,  # (height, width) of image 0, pixels
-    generator,  # torch.Generator
-) -> torch.Tensor:
-    "`fixed_to_moving` behind random affines near the identity, (B, 3, 3): at full strength up to 10 px a shift, and 0.05 of deviation in every entry of the matrix."
-    B, draw = len(fixed_to_moving), lambda *shape: torch.randn(*shape, generator=generator)
-    strength = torch.tensor(STRENGTHS)[torch.randint(len(STRENGTHS), (B,), generator=generator)][
-        :, None, None
-    ]
-    E, middle = torch.eye(3).repeat(B, 1, 1), torch.tensor([(size[1] - 1) / 2, (size[0] - 1) / 2])
-    E[:, :2, :2] += 0.05 * strength * draw(B, 2, 2)
-    E[:, :2, 2] = (
-        middle
-        - (E[:, :2, :2] * middle).sum(-1)
-        + 10 * strength[:, 0] * (2 * torch.rand(B, 2, generator=generator) - 1)
-    )
-    with torch.autocast(fixed_to_moving.device.type, enabled=False):
-        return fixed_to_moving @ E.to(fixed_to_moving)
-
-
-# %% ../../nbs/09_training/03_losses.ipynb #80378913
-def flow_loss(
-    result,  # FlowResult
-    targets,  # Targets
-    m0,  # (B, L) vessel weight of the cells of image 0
-    scaler,  # vessel_loss_weight_scaler
-    generator,  # torch.Generator that draws the first answers
-):
-    "Weighted likelihood, and the median distance in pixels of image 0; 0 and nan where no cell has a partner within reach."
-    r, t = result, targets
-    T = nearby(t.fixed_to_moving, tuple(COARSE * n for n in r.grid0), generator)
-    flow, log_sigma = r.flow(T)
-    truth = apply_transform(torch.linalg.inv(T), t.points1) - cell_centres(r.grid0, device=T.device)
-    b, i = ((t.forward >= 0) & (truth.abs().amax(-1) < REACH * FINE)).nonzero(as_tuple=True)
-    if not len(b):
-        return flow.sum() * 0, flow.new_tensor(float("nan"))
-    d, s = (flow - truth)[b, i].norm(dim=-1), log_sigma[b, i]
-    return weighted_mean(d * (-s).exp() + s, 1 + m0[b, i] * (scaler - 1)), d.detach().median()
-
-
-# %% ../../nbs/09_training/03_losses.ipynb #004e410b
-def _draw(links, count, generator):
-    b, i = (links >= 0).nonzero(as_tuple=True)
-    pick = torch.randperm(len(b), generator=generator)[:count].to(b.device)
-    return b[pick], i[pick], links[b[pick], i[pick]]
-
-
-# %% ../../nbs/09_training/03_losses.ipynb #985f6ef8
-def window_errors(
-    result,  # ReferenceResult
-    back,  # follow cells of image 1 into image 0?
-    links,  # (B, N) cell of the other image, or -1
-    truth,  # (B, N, 2) where the centres truly lie in the other image
-    count,  # links drawn
-    generator,  # torch.Generator that draws them
-):
-    "Squared distances in window radii, the heat map's deviation, and which `(b, i)` was drawn; each (M,)."
-    b, i, j = _draw(links, count, generator)
-    found, sigma = result.refine(b, i, j, back)
-    return ((found - truth[b, i]) / result.reach).square().sum(-1), sigma, b, i
-
-
-# %% ../../nbs/09_training/03_losses.ipynb #add468de
-def window_loss(
-    result,  # ReferenceResult
-    targets,  # Targets
+# %% ../../nbs/09_training/03_losses.ipynb #52adc44b
+def fine_loss(
+    terms,  # FineTerms
     m0,  # (B, L) vessel weight of the cells of image 0
     m1,  # (B, S) vessel weight of the cells of image 1
     scaler,  # vessel_loss_weight_scaler
-    count,  # links drawn from the batch
-    generator,  # torch.Generator that draws them
 ):
-    "Weighted squared distance, and the median distance in pixels; 0 and nan where no link is true."
-    r, t = result, targets
-    d0, s0, b0, i0 = window_errors(r, False, t.forward, t.points1, count // 2, generator)
-    d1, s1, b1, i1 = window_errors(r, True, t.backward, t.points0, count // 2, generator)
-    d2, sigma, m = torch.cat([d0, d1]), torch.cat([s0, s1]), torch.cat([m0[b0, i0], m1[b1, i1]])
-    inverse = 1 / sigma.detach()
-    loss = (
-        weighted_mean(d2 * inverse / inverse.mean(), 1 + m * (scaler - 1)) if len(d2) else r.fine0.sum() * 0
-    )
-    return loss, d2.detach().sqrt().nanmedian() * r.reach
+    "Weighted mean, and the median distance in pixels; 0 and nan where there is no cell to learn from."
+    distance_px = terms.distance_px.nanmedian()
+    if not len(terms.loss):
+        return terms.zero, distance_px
+    vessels = torch.cat([m0[terms.cells0], m1[terms.cells1]])
+    return weighted_mean(terms.loss, 1 + vessels * (scaler - 1)), distance_px
 
 
 # %% ../../nbs/09_training/03_losses.ipynb #cd5833b0
-FLOW_WEIGHT, WINDOW_WEIGHT = 0.3, 2.0  # of the fine term
-
-
 @dataclass(frozen=True)
 class Loss:
     "The loss of a step and its parts, scalars."
@@ -203,25 +147,35 @@ class Loss:
     fine_px: torch.Tensor  # median distance in pixels, not trained on
 
 
+# %% ../../nbs/09_training/03_losses.ipynb #54f63cd5
+def vessel_weights(
+    mask,  # (B, H, W) soft vessel mask in [0, 1]
+    grid,  # (h, w) cells
+) -> torch.Tensor:
+    "Vessel weight of the cells, (B, h * w) in [0, 1]."
+    h, w = grid
+    return mask_to_grid(pad_to(mask, 16), 8)[:, :h, :w].flatten(1)
+
+
 # %% ../../nbs/09_training/03_losses.ipynb #cf14f081
 def matching_loss(
+    matcher,  # the matcher that made the result; its fine stage brings its terms
     result,  # CoarseResult of the guided forward pass
     targets,  # Targets
     mask0,  # (B, H0, W0) soft vessel mask in [0, 1]
     mask1,  # (B, H1, W1)
-    generator,  # torch.Generator for what the fine loss draws
+    generator,  # torch.Generator for what the fine stage draws
     guidance=UNGUIDED,  # Engine 2 acts through vessel_loss_weight_scaler
-    count=1024,  # links for the windows of the reference
 ) -> Loss:
     "Weighted coarse and fine loss; finite also for a batch without any true link."
-    m0, m1 = (
-        mask_to_grid(pad_to(m, 16), 8)[:, :h, :w].flatten(1)
-        for m, (h, w) in ((mask0, result.grid0), (mask1, result.grid1))
-    )
-    s = guidance.vessel_loss_weight_scaler
-    positive, negative = coarse_loss(result.sim, targets, m0, m1, s)
-    if isinstance(result, FlowResult):
-        weight, (fine, px) = FLOW_WEIGHT, flow_loss(result, targets, m0, s, generator)
-    else:
-        weight, (fine, px) = WINDOW_WEIGHT, window_loss(result, targets, m0, m1, s, count, generator)
-    return Loss(positive + negative + weight * fine, positive, negative, fine, px)
+    m0, m1 = vessel_weights(mask0, result.grid0), vessel_weights(mask1, result.grid1)
+    scaler = guidance.vessel_loss_weight_scaler
+    positive, negative = coarse_loss(result.sim, targets, m0, m1, scaler)
+    terms = matcher.fine_stage.loss_terms(result, targets, generator)
+    fine, fine_px = fine_loss(terms, m0, m1, scaler)
+    weight = VARIANTS[matcher.config.variant].fine_weight
+    return Loss(positive + negative + weight * fine, positive, negative, fine, fine_px)
+
+
+# %% ../../nbs/09_training/03_losses.ipynb #e04b0a68
+__getattr__ = deprecated_names(__name__, {"nearby": "loftr_curriculum.model.fine:perturb"})

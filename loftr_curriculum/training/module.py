@@ -89,8 +89,8 @@ def first_matcher(
         )
     if config.only_fine:
         matcher.requires_grad_(False)
-        for part in matcher.fine_stage:
-            part.requires_grad_(True)
+        for layer in matcher.fine_stage.layers:
+            layer.requires_grad_(True)
     return matcher.train()
 
 
@@ -228,7 +228,7 @@ def training_step(
     T, map0, map1, mask0, mask1 = cell_frame(batch, result.shift)
     targets = supervise(T, result.grid0, result.grid1, result.seen0, result.seen1, map0, map1)
     draw = torch.Generator().manual_seed(module.config.seed * 1_000_003 + module.global_step)
-    loss = matching_loss(result, targets, mask0, mask1, draw, g)
+    loss = matching_loss(module.matcher, result, targets, mask0, mask1, draw, g)
     n = len(batch["image0"])
     module.log("train/loss_step", loss.total.detach(), prog_bar=True, on_step=True, on_epoch=False)
     for name, part in MEANS.items():
