@@ -49,7 +49,8 @@ from ..report.registration import draw_checkerboard, write_registration
 from ..retina.config import SEEDS, EyeConfig
 from ..retina.world import make_world
 from .config import TrainConfig
-from .run import read_epochs, train
+from .history import read_epochs
+from .run import train
 
 # %% ../../nbs/09_training/07_demo.ipynb #56471e18
 EYE = EyeConfig(size=512, field_deg=45, disease=0.3, gap=0.3)

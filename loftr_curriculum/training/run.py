@@ -5,22 +5,31 @@
 # %% auto #0
 __all__ = [
     "FREE",
-    "ELSEWHERE",
-    "BEFORE",
+    "OF_THE_MACHINE",
+    "FILES",
+    "what_counts",
+    "is_elsewhere",
     "claim_folder",
     "computes_bf16",
     "precision_of",
     "Run",
     "callbacks_of",
+    "recorder_of",
     "loggers_of",
     "facts_of",
+    "config_to_tell",
+    "seconds_of",
+    "device_name",
+    "validation_of",
     "keep_before",
+    "module_of",
+    "trainer_of",
+    "fit",
+    "keep_weights",
     "train",
-    "read_epochs",
 ]
 
 # %% ../../nbs/09_training/06_run.ipynb #a928677b
-import csv
 import json
 import platform
 import signal
@@ -40,11 +49,17 @@ from loftr_curriculum.training.callbacks import (
     RealPairs,
     Stopwatch,
 )
+from loftr_curriculum.training.history import (
+    RunFolder,
+    facts_before,
+    facts_from,
+    read_epochs,
+    write_before,
+)
 
 from ..data.module import PairDataModule
-from ..evaluation.card import facts_from
 from ..io.files import read_json, write_json
-from ..model.weights import load_matcher, order_for_cpu, save_matcher
+from ..model.weights import SHIPPED, load_matcher, order_for_cpu, save_matcher
 from ..retina.config import GENERATOR_VERSION
 from .curriculum import CurriculumScheduler, independence_from
 from .module import PL_LoFTR
@@ -52,12 +67,13 @@ from .recorder import MatchRecorder, ProbeSources
 from .resume import AtomicCheckpointIO, LastCheckpoint, polite_stop
 
 # %% ../../nbs/09_training/06_run.ipynb #88751c31
+# fields that may differ when a run is resumed: what only watches changes no weight
 FREE = (
     "resume",
     "out",
     "val_real",
     "keep",
-    "checkpoint_minutes",  # fields that may differ when a run is resumed: what only watches changes no weight
+    "checkpoint_minutes",
     "record_every",
     "probes",
     "probe_pseudo_real",
@@ -65,48 +81,54 @@ FREE = (
     "collapse_patience",
     "collapse_stop",
 )
+# fields that are another machine's business
+OF_THE_MACHINE = ("data.cache", "data.workers", "data.render_workers")
+# files that another machine has elsewhere: their names have to agree, their folders need not
+FILES = ("init", "data.triplets", "data.pairs")
 
 
-# another machine has them elsewhere
-ELSEWHERE = ("data.cache", "data.workers", "data.render_workers", "init", "data.triplets", "data.pairs")
-
-
-def _what_counts(config):  # what has to be the same where a run goes on: dict of a TrainConfig -> flat dict
-    flat = {k: v for k, v in config.items() if k != "data"} | {
-        f"data.{k}": v for k, v in config.get("data", {}).items()
-    }
-    return {
-        k: Path(v).name if k in ELSEWHERE[3:] and v else v
-        for k, v in flat.items()
-        if k not in (*FREE, *ELSEWHERE[:3])
-    }
+# %% ../../nbs/09_training/06_run.ipynb #4448c328
+def what_counts(
+    config,  # dict of a TrainConfig
+) -> dict:
+    "What has to be the same where a run goes on, as a flat dict."
+    flat = {k: v for k, v in config.items() if k != "data"}
+    flat |= {f"data.{k}": v for k, v in config.get("data", {}).items()}
+    counts = {k: v for k, v in flat.items() if k not in (*FREE, *OF_THE_MACHINE)}
+    names = {k: Path(v).name for k, v in counts.items() if k in FILES and v}
+    return counts | names
 
 
 # %% ../../nbs/09_training/06_run.ipynb #9106064a
-def _elsewhere(init):
-    return init not in (None, "shipped") and not Path(init).exists()
+def is_elsewhere(
+    init,  # weights to start from, or None
+) -> bool:
+    "Is it a file that this machine does not have?"
+    return init not in (None, SHIPPED) and not Path(init).exists()
 
 
 # %% ../../nbs/09_training/06_run.ipynb #de38adc5
 def claim_folder(
     config,  # TrainConfig
-) -> Path:
-    "Makes the folder of a run and writes `config.json`; ValueError names what differs where the folder holds another run."
-    out = Path(config.out)
+) -> RunFolder:
+    """Makes the folder of a run and writes its configuration.
+
+    Raises ValueError, naming what differs, where the folder holds another run."""
+    folder = RunFolder(Path(config.out))
     mine = json.loads(json.dumps(asdict(config)))
-    if (out / "last.ckpt").is_file():
-        theirs, ours = (_what_counts(c) for c in (read_json(out / "config.json"), mine))
-        differ = [k for k in ours if theirs.get(k) != ours[k]]
-        if differ:
-            raise ValueError(
-                f"{out}: holds a run with another configuration ({', '.join(differ)}); choose another folder"
-            )
-        if not config.resume:
-            raise ValueError(f"{out}: holds a run already and resume is off; choose another folder")
-    else:
-        out.mkdir(parents=True, exist_ok=True)
-        write_json(out / "config.json", mine)
-    return out
+    if not folder.last.is_file():
+        folder.path.mkdir(parents=True, exist_ok=True)
+        write_json(folder.config, mine)
+        return folder
+    theirs, ours = what_counts(read_json(folder.config)), what_counts(mine)
+    differ = ", ".join(k for k in ours if theirs.get(k) != ours[k])
+    if differ:
+        raise ValueError(
+            f"{folder.path}: holds a run with another configuration ({differ}); choose another folder"
+        )
+    if not config.resume:
+        raise ValueError(f"{folder.path}: holds a run already and resume is off; choose another folder")
+    return folder
 
 
 # %% ../../nbs/09_training/06_run.ipynb #39dd9f54
@@ -115,7 +137,10 @@ def computes_bf16() -> bool:
     if torch.cuda.is_available():
         return torch.cuda.get_device_capability() >= (8, 0)
     info = Path("/proc/cpuinfo")
-    return info.is_file() and any(flag in info.read_text() for flag in ("avx512_bf16", "amx_bf16"))
+    if not info.is_file():
+        return False
+    flags = info.read_text()
+    return "avx512_bf16" in flags or "amx_bf16" in flags
 
 
 # %% ../../nbs/09_training/06_run.ipynb #39ea5719
@@ -123,8 +148,9 @@ def precision_of(
     config,  # TrainConfig
 ) -> str:
     "Lightning's name for the precision."
-    bf16 = config.precision == "bf16" or config.precision == "auto" and computes_bf16()
-    return "bf16-mixed" if bf16 else "32-true"
+    if config.precision == "auto":
+        return "bf16-mixed" if computes_bf16() else "32-true"
+    return "bf16-mixed" if config.precision == "bf16" else "32-true"
 
 
 # %% ../../nbs/09_training/06_run.ipynb #d0c08f3c
@@ -141,9 +167,9 @@ class Run:
 # %% ../../nbs/09_training/06_run.ipynb #035fb402
 def callbacks_of(
     config,  # TrainConfig
-    out,  # Path
+    out,  # folder of the run
 ) -> list:
-    "Everything that watches the run. A folder of real pairs is checked here, before any work."
+    "Everything that watches the run; the last one keeps `last.ckpt`."
     free = independence_from(config.phases, config.epochs)
     time = Stopwatch()
     watch = [
@@ -152,75 +178,102 @@ def callbacks_of(
         CurriculumScheduler(config.phases, max(1, config.record_every)),
     ]
     if config.record_every and (config.probes or config.probe_pseudo_real or config.probe_real):
-        watch.append(
-            MatchRecorder(
-                out / "recording",
-                ProbeSources(config),
-                config.record_every,
-                config.collapse_patience,
-                config.collapse_stop,
-            )
-        )
+        watch.append(recorder_of(config, out))
     if config.val_real:
         watch.append(RealPairs(config.val_real))
     if config.patience:
         watch.append(PatientStopping(config.patience, max(config.stop_from, free)))
-    return [
-        *watch,
-        BestWhenIndependent(out, free),
-        EpochTable(),
-        LastCheckpoint(out, config.checkpoint_minutes),
-    ]
+    last = LastCheckpoint(out, config.checkpoint_minutes)
+    return [*watch, BestWhenIndependent(out, free), EpochTable(), last]
+
+
+# %% ../../nbs/09_training/06_run.ipynb #5b6585ea
+def recorder_of(
+    config,  # TrainConfig
+    out,  # folder of the run
+) -> MatchRecorder:
+    "The recorder of the probe pairs."
+    return MatchRecorder(
+        RunFolder(Path(out)).recording,
+        ProbeSources(config),
+        config.record_every,
+        config.collapse_patience,
+        config.collapse_stop,
+    )
 
 
 # %% ../../nbs/09_training/06_run.ipynb #7ff56229
 def loggers_of(
-    out,  # Path
+    folder,  # RunFolder
 ) -> list:
-    "CSV and TensorBoard logs; every session of a run writes into a folder of its own, so that resuming overwrites nothing."
-    session = f"session_{len(list((out / 'logs').glob('session_*'))):02d}"
-    return [CSVLogger(out, "logs", version=session), TensorBoardLogger(out, "logs", version=session)]
+    "CSV and TensorBoard logs of the next session."
+    session = f"session_{len(folder.sessions()):02d}"
+    return [
+        CSVLogger(folder.path, "logs", version=session),
+        TensorBoardLogger(folder.path, "logs", version=session),
+    ]
 
 
 # %% ../../nbs/09_training/06_run.ipynb #60878594
-BEFORE = "before.json"
-
-
 def facts_of(
     config,  # TrainConfig
     trainer,  # Trainer after the run
     epoch,  # whose weights are kept
 ) -> dict:
-    "What a weights file says about its training, without folders of the machine; the validation figures are those of the kept epoch. `before` holds the facts of the weights that the run started from."
-    told = json.loads(
-        json.dumps(
-            asdict(
-                replace(config, out="", val_real=None, probe_real=None, data=replace(config.data, cache=None))
-            )
-        )
-    )
-    device = (
-        torch.cuda.get_device_name()
-        if torch.cuda.is_available()
-        else f"CPU, {torch.get_num_threads()} threads, {platform.machine()}"
-    )
-    seconds = next((c.seconds for c in trainer.callbacks if isinstance(c, Stopwatch)), 0.0)
-    row = next((r for r in read_epochs(config.out) if r["epoch"] == epoch), {})
-    before = Path(config.out) / BEFORE
-    return dict(
-        config=told,
-        epochs=trainer.current_epoch,
-        kept_epoch=epoch,
-        steps=trainer.global_step,
-        precision=precision_of(config),
-        pairs=trainer.global_step * config.data.batch_size * trainer.world_size,
-        seconds=round(seconds),
-        hardware=device,
-        torch=torch.__version__,
-        generator=GENERATOR_VERSION,
-        val={k: round(v, 4) for k, v in row.items() if k.startswith("val/")},
-        **({"before": read_json(before)} if before.is_file() else {}),
-    )
+    "What a weights file says about its training; `before` holds the facts of the weights it started from."
+    told = {
+        "config": config_to_tell(config),
+        "epochs": trainer.current_epoch,
+        "kept_epoch": epoch,
+        "steps": trainer.global_step,
+        "precision": precision_of(config),
+        "pairs": trainer.global_step * config.data.batch_size * trainer.world_size,
+        "seconds": round(seconds_of(trainer)),
+        "hardware": device_name(),
+        "torch": torch.__version__,
+        "generator": GENERATOR_VERSION,
+        "val": validation_of(config.out, epoch),
+    }
+    return told | facts_before(config.out)
+
+
+# %% ../../nbs/09_training/06_run.ipynb #13efbc38
+def config_to_tell(
+    config,  # TrainConfig
+) -> dict:
+    "The configuration without folders of the machine, as plain values."
+    data = replace(config.data, cache=None)
+    told = replace(config, out="", val_real=None, probe_real=None, data=data)
+    return json.loads(json.dumps(asdict(told)))
+
+
+# %% ../../nbs/09_training/06_run.ipynb #0c557bd4
+def seconds_of(
+    trainer,  # Trainer
+) -> float:
+    "Seconds of training over all sessions."
+    watches = [c for c in trainer.callbacks if isinstance(c, Stopwatch)]
+    return watches[0].seconds if watches else 0.0
+
+
+# %% ../../nbs/09_training/06_run.ipynb #1dded0de
+def device_name() -> str:
+    "The GPU, or how many threads of which processor."
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return f"CPU, {torch.get_num_threads()} threads, {platform.machine()}"
+
+
+# %% ../../nbs/09_training/06_run.ipynb #9beb0e2c
+def validation_of(
+    out,  # folder of the run
+    epoch,  # int
+) -> dict:
+    "The validation figures of an epoch; empty where none were logged."
+    for row in read_epochs(out):
+        if row["epoch"] == epoch:
+            return {k: round(v, 4) for k, v in row.items() if k.startswith("val/")}
+    return {}
 
 
 # %% ../../nbs/09_training/06_run.ipynb #f8b70f15
@@ -230,8 +283,75 @@ def keep_before(
     matcher,  # as loaded from `init`
 ) -> None:
     "Keeps the facts of the weights in `init`, which may be gone or replaced before the run ends."
-    if config.init and not _elsewhere(config.init) and not (out / BEFORE).is_file():
-        write_json(out / BEFORE, facts_from(config.init, matcher.facts))
+    if config.init and not is_elsewhere(config.init):
+        write_before(out, facts_from(config.init, matcher.facts))
+
+
+# %% ../../nbs/09_training/06_run.ipynb #af69a5ff
+def module_of(
+    config,  # TrainConfig
+    last,  # path of `last.ckpt`
+) -> PL_LoFTR:
+    "The module to train, from what `init` says or from the last checkpoint."
+    if is_elsewhere(config.init) and last.is_file():
+        config = replace(config, init=str(last))
+    return PL_LoFTR(config)
+
+
+# %% ../../nbs/09_training/06_run.ipynb #f02c585a
+def trainer_of(
+    config,  # TrainConfig
+    folder,  # RunFolder
+    callbacks,  # list
+    progress,  # show a progress bar?
+) -> pl.Trainer:
+    "Lightning's trainer for this run."
+    steps = config.data.pairs_per_epoch // config.data.batch_size
+    return pl.Trainer(
+        max_epochs=config.epochs,
+        precision=precision_of(config),
+        gradient_clip_val=config.clip,
+        num_sanity_val_steps=0,
+        use_distributed_sampler=False,
+        log_every_n_steps=min(10, max(1, steps)),
+        enable_model_summary=False,
+        enable_progress_bar=progress,
+        callbacks=callbacks,
+        logger=loggers_of(folder),
+        plugins=AtomicCheckpointIO(),
+    )
+
+
+# %% ../../nbs/09_training/06_run.ipynb #8099ee29
+def fit(
+    trainer,  # Trainer
+    module,  # PL_LoFTR
+    data,  # PairDataModule
+    last,  # LastCheckpoint
+) -> None:
+    "Train from the last checkpoint where there is one; the first interruption stops politely."
+    start = last.path if last.path.is_file() else None
+    try:
+        with polite_stop(last):
+            trainer.fit(module, data, ckpt_path=start, weights_only=True)
+    except SIGTERMException:
+        raise SystemExit(128 + signal.SIGTERM) from None
+    except SystemExit as e:  # Lightning's way to say that it was interrupted
+        if isinstance(e.__context__, KeyboardInterrupt):
+            raise KeyboardInterrupt from None
+        raise
+
+
+# %% ../../nbs/09_training/06_run.ipynb #db56f2d9
+def keep_weights(
+    config,  # TrainConfig
+    folder,  # RunFolder
+    trainer,  # Trainer after the run
+) -> None:
+    "Writes the weights file of the run: those of the best epoch, or of the last one."
+    best = config.keep == "best" and folder.best.is_file()
+    kept = load_matcher(folder.best if best else folder.last)
+    save_matcher(folder.weights, kept, facts_of(config, trainer, kept.facts["epoch"]))
 
 
 # %% ../../nbs/09_training/06_run.ipynb #e14bd8ac
@@ -242,62 +362,20 @@ def train(
 ) -> Run:
     """Train, or go on training, and leave checkpoints, logs and weights in `config.out`.
 
-    All input is checked before anything long starts: ValueError (FileError for files) names what is wrong. Interrupt it at any time (Ctrl-C, SIGTERM); the same
-    call goes on at the next step, also from a copy of the folder on another machine, and the result is that of an uninterrupted run."""
+    All input is checked before anything long starts: ValueError (FileError for files) names what is wrong.
+    Interrupt it at any time (Ctrl-C, SIGTERM); the same call goes on at the next step, also from a copy of
+    the folder on another machine, and the result is that of an uninterrupted run."""
     pl.seed_everything(config.seed, workers=True, verbose=False)
-    watch, data, last = (
-        callbacks_of(config, Path(config.out)),
-        PairDataModule(config.data),
-        Path(config.out) / "last.ckpt",
-    )
-    module = PL_LoFTR(
-        replace(config, init=str(last)) if _elsewhere(config.init) and last.is_file() else config
-    )
-    out = claim_folder(config)
-    keep_before(out, config, module.matcher)
+    watch = callbacks_of(config, Path(config.out))
+    data = PairDataModule(config.data)
+    module = module_of(config, RunFolder(Path(config.out)).last)
+    folder = claim_folder(config)
+    keep_before(folder.path, config, module.matcher)
     data.setup()
     if not torch.cuda.is_available():
         order_for_cpu(module.matcher)
-    trainer = pl.Trainer(
-        max_epochs=config.epochs,
-        precision=precision_of(config),
-        gradient_clip_val=config.clip,
-        num_sanity_val_steps=0,
-        use_distributed_sampler=False,
-        log_every_n_steps=min(10, max(1, config.data.pairs_per_epoch // config.data.batch_size)),
-        enable_model_summary=False,
-        enable_progress_bar=progress,
-        callbacks=[*watch, *callbacks],
-        logger=loggers_of(out),
-        plugins=AtomicCheckpointIO(),
-    )
-    try:
-        with polite_stop(watch[-1]):
-            trainer.fit(module, data, ckpt_path=last if last.is_file() else None, weights_only=True)
-    except SIGTERMException:
-        raise SystemExit(128 + signal.SIGTERM) from None
-    except SystemExit as e:  # Lightning's way to say that it was interrupted
-        if isinstance(e.__context__, KeyboardInterrupt):
-            raise KeyboardInterrupt from None
-        raise
-    kept = load_matcher(
-        out / "best.ckpt" if config.keep == "best" and (out / "best.ckpt").is_file() else last
-    )
-    save_matcher(out / "weights.safetensors", kept, facts_of(config, trainer, kept.facts["epoch"]))
-    return Run(
-        out, out / "weights.safetensors", {k: float(v) for k, v in trainer.callback_metrics.items()}, module
-    )
-
-
-# %% ../../nbs/09_training/06_run.ipynb #938b9675
-def read_epochs(
-    out,  # folder of a run
-) -> list:
-    "One dict of numbers per epoch, in order; a later session's value replaces an earlier one's."
-    epochs = {}
-    for path in sorted(Path(out).glob("logs/session_*/metrics.csv")):
-        with open(path, newline="") as f:
-            for row in csv.DictReader(f):
-                values = {k: float(v) for k, v in row.items() if v not in ("", None)}
-                epochs.setdefault(int(values["epoch"]), {}).update(values)
-    return [epochs[e] for e in sorted(epochs)]
+    trainer = trainer_of(config, folder, [*watch, *callbacks], progress)
+    fit(trainer, module, data, watch[-1])
+    keep_weights(config, folder, trainer)
+    metrics = {k: float(v) for k, v in trainer.callback_metrics.items()}
+    return Run(folder.path, folder.weights, metrics, module)
