@@ -33,7 +33,7 @@ from ..io.images import write_image
 from .config import GENERATOR_VERSION, EyeConfig, seeds_of
 from .jobs import run_jobs
 from .modality import MODALITIES, VIEW_STREAM, modality, random_stream
-from .render import scan_lines
+from .scanner import scan_lines
 from .world import World, check_settings, make_world
 
 # %% ../../nbs/03_retina/10_synth.ipynb #8c3dd28e

@@ -28,9 +28,10 @@ import numpy as np
 
 from ..io.files import atomic_path, read_json, write_json
 from .config import GENERATOR_VERSION, EyeConfig
+from .drawing import vessel_mask
 from .jobs import keep_memory, run_jobs  # noqa: F401 (data asks for it here)
+from .lesions import common_lesions
 from .modality import ANATOMY_STREAM, LESION_STREAM, MODALITIES, PLANES, random_stream
-from .render import common_lesions, vessel_mask
 from .tree import Anatomy, Vessels, grow_vessels, only
 
 
