@@ -9,12 +9,14 @@ __all__ = [
     "quick_error",
     "mean_auc",
     "first_matcher",
+    "check_same_matcher",
     "Mean",
     "PL_LoFTR",
+    "exchange_mask",
     "with_masks",
     "forward_batch",
-    "cell_frame",
     "training_step",
+    "log_loss",
     "validate",
     "log_errors",
     "rate",
@@ -28,21 +30,19 @@ from dataclasses import asdict
 import lightning.pytorch as pl
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torchmetrics import Metric
 from torchmetrics.aggregation import CatMetric
 
 from ..evaluation.collapse import collapse_figures
 from ..evaluation.metrics import at_512, auc, corner_error
-from ..geometry import apply_transform, check_transform, invert
-from ..model.coarse import cell_centres
-from ..model.config import REFERENCE, UNGUIDED, MatcherConfig
+from ..geometry import check_transform, invert
+from ..model.config import REFERENCE, UNGUIDED, VARIANTS, MatcherConfig
 from ..model.weights import load_matcher, make_matcher
 from ..registration.binning import bin_matches
 from ..registration.estimate import estimate_transform
 from .config import TrainConfig
 from .losses import matching_loss
-from .supervision import supervise
+from .supervision import cell_frame, supervise
 
 
 # %% ../../nbs/09_training/04_module.ipynb #9d89a3d0
@@ -72,26 +72,40 @@ def mean_auc(
 def first_matcher(
     config,  # TrainConfig
 ):
-    "What a run starts from: random weights, or those of `init` with the configuration that they carry; ValueError where `config.matcher` asks for another one."
+    """What a run starts from: random weights, or those of `init` with the configuration that they carry.
+
+    Raises ValueError where `config.matcher` asks for another one."""
     want = config.matcher
     if not config.init:
         return make_matcher(want)
-    matcher = load_matcher(config.init, published=want if want.variant == "reference" else REFERENCE)
-    has, plain = matcher.config, MatcherConfig(want.variant)
-    if has.variant != want.variant:
-        raise ValueError(
-            f"{config.init}: holds the variant {has.variant}, train it with --matcher.variant {has.variant}"
-        )
-    other = [n for n, v in asdict(want).items() if v not in (getattr(plain, n), getattr(has, n))]
-    if other:
-        raise ValueError(
-            f"{config.init}: holds a matcher with {', '.join(f'{n} {getattr(has, n)}' for n in other)}; leave out {', '.join(f'--matcher.{n}' for n in other)}"
-        )
+    # a file in the published format carries no configuration: it gets the one that is asked for
+    published = REFERENCE if VARIANTS[want.variant].own_format else want
+    matcher = load_matcher(config.init, published=published)
+    check_same_matcher(matcher.config, want, config.init)
     if config.only_fine:
         matcher.requires_grad_(False)
         for layer in matcher.fine_stage.layers:
             layer.requires_grad_(True)
     return matcher.train()
+
+
+# %% ../../nbs/09_training/04_module.ipynb #c3dd6a3a
+def check_same_matcher(
+    has,  # MatcherConfig of the weights
+    want,  # MatcherConfig that the run asks for
+    init,  # where the weights come from
+) -> None:
+    "Raises ValueError where a field was asked for that is neither the default nor what the weights have."
+    if has.variant != want.variant:
+        raise ValueError(
+            f"{init}: holds the variant {has.variant}, train it with --matcher.variant {has.variant}"
+        )
+    plain = MatcherConfig(want.variant)
+    other = [n for n, v in asdict(want).items() if v not in (getattr(plain, n), getattr(has, n))]
+    if other:
+        holds = ", ".join(f"{n} {getattr(has, n)}" for n in other)
+        options = ", ".join(f"--matcher.{n}" for n in other)
+        raise ValueError(f"{init}: holds a matcher with {holds}; leave out {options}")
 
 
 # %% ../../nbs/09_training/04_module.ipynb #0e5337a4
@@ -104,7 +118,8 @@ class Mean(Metric):
             self.add_state(name, torch.tensor(0.0), "sum")
 
     def update(self, value, weight):
-        self.total, self.weight = self.total + value * weight, self.weight + weight
+        self.total = self.total + value * weight
+        self.weight = self.weight + weight
 
     def compute(self):
         return self.total / self.weight
@@ -122,17 +137,21 @@ MEANS = {
 
 
 class PL_LoFTR(pl.LightningModule):
-    "Trains a matcher of either variant on batches of `PairDataModule` under the guidance that the curriculum sets."
+    """Trains a matcher of either variant on batches of `PairDataModule`.
+
+    `guidance` is what the curriculum sets; training uses it, validation does not."""
 
     def __init__(
         self,
         config=TrainConfig(),  # the run
     ):
         super().__init__()
-        self.config, self.guidance = config, UNGUIDED
+        self.config = config
+        self.guidance = UNGUIDED
         self.matcher = first_matcher(config)
         self.save_hyperparameters({"matcher": asdict(self.matcher.config), "train": asdict(config)})
-        self.val_errors, self.val_errors_guided = CatMetric(), CatMetric()
+        self.val_errors = CatMetric()
+        self.val_errors_guided = CatMetric()
         self.means = torch.nn.ModuleDict({name: Mean() for name in MEANS})
 
     def on_train_epoch_start(self):
@@ -150,13 +169,24 @@ class PL_LoFTR(pl.LightningModule):
             self.val_errors_guided.update(validate(self, batch, self.guidance)[0])
 
     def on_validation_epoch_end(self):
-        for name, metric in (("val", self.val_errors), ("val_guided", self.val_errors_guided)):
+        for name, metric in {"val": self.val_errors, "val_guided": self.val_errors_guided}.items():
             if metric.update_count:
                 log_errors(self, name, np.atleast_1d(metric.compute().cpu().numpy()))
             metric.reset()
 
     def configure_optimizers(self):
         return configure_optimizers(self)
+
+
+# %% ../../nbs/09_training/04_module.ipynb #2bdaf423
+def exchange_mask(
+    mask,  # (B, H, W) in [0, 1]
+    whose,  # "other" or "uniform", as in CurriculumConfig
+) -> torch.Tensor:
+    "The masks of the next pairs of the batch, or everywhere the mean of a mask."
+    if whose == "other":
+        return mask.roll(-1, 0)
+    return mask.mean((1, 2), keepdim=True).expand_as(mask)
 
 
 # %% ../../nbs/09_training/04_module.ipynb #c3e8e43f
@@ -167,11 +197,8 @@ def with_masks(
     "The batch with the masks that guide and weight it."
     if whose == "own":
         return batch
-    change = {
-        "other": lambda m: m.roll(-1, 0),
-        "uniform": lambda m: m.mean((1, 2), keepdim=True).expand_as(m),
-    }[whose]
-    return {**batch, **{k: change(batch[k]) for k in ("mask0", "mask1")}}
+    masks = {name: exchange_mask(batch[name], whose) for name in ("mask0", "mask1")}
+    return {**batch, **masks}
 
 
 # %% ../../nbs/09_training/04_module.ipynb #3d60ab23
@@ -186,54 +213,40 @@ def forward_batch(
     )
 
 
-# %% ../../nbs/09_training/04_module.ipynb #d33df7a7
-def _moved(
-    points, T, shift
-):  # the truth at the points of the cells, from that at `cell_centres`; T carries it over the few pixels between them
-    if points is None:
-        return None
-    c = cell_centres(points.shape[1:3], device=points.device)[None]
-    return points + (apply_transform(T, c - shift) - apply_transform(T, c) + shift).unflatten(
-        1, points.shape[1:3]
-    )
-
-
-# %% ../../nbs/09_training/04_module.ipynb #93dd0130
-def cell_frame(
-    batch,  # dict of PairDataModule
-    shift,  # pixels, of the matcher's result
-) -> tuple:
-    "`fixed_to_moving`, `map_0to1`, `map_1to0`, `mask0` and `mask1` of a batch in the frame in which cells lie at `cell_centres`."
-    T, maps, masks = (
-        batch["fixed_to_moving"],
-        [batch.get(k) for k in ("map_0to1", "map_1to0")],
-        [batch[k] for k in ("mask0", "mask1")],
-    )
-    if not shift:
-        return T, *maps, *masks
-    S = torch.eye(3).to(T)
-    S[:2, 2] = shift
-    maps = [_moved(m, t, shift) for m, t in zip(maps, (T, torch.linalg.inv(T)))]
-    return S @ T @ torch.linalg.inv(S), *maps, *(F.pad(m, (shift, 0, shift, 0)) for m in masks)
-
-
 # %% ../../nbs/09_training/04_module.ipynb #09cfa2bb
 def training_step(
     module,  # PL_LoFTR
     batch,  # dict of PairDataModule
 ) -> torch.Tensor:
     "The weighted loss of a batch under the module's guidance."
-    g, batch = module.guidance, with_masks(batch, module.config.phases.mask)
-    result = forward_batch(module.matcher, batch, g)
-    T, map0, map1, mask0, mask1 = cell_frame(batch, result.shift)
-    targets = supervise(T, result.grid0, result.grid1, result.seen0, result.seen1, map0, map1)
+    batch = with_masks(batch, module.config.phases.mask)
+    result = forward_batch(module.matcher, batch, module.guidance)
+    truth = cell_frame(batch, result.shift)
+    targets = supervise(
+        truth.fixed_to_moving,
+        result.grid0,
+        result.grid1,
+        result.seen0,
+        result.seen1,
+        truth.map_0to1,
+        truth.map_1to0,
+    )
     draw = torch.Generator().manual_seed(module.config.seed * 1_000_003 + module.global_step)
-    loss = matching_loss(module.matcher, result, targets, mask0, mask1, draw, g)
-    n = len(batch["image0"])
+    loss = matching_loss(module.matcher, result, targets, truth.mask0, truth.mask1, draw, module.guidance)
+    log_loss(module, loss, len(batch["image0"]))
+    return loss.total
+
+
+# %% ../../nbs/09_training/04_module.ipynb #f4c127bd
+def log_loss(
+    module,  # PL_LoFTR
+    loss,  # Loss of a step
+    pairs,  # pairs of the batch
+) -> None:
+    "The loss of this step for the progress bar, and its parts into the means of the epoch."
     module.log("train/loss_step", loss.total.detach(), prog_bar=True, on_step=True, on_epoch=False)
     for name, part in MEANS.items():
-        module.means[name].update(getattr(loss, part).detach(), n)
-    return loss.total
+        module.means[name].update(getattr(loss, part).detach(), pairs)
 
 
 # %% ../../nbs/09_training/04_module.ipynb #b6a79812
@@ -255,22 +268,19 @@ def validate(
     guidance,  # Guidance
 ) -> tuple:
     "Corner errors (B,) at 512 px, and the mean collapse figures of the batch."
-    given = {
-        k: v
-        for k, v in with_masks(batch, module.config.phases.mask).items()
-        if k in ("fov0", "fov1", "mask0", "mask1")
-    }
-    found = module.matcher.match(batch["image0"], batch["image1"], guidance=guidance, threshold=0.0, **given)
-    T, fov0, fov1, mask0 = (batch[k].cpu().numpy() for k in ("fixed_to_moving", "fov0", "fov1", "mask0"))
-    T = T.astype(float)
-    errors = [quick_error(m, fov0[k], T[k], fov1.shape[1:]) for k, m in enumerate(found)]
+    shown = with_masks(batch, module.config.phases.mask)
+    given = {name: shown[name] for name in ("image0", "image1", "fov0", "fov1", "mask0", "mask1")}
+    found = module.matcher.match(**given, guidance=guidance, threshold=0.0)
+    truth = batch["fixed_to_moving"].cpu().numpy().astype(float)
+    fov0, fov1 = batch["fov0"].cpu().numpy(), batch["fov1"].cpu().numpy()
+    errors = [quick_error(m, fov0[k], truth[k], fov1.shape[1:]) for k, m in enumerate(found)]
+    vessels = batch["mask0"].cpu().numpy()
     figures = [
-        collapse_figures(m.points0, m.points1, fov0[k], fov1[k], T[k], mask0[k], m.confidence)
+        collapse_figures(m.points0, m.points1, fov0[k], fov1[k], truth[k], vessels[k], m.confidence)
         for k, m in enumerate(found)
     ]
-    return torch.tensor(errors, dtype=torch.float32), {
-        n: float(np.mean([getattr(f, n) for f in figures])) for n in COLLAPSE
-    }
+    means = {name: float(np.mean([getattr(f, name) for f in figures])) for name in COLLAPSE}
+    return torch.tensor(errors, dtype=torch.float32), means
 
 
 # %% ../../nbs/09_training/04_module.ipynb #4b2eef4d
@@ -305,12 +315,13 @@ def configure_optimizers(
     module,  # PL_LoFTR attached to a trainer
 ) -> dict:
     "AdamW and its schedule, stepped every batch."
-    c, params = module.config, [p for p in module.parameters() if p.requires_grad]
+    config = module.config
+    learned = [p for p in module.parameters() if p.requires_grad]
     groups = [
-        {"params": [p for p in params if p.ndim > 1], "weight_decay": c.weight_decay},
-        {"params": [p for p in params if p.ndim <= 1], "weight_decay": 0.0},
+        {"params": [p for p in learned if p.ndim > 1], "weight_decay": config.weight_decay},
+        {"params": [p for p in learned if p.ndim <= 1], "weight_decay": 0.0},
     ]
-    optimizer = torch.optim.AdamW(groups, lr=c.lr)
+    optimizer = torch.optim.AdamW(groups, lr=config.lr)
     steps = int(module.trainer.estimated_stepping_batches)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: rate(s, steps, c.warmup))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: rate(s, steps, config.warmup))
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
