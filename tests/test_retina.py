@@ -1,5 +1,6 @@
 """Guards of the generated eye and of pairs cut from it: anatomy, determinism, caches, vessels, geometry."""
 
+import importlib
 import json
 import math
 import os
@@ -314,3 +315,23 @@ def test_names_are_read_without_the_renderers():
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert tuple(done.stdout.split()) == tuple(MODALITIES)
+
+
+@pytest.mark.parametrize(
+    ("module", "old", "new"),
+    (
+        ("randomise", "Look", "randomise.Photometry"),
+        ("randomise", "draw_look", "randomise.draw_photometry"),
+        ("randomise", "apply_look", "randomise.apply_photometry"),
+        ("randomise", "draw_scan", "scanner.draw_scan"),
+        ("render", "scan_lines", "scanner.scan_lines"),
+        ("render", "vessel_mask", "drawing.vessel_mask"),
+        ("render", "common_lesions", "lesions.common_lesions"),
+        ("world", "keep_memory", "jobs.keep_memory"),
+    ),
+)
+def test_names_of_before_still_answer(module, old, new):
+    place, _, name = new.partition(".")
+    wanted = getattr(importlib.import_module(f"loftr_curriculum.retina.{place}"), name)
+    with pytest.warns(DeprecationWarning, match=f"{module}.{old} is now .*{new}"):
+        assert getattr(importlib.import_module(f"loftr_curriculum.retina.{module}"), old) is wanted

@@ -5,30 +5,44 @@
 # %% auto #0
 __all__ = [
     "SMOOTH",
+    "STEPS",
+    "LUCK",
+    "AMOUNTS",
     "enlarger",
     "enlarge",
     "draw_field",
     "draw_spots",
+    "draw_tilt",
     "draw_weakness",
     "local_mean",
     "weaken",
-    "Look",
-    "draw_look",
+    "Photometry",
+    "Chance",
+    "draw_steps",
+    "Amounts",
+    "draw_blur",
+    "draw_rim",
+    "draw_veil",
+    "draw_added_spots",
+    "draw_gain",
+    "draw_photometry",
     "uneven_light",
     "add_noise",
     "compress",
-    "apply_look",
+    "add_veil",
+    "apply_photometry",
     "randomise",
 ]
 
 # %% ../../nbs/03_retina/11_randomise.ipynb #84cc5444
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 import cv2
 import numpy as np
 
-from .scanner import draw_scan  # noqa: F401 (data asks for it here)
+from ..io.deprecated import deprecated_names
 
 # %% ../../nbs/03_retina/11_randomise.ipynb #b99a864d
 SMOOTH = 8  # grids with fewer nodes a side are enlarged by cubic, finer ones by linear interpolation
@@ -50,9 +64,12 @@ def enlarge(
     size,  # (height, width)
 ) -> np.ndarray:  # size float32
     "A smooth plane from a coarse grid."
+    height, width = size
     if len(nodes) >= SMOOTH:
-        return cv2.resize(nodes, (size[1], size[0]), interpolation=cv2.INTER_LINEAR)
-    return cv2.gemm(enlarger(len(nodes), size[0]), nodes @ enlarger(len(nodes), size[1]).T, 1, None, 0)
+        return cv2.resize(nodes, (width, height), interpolation=cv2.INTER_LINEAR)
+    rows = enlarger(len(nodes), height)
+    columns = enlarger(len(nodes), width)
+    return cv2.gemm(rows, nodes @ columns.T, 1, None, 0)
 
 
 # %% ../../nbs/03_retina/11_randomise.ipynb #49d526c3
@@ -72,38 +89,40 @@ def draw_spots(
 ) -> np.ndarray:  # (grid, grid) float32, spots of random sign, each in -1..1
     "Soft spots of random place, size and sign."
     at = (np.arange(grid, dtype=np.float32) + 0.5) / grid
-    c, r = (
-        rng.uniform(0, 1, (2, count)),
-        0.02 * 8 ** rng.uniform(0, 1, count) * np.exp(rng.uniform(-0.35, 0.35, (2, count))),
-    )
-    gx, gy = (np.exp(-0.5 * ((at - c[i][:, None]) / r[i][:, None]) ** 2) for i in (0, 1))
-    sign = rng.choice([-1.0, 1.0], count) * rng.uniform(0.3, 1, count)
-    return ((gy * sign[:, None]).T @ gx).astype(np.float32)
+    centre = rng.uniform(0, 1, (2, count))
+    size = 0.02 * 8 ** rng.uniform(0, 1, count)
+    radius = size * np.exp(rng.uniform(-0.35, 0.35, (2, count)))
+    x = np.exp(-0.5 * ((at - centre[0][:, None]) / radius[0][:, None]) ** 2)
+    y = np.exp(-0.5 * ((at - centre[1][:, None]) / radius[1][:, None]) ** 2)
+    level = rng.choice([-1.0, 1.0], count) * rng.uniform(0.3, 1, count)
+    return ((y * level[:, None]).T @ x).astype(np.float32)
+
+
+# %% ../../nbs/03_retina/11_randomise.ipynb #4e85419b
+def draw_tilt(
+    rng: np.random.Generator,  # source of chance
+    cells: int = 16,  # nodes along each side
+) -> np.ndarray:  # (cells, cells) in 0..1
+    "A plane that rises from one side of the view to the other, most often downwards."
+    downwards = rng.random() < 0.6
+    angle = np.deg2rad(rng.normal(90, 35) if downwards else rng.uniform(0, 360))
+    axis = np.linspace(-0.5, 0.5, cells, dtype=np.float32)
+    along = axis[None] * np.cos(angle) + axis[:, None] * np.sin(angle)
+    middle = rng.uniform(-0.2, 0.25)
+    softness = rng.uniform(0.04, 0.2)
+    return 1 / (1 + np.exp(-(along - middle) / softness))
 
 
 # %% ../../nbs/03_retina/11_randomise.ipynb #6536d334
 def draw_weakness(
     rng: np.random.Generator,  # source of chance
     strength: float,  # 0..
-) -> tuple[
-    np.ndarray, float
-]:  # nodes of the plane, clipped to 0..1, that says where; how much contrast goes at most
+) -> tuple[np.ndarray, float]:  # nodes that say where, clipped to 0..1 when used; contrast that goes, 0..0.95
     "One side of the view (16 nodes a side), or patches of it (3 to 5)."
-    if rng.random() < 0.6:
-        angle = np.deg2rad(rng.normal(90, 35) if rng.random() < 0.6 else rng.uniform(0, 360))
-        x, y = (
-            np.linspace(-0.5, 0.5, 16, dtype=np.float32)[None],
-            np.linspace(-0.5, 0.5, 16, dtype=np.float32)[:, None],
-        )
-        nodes = 1 / (
-            1
-            + np.exp(
-                -(x * np.cos(angle) + y * np.sin(angle) - rng.uniform(-0.2, 0.25)) / rng.uniform(0.04, 0.2)
-            )
-        )
-    else:
-        nodes = 0.5 + draw_field(rng, int(rng.integers(3, 6)))
-    return nodes.astype(np.float32), min(0.95, rng.uniform(0.3, 0.9) * strength)
+    one_side = rng.random() < 0.6
+    nodes = draw_tilt(rng) if one_side else 0.5 + draw_field(rng, int(rng.integers(3, 6)))
+    amount = min(0.95, rng.uniform(0.3, 0.9) * strength)
+    return nodes.astype(np.float32), amount
 
 
 # %% ../../nbs/03_retina/11_randomise.ipynb #04f5a723
@@ -123,7 +142,8 @@ def weaken(
 ) -> np.ndarray:  # (H, W) float32
     "Take the contrast out of one side of the view, or out of patches of it; the local mean stays."
     nodes, amount = weakness
-    mean, keep = local_mean(gray), np.clip(enlarge(nodes, gray.shape), 0, 1)
+    mean = local_mean(gray)
+    keep = np.clip(enlarge(nodes, gray.shape), 0, 1)
     keep *= np.float32(-amount)
     keep += 1
     return cv2.add(mean, cv2.multiply(keep, cv2.subtract(gray, mean)))
@@ -131,7 +151,7 @@ def weaken(
 
 # %% ../../nbs/03_retina/11_randomise.ipynb #63a636fa
 @dataclass(frozen=True)
-class Look:
+class Photometry:
     "What happens to the pixels of one view, in this order. None, 0 and False leave them alone."
 
     flip: bool  # polarity
@@ -149,77 +169,186 @@ class Look:
     light: float  # factor at the end
 
 
+# %% ../../nbs/03_retina/11_randomise.ipynb #5a4b492f
+class Chance(NamedTuple):
+    "How often a step is taken."
+
+    share: float  # of the views, at strength 1
+    grows: bool  # in proportion to the strength
+
+
+# %% ../../nbs/03_retina/11_randomise.ipynb #0c687558
+STEPS = {  # in the order in which their luck is drawn
+    "flip": Chance(0.15, grows=True),
+    "gamma": Chance(0.7, grows=False),
+    "blur": Chance(0.5, grows=False),
+    "weak": Chance(0.35, grows=True),
+    "spots": Chance(0.35, grows=True),
+    "rim": Chance(0.4, grows=False),
+    "veil": Chance(0.3, grows=True),
+    "noise": Chance(0.8, grows=False),
+    "soft": Chance(0.3, grows=False),
+    "quality": Chance(0.12, grows=True),
+}
+LUCK = 12  # numbers drawn for the steps: two are spare, so that a new step moves no other
+
+
+# %% ../../nbs/03_retina/11_randomise.ipynb #5f2c6a39
+def draw_steps(
+    rng: np.random.Generator,  # source of chance
+    strength: float,  # > 0
+) -> dict[str, bool]:  # for each of `STEPS`
+    "Which steps are taken."
+    luck = rng.random(LUCK)
+    taken = {}
+    for number, (name, chance) in zip(luck, STEPS.items()):
+        share = chance.share * strength if chance.grows else chance.share
+        taken[name] = bool(number < share)
+    return taken
+
+
+# %% ../../nbs/03_retina/11_randomise.ipynb #e7602747
+@dataclass(frozen=True)
+class Amounts:
+    "Ranges (lowest, highest) at strength 1."
+
+    gamma: tuple = (-0.5, 0.5)  # logarithm of the exponent
+    blur: tuple = (0.3, 0.9)  # px in a view of 256: least; what the strength adds to 0.5 px at most
+    spots: float = 0.35  # amplitude at most
+    count: tuple = (1, 10)  # number of spots, the second excluded
+    gain: float = 0.22  # log amplitude of uneven light, before a factor of 0 to 1.5
+    gain_cells: tuple = (2, 6)  # its nodes along a side, the second excluded
+    rim: tuple = (0.0, 0.8)  # how dark the rim is
+    rim_shift: tuple = (-0.3, 0.3)  # where it is brightest; the view is -1..1
+    veil: tuple = (0.1, 0.5)  # how opaque haze is
+    veil_level: tuple = (0.2, 0.9)  # its grey value
+    noise: float = 0.032  # amplitude at most
+    quality: tuple = (20, 70)  # of JPEG, the second excluded
+    light: tuple = (-0.4, 0.2)  # logarithm of the factor at the end
+
+
+# %% ../../nbs/03_retina/11_randomise.ipynb #faa6a985
+AMOUNTS = Amounts()
+
+
+def draw_blur(
+    rng: np.random.Generator,  # source of chance
+    size,  # (height, width)
+    strength: float,  # > 0
+) -> float:  # px
+    "Blur in proportion to the side of the view."
+    least, more = AMOUNTS.blur
+    return rng.uniform(least, 0.5 + more * strength) * max(size) / 256
+
+
+# %% ../../nbs/03_retina/11_randomise.ipynb #1d5ece71
+def draw_rim(
+    rng: np.random.Generator,  # source of chance
+    strength: float,  # > 0
+) -> tuple[float, float, float]:  # x and y of the brightest place, and how dark the rim is
+    "A rim that is darker than the middle."
+    x = rng.uniform(*AMOUNTS.rim_shift)
+    y = rng.uniform(*AMOUNTS.rim_shift)
+    return x, y, rng.uniform(*AMOUNTS.rim) * strength
+
+
+# %% ../../nbs/03_retina/11_randomise.ipynb #1e10bc5c
+def draw_veil(
+    rng: np.random.Generator,  # source of chance
+    strength: float,  # > 0
+) -> tuple[np.ndarray, float]:  # (3, 3) nodes of how opaque it is; its grey value
+    "Haze of one grey value, thicker here than there."
+    opaque = np.float32(rng.uniform(*AMOUNTS.veil) * strength)
+    nodes = opaque + np.float32(0.2) * draw_field(rng, 3)
+    return nodes, rng.uniform(*AMOUNTS.veil_level)
+
+
+# %% ../../nbs/03_retina/11_randomise.ipynb #e9570ca3
+def draw_added_spots(
+    rng: np.random.Generator,  # source of chance
+    strength: float,  # > 0
+) -> np.ndarray:  # (40, 40) nodes
+    "Spots as they are added to a view."
+    amplitude = np.float32(AMOUNTS.spots * strength * rng.uniform(0.3, 1))
+    return amplitude * draw_spots(rng, int(rng.integers(*AMOUNTS.count)))
+
+
+# %% ../../nbs/03_retina/11_randomise.ipynb #7ed3f715
+def draw_gain(
+    rng: np.random.Generator,  # source of chance
+    strength: float,  # > 0
+) -> np.ndarray:  # (n, n) nodes of a logarithm
+    "Light that changes slowly over the view."
+    amplitude = np.float32(AMOUNTS.gain * strength * rng.uniform(0, 1.5))
+    return amplitude * draw_field(rng, int(rng.integers(*AMOUNTS.gain_cells)))
+
+
 # %% ../../nbs/03_retina/11_randomise.ipynb #e971719e
-def draw_look(
+def draw_photometry(
     rng: np.random.Generator,  # source of chance
     size,  # (height, width)
     strength: float = 1.0,  # > 0; 1 is the training default, 1.5 is harsh
     flip: float = 0.15,  # chance of a flipped polarity at strength 1
-    grain: bool = True,  # draw the noise, too; False leaves it to whoever applies the look
-) -> Look:
-    "Uneven light, gamma, spots of random sign, haze, weak regions, blur, noise and polarity, each at random."
-    s, chance = float(strength), rng.random(12)
-    flipped = bool(chance[0] < 0.15 * s and rng.random() < flip / 0.15)
-    gamma = float(np.exp(rng.uniform(-0.5, 0.5) * s)) if chance[1] < 0.7 else 0.0
-    blur = rng.uniform(0.3, 0.5 + 0.9 * s) * max(size) / 256 if chance[2] < 0.5 else 0.0
-    weak = draw_weakness(rng, s) if chance[3] < 0.35 * s else None
-    spots = (
-        np.float32(0.35 * s * rng.uniform(0.3, 1)) * draw_spots(rng, int(rng.integers(1, 10)))
-        if chance[4] < 0.35 * s
-        else None
-    )
-    gain = np.float32(0.22 * s * rng.uniform(0, 1.5)) * draw_field(rng, int(rng.integers(2, 6)))
-    rim = (
-        (rng.uniform(-0.3, 0.3), rng.uniform(-0.3, 0.3), rng.uniform(0, 0.8) * s) if chance[5] < 0.4 else None
-    )
-    veil = (
-        (np.float32(rng.uniform(0.1, 0.5) * s) + np.float32(0.2) * draw_field(rng, 3), rng.uniform(0.2, 0.9))
-        if chance[6] < 0.3 * s
-        else None
-    )
-    noisy = chance[7] < 0.8
-    plane = rng.standard_normal(size, dtype=np.float32) if noisy and grain else None
-    noise = 0.032 * s * rng.uniform(0, 1) ** 1.5 if noisy else 0.0
-    quality = int(rng.integers(20, 70)) if chance[9] < 0.12 * s else 0
-    return Look(
-        flipped,
-        gamma,
-        blur,
-        weak,
-        spots,
-        gain,
-        rim,
-        veil,
-        noise,
-        bool(chance[8] < 0.3),
-        plane,
-        quality,
-        float(np.exp(rng.uniform(-0.4, 0.2) * s)),
+    grain: bool = True,  # draw the noise, too; False leaves it to whoever paints
+) -> Photometry:
+    "Uneven light, gamma, spots of random sign, haze, weak regions, blur, noise and polarity, at random."
+    s = float(strength)
+    does = draw_steps(rng, s)
+    flipped = does["flip"] and bool(rng.random() < flip / STEPS["flip"].share)
+    gamma = float(np.exp(rng.uniform(*AMOUNTS.gamma) * s)) if does["gamma"] else 0.0
+    blur = draw_blur(rng, size, s) if does["blur"] else 0.0
+    weak = draw_weakness(rng, s) if does["weak"] else None
+    spots = draw_added_spots(rng, s) if does["spots"] else None
+    gain = draw_gain(rng, s)
+    rim = draw_rim(rng, s) if does["rim"] else None
+    veil = draw_veil(rng, s) if does["veil"] else None
+    plane = rng.standard_normal(size, dtype=np.float32) if does["noise"] and grain else None
+    noise = AMOUNTS.noise * s * rng.uniform(0, 1) ** 1.5 if does["noise"] else 0.0
+    quality = int(rng.integers(*AMOUNTS.quality)) if does["quality"] else 0
+    light = float(np.exp(rng.uniform(*AMOUNTS.light) * s))
+    return Photometry(
+        flip=flipped,
+        gamma=gamma,
+        blur=blur,
+        weak=weak,
+        spots=spots,
+        gain=gain,
+        rim=rim,
+        veil=veil,
+        noise=noise,
+        soft=does["soft"],
+        grain=plane,
+        quality=quality,
+        light=light,
     )
 
 
 # %% ../../nbs/03_retina/11_randomise.ipynb #7175ad26
 def uneven_light(
-    look: Look,  # of which `gain` and `rim` are used
+    photometry: Photometry,  # of which `gain` and `rim` are used
     size,  # (height, width)
 ) -> np.ndarray:  # size float32, a factor
     "Light that changes slowly over the view, and a darker rim."
-    gain = enlarge(look.gain, size)
-    if look.rim is not None:
-        x, y = (np.linspace(-1, 1, n, dtype=np.float32) - np.float32(c) for n, c in zip(size[::-1], look.rim))
-        gain -= (np.float32(look.rim[2]) * x * x)[None] + (np.float32(look.rim[2]) * y * y)[:, None]
+    gain = enlarge(photometry.gain, size)
+    if photometry.rim is not None:
+        height, width = size
+        x0, y0, dark = np.float32(photometry.rim)
+        x = np.linspace(-1, 1, width, dtype=np.float32) - x0
+        y = np.linspace(-1, 1, height, dtype=np.float32) - y0
+        gain -= (dark * x * x)[None] + (dark * y * y)[:, None]
     return cv2.exp(gain)
 
 
 # %% ../../nbs/03_retina/11_randomise.ipynb #20c305f1
 def add_noise(
     gray: np.ndarray,  # (H, W) float32
-    look: Look,  # with a `grain`
+    photometry: Photometry,  # with a `grain`
 ) -> np.ndarray:  # (H, W) float32
     "Noise in proportion to the contrast that is left, within bounds."
-    grain = 2 * cv2.blur(look.grain, (3, 3)) if look.soft else look.grain
-    contrast = np.clip(6 * float(cv2.meanStdDev(gray)[1][0, 0]), 0.3, 1.2)
-    return cv2.scaleAdd(grain, float(look.noise * contrast), gray)
+    grain = 2 * cv2.blur(photometry.grain, (3, 3)) if photometry.soft else photometry.grain
+    deviation = float(cv2.meanStdDev(gray)[1][0, 0])
+    contrast = np.clip(6 * deviation, 0.3, 1.2)
+    return cv2.scaleAdd(grain, float(photometry.noise * contrast), gray)
 
 
 # %% ../../nbs/03_retina/11_randomise.ipynb #ee0cb4ee
@@ -232,33 +361,43 @@ def compress(
     return cv2.imdecode(code, cv2.IMREAD_GRAYSCALE) * np.float32(1 / 255)
 
 
+# %% ../../nbs/03_retina/11_randomise.ipynb #73f5ea57
+def add_veil(
+    gray: np.ndarray,  # (H, W) float32
+    veil: tuple,  # from `draw_veil`
+) -> np.ndarray:  # (H, W) float32
+    "The view through haze; at most 85 % of it is hidden."
+    nodes, level = veil
+    opaque = np.clip(enlarge(nodes, gray.shape), 0, 0.85)
+    return gray + opaque * (np.float32(level) - gray)
+
+
 # %% ../../nbs/03_retina/11_randomise.ipynb #f891c50d
-def apply_look(
+def apply_photometry(
     gray: np.ndarray,  # (H, W) float32 in 0..1
     fov: np.ndarray,  # (H, W) bool; outside it the answer is 0
-    look: Look,  # what to do; a look with noise needs its grain
+    photometry: Photometry,  # what to do; one with noise needs its grain
 ) -> np.ndarray:  # (H, W) float32 in 0..1
-    "The view with this look."
+    "The view as it was drawn to look."
     out = np.ascontiguousarray(gray, np.float32)
-    if look.flip:
+    if photometry.flip:
         out = 1 - out
-    if look.gamma:
-        out = cv2.pow(cv2.max(out, 0.0), look.gamma)
-    if look.blur:
-        out = cv2.GaussianBlur(out, (0, 0), look.blur)
-    if look.weak is not None:
-        out = weaken(out, look.weak)
-    if look.spots is not None:
-        out = cv2.add(out, enlarge(look.spots, out.shape))
-    out = cv2.multiply(out, uneven_light(look, out.shape))
-    if look.veil is not None:
-        nodes, level = look.veil
-        out = out + np.clip(enlarge(nodes, out.shape), 0, 0.85) * (np.float32(level) - out)
-    if look.noise:
-        out = add_noise(out, look)
-    if look.quality:
-        out = compress(out, look.quality)
-    out = np.clip(out * np.float32(look.light), 0, 1)
+    if photometry.gamma:
+        out = cv2.pow(cv2.max(out, 0.0), photometry.gamma)
+    if photometry.blur:
+        out = cv2.GaussianBlur(out, (0, 0), photometry.blur)
+    if photometry.weak is not None:
+        out = weaken(out, photometry.weak)
+    if photometry.spots is not None:
+        out = cv2.add(out, enlarge(photometry.spots, out.shape))
+    out = cv2.multiply(out, uneven_light(photometry, out.shape))
+    if photometry.veil is not None:
+        out = add_veil(out, photometry.veil)
+    if photometry.noise:
+        out = add_noise(out, photometry)
+    if photometry.quality:
+        out = compress(out, photometry.quality)
+    out = np.clip(out * np.float32(photometry.light), 0, 1)
     return out if fov.all() else np.multiply(out, fov, out=out)
 
 
@@ -270,7 +409,19 @@ def randomise(
     strength: float = 1.0,  # 0 changes nothing, 1 is the training default, 1.5 is harsh
     flip: float = 0.15,  # chance of a flipped polarity at strength 1
 ) -> np.ndarray:  # (H, W) float32 in 0..1
-    "A look of its own for every view."
+    "Draw and paint: every view looks different."
     if strength <= 0:
         return gray
-    return apply_look(gray, fov, draw_look(rng, gray.shape, strength, flip))
+    return apply_photometry(gray, fov, draw_photometry(rng, gray.shape, strength, flip))
+
+
+# %% ../../nbs/03_retina/11_randomise.ipynb #245255d2
+__getattr__ = deprecated_names(
+    __name__,
+    {
+        "Look": "Photometry",
+        "draw_look": "draw_photometry",
+        "apply_look": "apply_photometry",
+        "draw_scan": "loftr_curriculum.retina.scanner:draw_scan",
+    },
+)

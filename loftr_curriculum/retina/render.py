@@ -22,6 +22,7 @@ __all__ = [
     "PROJECTION_VESSELS",
     "FLOW_LESIONS",
     "FLOW_VESSELS",
+    "MOVED",
     "downstream",
     "Visibility",
     "visibility",
@@ -98,9 +99,9 @@ from loftr_curriculum.retina.drawing import (
     turned,
 )
 
+from ..io.deprecated import deprecated_names
 from .config import EyeConfig
 from .lesions import covered, lesions_shown
-from .scanner import scan_lines  # noqa: F401 (data asks for it here)
 from .tree import Anatomy, Vessels, sample_field, smooth_field
 
 
@@ -1069,3 +1070,15 @@ def render_octa(
     image = image + 0.25 * capillary + rng.uniform(*style.floor)
     grain = rng.uniform(*style.speckle) * speckle(rng, canvas.size, rng.uniform(*style.grain))
     return to_bytes(expose(mosaic(rng, image * light * (1 + grain), config.gap), rng)), {"lesions": seen}
+
+
+# %% ../../nbs/03_retina/05_render.ipynb #eefa6305
+MOVED = {
+    "drawing": ("bump", "enlarge", "odd_width", "vessel_mask"),
+    "lesions": ("COMMON", "LESIONS", "common_lesions", "lesion", "scatter", "spots"),
+    "scanner": ("scan_lines",),
+}
+__getattr__ = deprecated_names(
+    __name__,
+    {name: f"loftr_curriculum.retina.{module}:{name}" for module, names in MOVED.items() for name in names},
+)

@@ -26,10 +26,11 @@ from pathlib import Path
 import cv2
 import numpy as np
 
+from ..io.deprecated import deprecated_names
 from ..io.files import atomic_path, read_json, write_json
 from .config import GENERATOR_VERSION, EyeConfig
 from .drawing import vessel_mask
-from .jobs import keep_memory, run_jobs  # noqa: F401 (data asks for it here)
+from .jobs import run_jobs
 from .lesions import common_lesions
 from .modality import ANATOMY_STREAM, LESION_STREAM, MODALITIES, PLANES, random_stream
 from .tree import Anatomy, Vessels, grow_vessels, only
@@ -258,3 +259,14 @@ class WorldBank:
     def __getstate__(self):
         "Memory-mapped worlds do not travel with the bank; the other process maps them again."
         return {**self.__dict__, "_planes": {} if self.folder is not None else self._planes}
+
+
+# %% ../../nbs/03_retina/09_world.ipynb #b6ba1039
+__getattr__ = deprecated_names(
+    __name__,
+    {
+        "keep_memory": "loftr_curriculum.retina.jobs:keep_memory",
+        "serve": "loftr_curriculum.retina.jobs:serve",
+        "Worker": "loftr_curriculum.retina.jobs:Worker",
+    },
+)
