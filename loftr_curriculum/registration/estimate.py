@@ -12,7 +12,7 @@ import cv2
 import numpy as np
 
 from ..geometry import apply_transform, fit_affine, fit_homography, fit_similarity, invert
-from .config import TRANSFORMS
+from .config import MATCH_MODELS
 
 
 # %% ../../nbs/06_registration/02_estimate.ipynb #f399d0fd
@@ -64,8 +64,8 @@ def estimate_transform(
 ) -> Estimate | None:  # None where no transform can be found
     """The transform `fixed_to_moving` on which most matches agree (MAGSAC++ for affine and homography, RANSAC and least squares for the similarity).
     Deterministic. Says nothing about plausibility: see `geometry.check_transform`."""
-    if kind not in TRANSFORMS:
-        raise ValueError(f"kind {kind!r}: expected one of {', '.join(TRANSFORMS)}")
+    if kind not in MATCH_MODELS:
+        raise ValueError(f"kind {kind!r}: expected one of {', '.join(MATCH_MODELS)}")
     points0, points1 = np.asarray(points0, float).reshape(-1, 2), np.asarray(points1, float).reshape(-1, 2)
     if len(points0) != len(points1):
         raise ValueError(f"expected as many fixed as moving points, got {len(points0)} and {len(points1)}")

@@ -146,10 +146,10 @@ def finish_pass(
     m = to_working(request, matches)
     kept = bin_matches(m.points0, m.confidence, fov0, config.cells, config.best_per_cell)
     points0, points1 = m.points0[kept], m.points1[kept]
-    found = estimate_transform(points0, points1, config.transform, request.threshold_px)
+    found = estimate_transform(points0, points1, config.match_model, request.threshold_px)
     if found is None:
         return Pass(m, kept, None, 0, (f"no transform could be found among {len(kept)} matches",))
-    matrix = refit(found.fixed_to_moving, m.points0, m.points1, config.transform, request.threshold_px)
+    matrix = refit(found.fixed_to_moving, m.points0, m.points1, config.match_model, request.threshold_px)
     inliers = int((residuals(matrix, points0, points1) <= request.threshold_px).sum())
     wrong = check_transform(matrix, fov0.shape, config.limits)
     if wrong:
