@@ -5,9 +5,13 @@
 # %% auto #0
 __all__ = [
     "TOKEN",
+    "queries_and_keys",
+    "log_kernel",
     "attention_weights",
     "AttentionMaps",
+    "token_grid",
     "chosen_tokens",
+    "LayerRecorder",
     "attention_maps",
     "share_on",
     "evenness",
@@ -26,6 +30,34 @@ from .coarse import cell_index
 from .config import UNGUIDED, VARIANTS
 
 
+# %% ../../nbs/05_model/10_attention_maps.ipynb #db06c6b0
+def queries_and_keys(
+    layer,  # AttentionLayer
+    x,  # (B, N, C) tokens that ask
+    source,  # (B, M, C) tokens that answer
+    angles=None,  # (N, d / 2) rotary angles for self-attention
+) -> tuple:
+    "What the layer compares: (B, heads, N, d) and (B, heads, M, d)."
+    q = layer.q(layer.norm_q(x))
+    k = layer.kv(layer.norm_k(source)).chunk(2, -1)[0]
+    q, k = (t.unflatten(-1, (layer.heads, -1)).transpose(1, 2) for t in (q, k))
+    if angles is None:
+        return q, k
+    return rotate(q, angles), rotate(k, angles)
+
+
+# %% ../../nbs/05_model/10_attention_maps.ipynb #6a061ecb
+def log_kernel(
+    kind,  # "softmax" or "linear", as the layer was made
+    q,  # (B, heads, Q, d) float32
+    k,  # (B, heads, M, d) float32
+) -> torch.Tensor:
+    "Logarithm of the kernel of both kinds of attention, (B, heads, Q, M)."
+    if kind == "linear":
+        return ((F.elu(q) + 1) @ (F.elu(k) + 1).mT).log()
+    return q @ k.mT / q.shape[-1] ** 0.5
+
+
 # %% ../../nbs/05_model/10_attention_maps.ipynb #a6a3fb63
 def attention_weights(
     layer,  # AttentionLayer
@@ -37,29 +69,18 @@ def attention_weights(
     angles=None,  # (N, d / 2) rotary angles for self-attention
     queries=slice(None),  # which of the N tokens: a slice or (Q,) int
 ) -> torch.Tensor:
-    "Weights of a layer, (B, heads, Q, M) float32, each row with sum 1; 0 on tokens outside the field of view."
+    """Weights of a layer, (B, heads, Q, M) float32.
 
-    def split(t):
-        return t.unflatten(-1, (layer.heads, -1)).transpose(1, 2)
-
-    q, k = split(layer.q(layer.norm_q(x))), split(layer.kv(layer.norm_k(source)).chunk(2, -1)[0])
-    if angles is not None:
-        q, k = rotate(q, angles), rotate(k, angles)
-    q, k = q[:, :, queries].float(), k.float()
-    log_kernel = (
-        ((F.elu(q) + 1) @ (F.elu(k) + 1).mT).log() if kind == "linear" else q @ k.mT / q.shape[-1] ** 0.5
-    )
-    logits = log_kernel + bias.float()[:, None, None]
+    Each row has sum 1; tokens outside the field of view get 0."""
+    q, k = queries_and_keys(layer, x, source, angles)
+    logits = log_kernel(kind, q[:, :, queries].float(), k.float()) + bias.float()[:, None, None]
     return logits.masked_fill(~seen[:, None, None], torch.finfo(logits.dtype).min).softmax(-1)
 
 
 # %% ../../nbs/05_model/10_attention_maps.ipynb #333929ba
-TOKEN = 16  # pixels a side of the cell of a token
-
-
 @dataclass(frozen=True)
 class AttentionMaps:
-    "What Q tokens of one image attend to in every layer; each map over the tokens (h, w) of an image has sum 1."
+    "What Q tokens of an image attend to in every layer; each map over the tokens of an image has sum 1."
 
     own: np.ndarray  # (layers, Q, h, w) float32: self-attention, over the image in which the tokens lie
     other: np.ndarray  # (layers, Q, h', w') float32: cross-attention, over the other image
@@ -67,21 +88,75 @@ class AttentionMaps:
     seen_other: np.ndarray  # (h', w') bool
 
 
-# %% ../../nbs/05_model/10_attention_maps.ipynb #65b13a8a
+# %% ../../nbs/05_model/10_attention_maps.ipynb #0f0535d6
+TOKEN = 16  # pixels a side of the cell of a token
+
+
+def token_grid(
+    size,  # (height, width) of an image
+) -> tuple:
+    "Rows and columns of its tokens."
+    height, width = size
+    return -(-height // TOKEN), -(-width // TOKEN)
+
+
+# %% ../../nbs/05_model/10_attention_maps.ipynb #35866093
 def chosen_tokens(
     points,  # (Q, 2) pixels (x, y), or None: all tokens
     size,  # (height, width) of the image
-):
-    "The grid of an image's tokens and which of them contain the points. Raises ValueError for a point outside."
-    grid = tuple(-(-n // TOKEN) for n in size)
+) -> torch.Tensor:
+    "The tokens (Q,) whose cells contain the points. Raises ValueError for a point outside."
+    rows, columns = token_grid(size)
     if points is None:
-        return grid, torch.arange(grid[0] * grid[1])
-    cells = cell_index(torch.as_tensor(np.asarray(points, float).reshape(-1, 2)), grid, TOKEN)
+        return torch.arange(rows * columns)
+    points = np.asarray(points, float).reshape(-1, 2)
+    cells = cell_index(torch.as_tensor(points), (rows, columns), TOKEN)
     if (cells < 0).any():
         raise ValueError(
-            f"points: expected pixels (x, y) inside an image of {size[1]} x {size[0]}, got {np.asarray(points).tolist()}"
+            f"points: expected pixels (x, y) inside an image of {size[1]} x {size[0]}, got {points.tolist()}"
         )
-    return grid, cells
+    return cells
+
+
+# %% ../../nbs/05_model/10_attention_maps.ipynb #4ebfa471
+class LayerRecorder:
+    "Keeps, for one image of one pair, what chosen tokens attend to in each layer."
+
+    def __init__(
+        self,
+        kind,  # "softmax" or "linear", as the layers were made
+        image,  # the image that asks: 0 or 1
+        queries,  # (Q,) tokens of this image
+        head,  # one head; None: the mean over the heads
+    ):
+        self.kind = kind
+        self.image = image
+        self.queries = queries
+        self.head = head
+        self.served = {}  # layer -> images that have passed it
+        self.weights = {}  # layer -> (Q, M) float32
+        self.seen = {}  # layer -> (M,) bool
+
+    def __call__(self, layer, args):  # a forward pre-hook
+        at = self.image - self.served.setdefault(layer, 0)
+        self.served[layer] += len(args[0])
+        if not 0 <= at < len(args[0]):
+            return
+        x, source, bias, seen = (a[at : at + 1] for a in args[:4])
+        queries = self.queries.to(x.device)
+        A = attention_weights(layer, self.kind, x, source, bias, seen, *args[4:], queries=queries)[0]
+        A = A.mean(0) if self.head is None else A[self.head]
+        self.weights[layer] = A.cpu().numpy()
+        self.seen[layer] = seen[0].cpu().numpy()
+
+    def maps(
+        self,
+        layers,  # layers that answer over the same image
+        grid,  # (h, w) tokens of that image
+    ) -> tuple:
+        "Maps (layers, Q, h, w), and which tokens are inside the field of view (h, w)."
+        maps = np.stack([self.weights[layer].reshape(-1, *grid) for layer in layers])
+        return maps, self.seen[layers[0]].reshape(grid)
 
 
 # %% ../../nbs/05_model/10_attention_maps.ipynb #1d576d9e
@@ -99,45 +174,25 @@ def attention_maps(
     mask1=None,  # (1, H1, W1)
     guidance=UNGUIDED,  # Engine 1 acts through vessel_soft_lambda
 ) -> AttentionMaps:
-    "Attention of chosen tokens in a forward pass of the variant `fast`. Raises ValueError for another variant, a batch, or a point outside."
-    if not VARIANTS[matcher.config.variant].shows_attention:
-        raise ValueError(f"variant {matcher.config.variant}: attention maps are of the variant fast")
+    """Attention of chosen tokens in a forward pass of the variant `fast`.
+
+    Raises ValueError for another variant, a batch, or a point outside."""
+    variant = matcher.config.variant
+    if not VARIANTS[variant].shows_attention:
+        raise ValueError(f"variant {variant}: attention maps are of the variant fast")
     if len(image0) != 1 or image not in (0, 1):
         raise ValueError(f"expected one pair and image 0 or 1, got {len(image0)} pairs and image {image}")
-    asking, asked = ((image0, image1), (image1, image0))[image]
-    (grid, queries), (grid_other, _) = (
-        chosen_tokens(p, i.shape[2:]) for p, i in ((points, asking), (None, asked))
-    )
-    layers, found, served = matcher.transformer, {}, {}
-
-    def record(layer, args):
-        at = image - served.setdefault(layer, 0)
-        served[layer] += len(args[0])
-        if not 0 <= at < len(args[0]):
-            return
-        x, source, bias, seen = (a[at : at + 1] for a in args[:4])
-        A = attention_weights(
-            layer, matcher.config.attention, x, source, bias, seen, *args[4:], queries=queries.to(x.device)
-        )[0]
-        found[layer] = (A.mean(0) if head is None else A[head]).cpu().numpy(), seen[0].cpu().numpy()
-
+    sizes = image0.shape[2:], image1.shape[2:]
+    size, other_size = sizes[image], sizes[1 - image]
+    record = LayerRecorder(matcher.config.attention, image, chosen_tokens(points, size), head)
+    own_layers, cross_layers = matcher.transformer.self_layers, matcher.transformer.cross_layers
     with ExitStack() as hooks:
-        for layer in (*layers.self_layers, *layers.cross_layers):
+        for layer in (*own_layers, *cross_layers):
             hooks.enter_context(layer.register_forward_pre_hook(record))
         matcher(image0, image1, fov0=fov0, fov1=fov1, mask0=mask0, mask1=mask1, guidance=guidance)
-
-    def gather(group, size):
-        return np.stack([found[layer][0].reshape(-1, *size) for layer in group])
-
-    def field(group, size):
-        return found[group[0]][1].reshape(size)
-
-    return AttentionMaps(
-        gather(layers.self_layers, grid),
-        gather(layers.cross_layers, grid_other),
-        field(layers.self_layers, grid),
-        field(layers.cross_layers, grid_other),
-    )
+    own, seen_own = record.maps(own_layers, token_grid(size))
+    other, seen_other = record.maps(cross_layers, token_grid(other_size))
+    return AttentionMaps(own, other, seen_own, seen_other)
 
 
 # %% ../../nbs/05_model/10_attention_maps.ipynb #3cd7dadb
