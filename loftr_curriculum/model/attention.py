@@ -12,6 +12,7 @@ __all__ = [
     "rotate",
     "AttentionLayer",
     "Transformer",
+    "other_image",
 ]
 
 # %% ../../nbs/05_model/03_attention.ipynb #ce9d4125
@@ -25,7 +26,8 @@ def fused_pays(
     q,  # queries
 ) -> bool:
     "Is the fused kernel faster here? Not where a CPU computes gradients in bf16."
-    return not (q.device.type == "cpu" and q.dtype == torch.bfloat16 and torch.is_grad_enabled())
+    on_cpu = q.device.type == "cpu"
+    return not (on_cpu and q.dtype == torch.bfloat16 and torch.is_grad_enabled())
 
 
 # %% ../../nbs/05_model/03_attention.ipynb #d868633c
@@ -41,7 +43,8 @@ def attend_softmax(
     bias = bias.to(q.dtype).masked_fill(~seen, torch.finfo(q.dtype).min / 2)[:, None, None]
     if fused_pays(q):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
-    return ((q / q.shape[-1] ** 0.5) @ k.transpose(-1, -2) + bias).softmax(-1).to(v.dtype) @ v
+    logits = (q / q.shape[-1] ** 0.5) @ k.transpose(-1, -2) + bias
+    return logits.softmax(-1).to(v.dtype) @ v
 
 
 # %% ../../nbs/05_model/03_attention.ipynb #f1c9346b
@@ -54,13 +57,17 @@ def attend_linear(
 ) -> torch.Tensor:
     "Kernelised attention with a bias on the keys, (B, h, N, d), summed in float32."
     with torch.autocast(q.device.type, enabled=False):
+        # the largest bias becomes 0, which cancels and keeps the exponential small
         bias = bias.float() - bias.float().amax(1, keepdim=True)
         factor = bias.exp().masked_fill(~seen, 0)[:, None, :, None]
-        fq, fk = F.elu(q.float()) + 1, (F.elu(k.float()) + 1) * factor
+        fq = F.elu(q.float()) + 1
+        fk = (F.elu(k.float()) + 1) * factor
         out = fq @ (fk.transpose(-1, -2) @ v.float())
-        return (out / (fq @ fk.sum(2)[..., None]).clamp(min=1e-6)).to(v.dtype)
+        norm = fq @ fk.sum(2)[..., None]
+        return (out / norm.clamp(min=1e-6)).to(v.dtype)
 
 
+# %% ../../nbs/05_model/03_attention.ipynb #9b2bdc31
 ATTEND = {"softmax": attend_softmax, "linear": attend_linear}
 
 
@@ -72,9 +79,11 @@ def rotary_angles(
 ) -> torch.Tensor:
     "Angles (h * w, dim / 2) in radians: first half for x, second half for y."
     n = dim // 4
-    freq = 2 * torch.pi / (4 * 32 ** (torch.arange(n, device=device) / max(n - 1, 1)))
-    y, x = torch.meshgrid(*(torch.arange(s, device=device, dtype=torch.float32) for s in grid), indexing="ij")
-    return torch.cat([x.reshape(-1, 1) * freq, y.reshape(-1, 1) * freq], 1)
+    wavelength = 4 * 32 ** (torch.arange(n, device=device) / max(n - 1, 1))
+    frequency = 2 * torch.pi / wavelength
+    rows, columns = (torch.arange(size, device=device, dtype=torch.float32) for size in grid)
+    y, x = torch.meshgrid(rows, columns, indexing="ij")
+    return torch.cat([x.reshape(-1, 1) * frequency, y.reshape(-1, 1) * frequency], 1)
 
 
 # %% ../../nbs/05_model/03_attention.ipynb #7f1d7300
@@ -83,9 +92,9 @@ def rotate(
     angles,  # (N, d / 2)
 ) -> torch.Tensor:
     "Channel pairs turned by `angles`, same shape and dtype."
-    c, s = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+    cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
     a, b = x.chunk(2, -1)
-    return torch.cat([a * c - b * s, a * s + b * c], -1)
+    return torch.cat([a * cos - b * sin, a * sin + b * cos], -1)
 
 
 # %% ../../nbs/05_model/03_attention.ipynb #f7ac0ab5
@@ -99,13 +108,13 @@ class AttentionLayer(nn.Module):
         attention="softmax",  # "softmax" or "linear"
     ):
         super().__init__()
-        self.heads, self.attend = heads, ATTEND[attention]
-        self.norm_q, self.norm_k = nn.LayerNorm(dim), nn.LayerNorm(dim)
-        self.q, self.kv, self.out = (
-            nn.Linear(dim, dim, bias=False),
-            nn.Linear(dim, 2 * dim, bias=False),
-            nn.Linear(dim, dim),
-        )
+        self.heads = heads
+        self.attend = ATTEND[attention]
+        self.norm_q = nn.LayerNorm(dim)
+        self.norm_k = nn.LayerNorm(dim)
+        self.q = nn.Linear(dim, dim, bias=False)
+        self.kv = nn.Linear(dim, 2 * dim, bias=False)
+        self.out = nn.Linear(dim, dim)
         self.mix = nn.Sequential(
             nn.LayerNorm(dim), nn.Linear(dim, 2 * dim), nn.GELU(), nn.Linear(2 * dim, dim)
         )
@@ -121,7 +130,8 @@ class AttentionLayer(nn.Module):
         seen,  # (B, M) bool: answering tokens inside the field of view
         angles=None,  # (N, d / 2) rotary angles for self-attention
     ):
-        q, (k, v) = self.q(self.norm_q(x)), self.kv(self.norm_k(source)).chunk(2, -1)
+        q = self.q(self.norm_q(x))
+        k, v = self.kv(self.norm_k(source)).chunk(2, -1)
         q, k, v = self._split(q), self._split(k), self._split(v)
         if angles is not None:
             q, k = rotate(q, angles), rotate(k, angles)
@@ -143,10 +153,9 @@ class Transformer(nn.Module):
     ):
         super().__init__()
 
-        def make():
-            return nn.ModuleList(AttentionLayer(dim, heads, attention) for _ in range(layers))
-
-        self.self_layers, self.cross_layers, self.head_dim = make(), make(), dim // heads
+        self.head_dim = dim // heads
+        self.self_layers = nn.ModuleList(AttentionLayer(dim, heads, attention) for _ in range(layers))
+        self.cross_layers = nn.ModuleList(AttentionLayer(dim, heads, attention) for _ in range(layers))
 
     def forward(
         self,
@@ -160,21 +169,33 @@ class Transformer(nn.Module):
         seen1,  # (B, M) bool
     ):
         "Both token sets, each aware of itself and of the other: `(x0, x1)`."
-        a0, a1 = (rotary_angles(g, self.head_dim, x0.device) for g in (grid0, grid1))
+        angles0 = rotary_angles(grid0, self.head_dim, x0.device)
         if tuple(grid0) == tuple(grid1):
-            return self._together(
-                a0, *(torch.cat(both) for both in ((x0, x1), (bias0, bias1), (seen0, seen1)))
-            )
+            bias, seen = torch.cat([bias0, bias1]), torch.cat([seen0, seen1])
+            return self.together(torch.cat([x0, x1]), bias, seen, angles0)
+        angles1 = rotary_angles(grid1, self.head_dim, x1.device)
         for own, cross in zip(self.self_layers, self.cross_layers):
-            x0, x1 = own(x0, x0, bias0, seen0, a0), own(x1, x1, bias1, seen1, a1)
+            x0, x1 = own(x0, x0, bias0, seen0, angles0), own(x1, x1, bias1, seen1, angles1)
             x0, x1 = cross(x0, x1, bias1, seen1), cross(x1, x0, bias0, seen0)
         return x0, x1
 
-    def _together(self, angles, x, bias, seen):  # both images in one batch
-        def swap(t):
-            return t.roll(len(t) // 2, 0)
-
+    def together(
+        self,
+        x,  # (2 B, N, C) tokens of both images
+        bias,  # (2 B, N) key bias
+        seen,  # (2 B, N) bool
+        angles,  # (N, d / 2) rotary angles, the same for both
+    ):
+        "The same where both images have one grid: all of them in one batch."
         for own, cross in zip(self.self_layers, self.cross_layers):
             x = own(x, x, bias, seen, angles)
-            x = cross(x, swap(x), swap(bias), swap(seen))
+            x = cross(x, other_image(x), other_image(bias), other_image(seen))
         return x.chunk(2)
+
+
+# %% ../../nbs/05_model/03_attention.ipynb #bf7ece8c
+def other_image(
+    x,  # (2 B, ...) first of image 0, then of image 1
+) -> torch.Tensor:
+    "The same first of image 1, then of image 0."
+    return x.roll(len(x) // 2, 0)

@@ -17,9 +17,8 @@ def conv_norm(
     kernel=3,  # odd
 ) -> nn.Sequential:
     "Convolution without bias, then group normalisation in groups of 8 channels."
-    return nn.Sequential(
-        nn.Conv2d(cin, cout, kernel, stride, kernel // 2, bias=False), nn.GroupNorm(max(1, cout // 8), cout)
-    )
+    conv = nn.Conv2d(cin, cout, kernel, stride, kernel // 2, bias=False)
+    return nn.Sequential(conv, nn.GroupNorm(max(1, cout // 8), cout))
 
 
 # %% ../../nbs/05_model/02_backbone.ipynb #c590b7f9
@@ -33,8 +32,10 @@ class Block(nn.Module):
         stride=1,  # 1 or 2
     ):
         super().__init__()
-        self.a, self.b = conv_norm(cin, cout, stride), conv_norm(cout, cout)
-        self.skip = nn.Identity() if cin == cout and stride == 1 else conv_norm(cin, cout, stride, 1)
+        self.a = conv_norm(cin, cout, stride)
+        self.b = conv_norm(cout, cout)
+        same = cin == cout and stride == 1
+        self.skip = nn.Identity() if same else conv_norm(cin, cout, stride, 1)
         self.act = nn.ReLU(inplace=True)
 
     def forward(self, x):
@@ -52,7 +53,10 @@ class Backbone(nn.Module):
         super().__init__()
         d2, d4, d8 = dims
         self.to2 = nn.Sequential(
-            conv_norm(1, d2, 2, 5), nn.ReLU(inplace=True), conv_norm(d2, d2), nn.ReLU(inplace=True)
+            conv_norm(1, d2, 2, 5),
+            nn.ReLU(inplace=True),
+            conv_norm(d2, d2),
+            nn.ReLU(inplace=True),
         )
         self.to4 = nn.Sequential(Block(d2, d4, 2), Block(d4, d4))
         self.to8 = nn.Sequential(Block(d4, d8, 2), Block(d8, d8))

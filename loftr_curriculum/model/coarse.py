@@ -10,7 +10,12 @@ __all__ = [
     "cell_centres",
     "cell_index",
     "coarse_similarity",
+    "hide_unseen",
     "dual_softmax",
+    "split_rows",
+    "spread_of_maxima",
+    "log_sums",
+    "log_confidence",
     "mutual_maxima",
 ]
 
@@ -30,7 +35,8 @@ def cell_centres(
     device=None,
 ) -> torch.Tensor:
     "Centres (h * w, 2) of all cells, (x, y) in pixels, row by row, float32."
-    y, x = torch.meshgrid(*(torch.arange(n, device=device, dtype=torch.float32) for n in grid), indexing="ij")
+    rows, columns = (torch.arange(n, device=device, dtype=torch.float32) for n in grid)
+    y, x = torch.meshgrid(rows, columns, indexing="ij")
     return torch.stack([x, y], -1).reshape(-1, 2) * cell + (cell - 1) / 2
 
 
@@ -40,7 +46,7 @@ def cell_index(
     grid,  # (h, w) cells
     cell=COARSE,  # pixels a side
 ) -> torch.Tensor:
-    "Index of the cell that contains each point, int64; -1 outside the grid and for points that are not finite."
+    "Index of the cell that contains each point, int64; -1 outside the grid and for what is not finite."
     c = torch.floor((points + 0.5) / cell)
     inside = (c >= 0).all(-1) & (c[..., 0] < grid[1]) & (c[..., 1] < grid[0])
     c = torch.where(inside[..., None], c, torch.zeros_like(c)).long()
@@ -63,15 +69,21 @@ def coarse_similarity(
 ) -> torch.Tensor:
     "Guided similarity of all cell pairs, (B, L, S) float32; `HIDDEN` and less where a cell is not seen."
     with torch.autocast(f0.device.type, enabled=False):
-
-        def hide(seen):
-            return torch.where(seen, 0.0, HIDDEN)[..., None]
-
-        h0, h1 = hide(seen0), hide(seen1)
-        f0 = torch.cat([temperature * F.normalize(f0.float(), dim=-1), h0, torch.ones_like(h0)], -1)
-        f1 = torch.cat([F.normalize(f1.float(), dim=-1), torch.ones_like(h1), h1], -1)
-        sim, bias = f0 @ f1.mT, pair_bias(mask0, mask1, lam)
+        hide0, hide1 = hide_unseen(seen0), hide_unseen(seen1)
+        unit0, unit1 = F.normalize(f0.float(), dim=-1), F.normalize(f1.float(), dim=-1)
+        f0 = torch.cat([temperature * unit0, hide0, torch.ones_like(hide0)], -1)
+        f1 = torch.cat([unit1, torch.ones_like(hide1), hide1], -1)
+        sim = f0 @ f1.mT
+        bias = pair_bias(mask0, mask1, lam)
         return sim + bias if torch.is_tensor(bias) else sim
+
+
+# %% ../../nbs/05_model/04_coarse.ipynb #2071f81b
+def hide_unseen(
+    seen,  # (B, N) bool
+) -> torch.Tensor:
+    "The channel that hides what is not seen, (B, N, 1): 0, or `HIDDEN`."
+    return torch.where(seen, 0.0, HIDDEN)[..., None]
 
 
 # %% ../../nbs/05_model/04_coarse.ipynb #4dd90dfb
@@ -86,6 +98,58 @@ def dual_softmax(
 BAND = 2**18  # cell pairs worked on at a time, 1 MB
 
 
+def split_rows(
+    x,  # (B, L, ...)
+    pairs,  # B * S: cell pairs of a row of all images
+    band=BAND,  # cell pairs worked on at a time
+) -> tuple:
+    "Bands of rows."
+    return x.split(max(1, band // pairs), 1)
+
+
+# %% ../../nbs/05_model/04_coarse.ipynb #5922742c
+def spread_of_maxima(
+    sim,  # (B, L, S) guided similarity
+    seen0,  # (B, L) bool
+    seen1,  # (B, S) bool
+) -> tuple:
+    "The largest similarity (B, 1, 1), and how far the best of the worst seen row or column lies below it."
+    high = sim.amax((1, 2))[:, None, None]
+    rows = sim.amax(2).masked_fill(~seen0, torch.inf).amin(1)
+    columns = sim.amax(1).masked_fill(~seen1, torch.inf).amin(1)
+    return high, high - torch.minimum(rows, columns)[:, None, None]
+
+
+# %% ../../nbs/05_model/04_coarse.ipynb #22661285
+def log_sums(
+    sim,  # (B, L, S) guided similarity
+    high,  # (B, 1, 1) its largest value
+    in_double,  # is float32 too short for the exponentials?
+    band=BAND,  # cell pairs worked on at a time
+) -> tuple:
+    "Logarithms of the sums over rows (B, L, 1) and over columns (B, 1, S), of exp(sim - high)."
+    B, _, S = sim.shape
+    kind, least = (torch.float64, -700) if in_double else (torch.float32, -80)
+    rows, columns = [], sim.new_zeros(B, 1, S, dtype=kind)
+    for part in split_rows(sim, B * S, band):
+        e = (part - high).to(kind).clamp_(min=least).exp_()
+        rows.append(e.sum(2, keepdim=True))
+        columns += e.sum(1, keepdim=True)
+    return torch.cat(rows, 1).log().to(sim.dtype), columns.log().to(sim.dtype)
+
+
+# %% ../../nbs/05_model/04_coarse.ipynb #cc2c6d88
+def log_confidence(
+    sim,  # part of the similarity
+    high,  # its largest value, broadcastable
+    row,  # logarithm of the sum of the row, broadcastable
+    column,  # logarithm of the sum of the column, broadcastable
+) -> torch.Tensor:
+    "Logarithm of the confidence of a part of the matrix."
+    return (sim - high).mul_(2).sub_(row).sub_(column)
+
+
+# %% ../../nbs/05_model/04_coarse.ipynb #4e2e86c5
 def mutual_maxima(
     sim,  # (B, L, S) guided similarity
     seen0,  # (B, L) bool
@@ -94,32 +158,16 @@ def mutual_maxima(
     band=BAND,  # cell pairs worked on at a time
 ):
     "Matched cells `(b, i, j, confidence)`, each (M,), ordered by pair and cell of image 0."
-    B, L, S = sim.shape
-
-    def bands(x):
-        return x.split(max(1, band // (B * S)), 1)
-
-    high = sim.amax((1, 2))[:, None, None]
-    low = torch.minimum(
-        *(sim.amax(k).masked_fill(~seen, torch.inf).amin(1) for k, seen in ((2, seen0), (1, seen1)))
-    )[:, None, None]
-    kind, least = (torch.float64, -700) if (high - low > 80).any() else (torch.float32, -80)
-    row, col = [], sim.new_zeros(B, 1, S, dtype=kind)
-    for s in bands(sim):
-        e = (s - high).to(kind).clamp_(min=least).exp_()
-        row.append(e.sum(2, keepdim=True))
-        col += e.sum(1, keepdim=True)
-    row, col = (x.log().to(sim.dtype) for x in (torch.cat(row, 1), col))
-
-    def log_p(s, high, r, c):
-        return (s - high).mul_(2).sub_(r).sub_(c)
-
-    best, top = [], sim.new_full((B, S), -torch.inf)
-    for s, r in zip(bands(sim), bands(row)):
-        found = log_p(s, high, r, col)
+    B, _, S = sim.shape
+    high, spread = spread_of_maxima(sim, seen0, seen1)
+    row, column = log_sums(sim, high, bool((spread > 80).any()), band)
+    best, top = [], sim.new_full((B, S), -torch.inf)  # of each row, of each column
+    for part, r in zip(split_rows(sim, B * S, band), split_rows(row, B * S, band)):
+        found = log_confidence(part, high, r, column)
         best.append(found.amax(2))
         top = torch.maximum(top, found.amax(1))
-    b, i = ((torch.cat(best, 1).exp() > threshold) & seen0).nonzero(as_tuple=True)
-    conf, j = log_p(sim[b, i], high[b, 0], row[b, i], col[b, 0]).max(1)
+    sure = torch.cat(best, 1).exp() > threshold
+    b, i = (sure & seen0).nonzero(as_tuple=True)
+    conf, j = log_confidence(sim[b, i], high[b, 0], row[b, i], column[b, 0]).max(1)
     keep = (conf == top[b, j]) & seen1[b, j]
     return b[keep], i[keep], j[keep], conf[keep].exp()

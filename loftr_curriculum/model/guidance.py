@@ -27,9 +27,9 @@ def pad_to(
     multiple,  # pixels
 ):
     "Zeros added at the right and the bottom up to a multiple; the coordinates of every pixel stay."
-    h, w = x.shape[-2:]
-    dh, dw = -h % multiple, -w % multiple
-    return F.pad(x, (0, dw, 0, dh)) if dh or dw else x
+    height, width = x.shape[-2:]
+    below, right = -height % multiple, -width % multiple
+    return F.pad(x, (0, right, 0, below)) if below or right else x
 
 
 # %% ../../nbs/05_model/01_guidance.ipynb #cb0ea9a9
@@ -37,7 +37,9 @@ def cell_share(
     mask,  # (B, H, W) bool or in [0, 1]
     cell,  # pixels a side of a token's cell
 ) -> torch.Tensor:
-    "Mean of the mask over every cell, (B, ceil(H / cell), ceil(W / cell)) float32; what lies outside the image counts as 0."
+    """Mean of the mask over every cell, (B, ceil(H / cell), ceil(W / cell)) float32.
+
+    What lies outside the image counts as 0."""
     return F.avg_pool2d(pad_to(mask.float(), cell)[:, None], cell)[:, 0]
 
 

@@ -211,7 +211,7 @@ def matched_cells(
 ):
     """Mutual maxima as points.
 
-    Which pair of the batch (M,), centres of cells of image 0 and of image 1 (M, 2), pixels, confidence (M,)."""
+    Pair of the batch (M,), centres of cells of image 0 and of image 1 (M, 2), pixels, confidence (M,)."""
     cells = match_cells(result, threshold)
     centres0 = cell_centres(result.grid0, device=cells.pair.device)[cells.cell0]
     centres1 = cell_centres(result.grid1, device=cells.pair.device)[cells.cell1]
