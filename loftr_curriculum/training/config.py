@@ -10,6 +10,8 @@ __all__ = [
     "CurriculumConfig",
     "as_fractions",
     "find_curriculum",
+    "check_choices",
+    "check_numbers",
     "TrainConfig",
 ]
 
@@ -17,7 +19,7 @@ __all__ = [
 from dataclasses import dataclass, field, replace
 
 from ..data.config import DataConfig
-from ..model.config import MatcherConfig
+from ..model.config import VARIANTS, MatcherConfig
 
 
 # %% ../../nbs/09_training/00_config.ipynb #3dcf1f1d
@@ -32,8 +34,10 @@ class CurriculumConfig:
     unit: str = "epochs"  # "epochs", or "fraction" of the run
     in_attention: bool = True  # Engine 1 acts on the attention logits
     in_similarity: bool = True  # Engine 1 acts on the coarse similarity
-    adaptive: int = 0  # teaching ends early after so many recordings in a row without collapse, unguided; 0: by the calendar alone
-    mask: str = "own"  # masks of a training pair: "own", "other" (of the next pair of the batch), "uniform" (the mean of its own)
+    # teaching ends early after so many recordings in a row without collapse, unguided; 0: by the calendar
+    adaptive: int = 0
+    # masks of a training pair: "own", "other" (of the next pair of the batch), "uniform" (its own mean)
+    mask: str = "own"
 
     def __post_init__(self):
         if self.mask not in ("own", "other", "uniform"):
@@ -43,9 +47,8 @@ class CurriculumConfig:
         if self.unit not in ("epochs", "fraction"):
             raise ValueError(f"unit {self.unit!r}: expected epochs or fraction")
         if not 0 <= self.teach_until < self.wean_until:
-            raise ValueError(
-                f"teach_until {self.teach_until} and wean_until {self.wean_until}: expected 0 <= teach_until < wean_until"
-            )
+            given = f"teach_until {self.teach_until} and wean_until {self.wean_until}"
+            raise ValueError(f"{given}: expected 0 <= teach_until < wean_until")
 
 
 CURRICULA = {
@@ -88,6 +91,36 @@ def find_curriculum(
     return CURRICULA[name]
 
 
+# %% ../../nbs/09_training/00_config.ipynb #4504d3b9
+def check_choices(
+    config,  # TrainConfig
+) -> None:
+    "Raises ValueError for a word that is none of its choices, and for choices that exclude each other."
+    find_curriculum(config.curriculum)
+    if config.precision not in ("auto", "32", "bf16"):
+        raise ValueError(f"precision {config.precision!r}: expected auto, 32 or bf16")
+    if config.keep not in ("best", "last"):
+        raise ValueError(f"keep {config.keep!r}: expected best or last")
+    alone = VARIANTS[config.matcher.variant].trains_fine_alone
+    if config.only_fine and not (config.init and alone):
+        raise ValueError("only_fine: expected init, and the variant fast")
+
+
+# %% ../../nbs/09_training/00_config.ipynb #61043c82
+def check_numbers(
+    config,  # TrainConfig
+) -> None:
+    "Raises ValueError for a number out of range."
+    for name in ("epochs", "collapse_patience"):
+        if getattr(config, name) < 1:
+            raise ValueError(f"{name} {getattr(config, name)}: expected at least 1")
+    for name in ("record_every", "probes", "probe_pseudo_real"):
+        if getattr(config, name) < 0:
+            raise ValueError(f"{name} {getattr(config, name)}: expected 0 or more")
+    if config.checkpoint_minutes < 0:
+        raise ValueError(f"checkpoint_minutes {config.checkpoint_minutes}: expected 0 or more")
+
+
 # %% ../../nbs/09_training/00_config.ipynb #5457b6c2
 FROM_RANDOM = {"curriculum": "v2.2", "lr": 1e-3}  # what a field that is None becomes
 FROM_GIVEN = {"curriculum": "v2.1", "lr": 1e-4}  # the same where the weights are given
@@ -95,7 +128,9 @@ FROM_GIVEN = {"curriculum": "v2.1", "lr": 1e-4}  # the same where the weights ar
 
 @dataclass(frozen=True)
 class TrainConfig:
-    "Everything that defines a training run. A checkpoint carries it. To fine-tune: --init shipped --data.triplets FOLDER --epochs 5."
+    """Everything that defines a training run. A checkpoint carries it.
+
+    To fine-tune: --init shipped --data.triplets FOLDER --epochs 5."""
 
     out: str = "runs/train"  # folder of the run: config, logs, checkpoints
     # preset: v2.2, v2.2-sketch, v2.2-adaptive, v2.2-unweaned, v2.1, loss-only, bias-only, bias-attention,
@@ -116,7 +151,9 @@ class TrainConfig:
     val_real: str | None = None
     patience: int = 0  # epochs without a better val/auc before stopping early; 0 never stops
     stop_from: int = 0  # no early stop before this epoch, nor before the independence phase
-    keep: str = "best"  # whose weights the run leaves: "best" val/auc of the independence phase, or "last" epoch, where validation is too small to choose
+    # whose weights the run leaves: "best" val/auc of the independence phase, or "last" epoch, where
+    # validation is too small to choose
+    keep: str = "best"
     # weights to start from: shipped (those of the package), or a file (.safetensors or .ckpt, of ours or
     # LoFTR's published format); None: random ones
     init: str | None = None
@@ -132,25 +169,12 @@ class TrainConfig:
     checkpoint_minutes: float = 5.0  # between checkpoints within an epoch; a run that is killed loses no more
 
     def __post_init__(self):
-        for name, value in (FROM_GIVEN if self.init else FROM_RANDOM).items():
+        defaults = FROM_GIVEN if self.init else FROM_RANDOM
+        for name, value in defaults.items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
-        find_curriculum(self.curriculum)
-        if self.precision not in ("auto", "32", "bf16"):
-            raise ValueError(f"precision {self.precision!r}: expected auto, 32 or bf16")
-        if self.epochs < 1:
-            raise ValueError(f"epochs {self.epochs}: expected at least 1")
-        for name in ("record_every", "probes", "probe_pseudo_real"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} {getattr(self, name)}: expected 0 or more")
-        if self.only_fine and (not self.init or self.matcher.variant != "fast"):
-            raise ValueError("only_fine: expected init, and the variant fast")
-        if self.keep not in ("best", "last"):
-            raise ValueError(f"keep {self.keep!r}: expected best or last")
-        if self.checkpoint_minutes < 0:
-            raise ValueError(f"checkpoint_minutes {self.checkpoint_minutes}: expected 0 or more")
-        if self.collapse_patience < 1:
-            raise ValueError(f"collapse_patience {self.collapse_patience}: expected at least 1")
+        check_choices(self)
+        check_numbers(self)
 
     @property
     def phases(self) -> CurriculumConfig:

@@ -12,7 +12,7 @@ __all__ = [
     "independence_from",
     "wean_from",
     "CurriculumScheduler",
-    "heed_index",
+    "end_teaching_when_calm",
 ]
 
 # %% ../../nbs/09_training/01_curriculum.ipynb #92610c77
@@ -21,6 +21,7 @@ from dataclasses import replace
 import lightning.pytorch as pl
 
 from ..evaluation.collapse import THRESHOLD
+from ..io.deprecated import deprecated_names
 from ..model.config import Guidance
 
 # %% ../../nbs/09_training/01_curriculum.ipynb #675868f7
@@ -91,54 +92,68 @@ INDEX = "probe/collapse_index"  # as the recorder logs it: unguided, median of t
 
 
 class CurriculumScheduler(pl.Callback):
-    "Sets `pl_module.guidance` at the start of every training epoch and logs `sched/lambda` and `sched/loss_w`."
+    "Sets `pl_module.guidance` at the start of an epoch and logs `sched/lambda` and `sched/loss_w`."
 
     def __init__(
         self,
         curriculum,  # CurriculumConfig
         every=1,  # epochs between recordings; read by an adaptive curriculum
     ):
-        self.curriculum, self.every, self.calm, self.weans_from = curriculum, every, 0, None
+        self.curriculum = curriculum
+        self.every = every
+        self.calm = 0  # recordings in a row without collapse
+        self.weans_from = None  # first epoch of weaning, where teaching has ended early
 
     def on_train_epoch_start(self, trainer, pl_module):
         if not isinstance(getattr(pl_module, "guidance", None), Guidance):
-            raise TypeError(
-                f"{type(pl_module).__name__} has no attribute `guidance` of type Guidance for the curriculum to set"
-            )
-        plan = (
-            self.curriculum
-            if self.weans_from is None
-            else wean_from(self.curriculum, self.weans_from, trainer.max_epochs)
-        )
-        g = schedule(plan, trainer.current_epoch, trainer.max_epochs)
+            name = type(pl_module).__name__
+            raise TypeError(f"{name} has no attribute `guidance` of type Guidance for the curriculum to set")
+        g = schedule(self.plan(trainer.max_epochs), trainer.current_epoch, trainer.max_epochs)
         pl_module.guidance = g
         pl_module.log("sched/lambda", g.vessel_soft_lambda, on_epoch=True)
         pl_module.log("sched/loss_w", g.vessel_loss_weight_scaler, on_epoch=True)
 
+    def plan(
+        self,
+        epochs,  # epochs of the whole run
+    ):  # CurriculumConfig
+        "The curriculum, with weaning brought forward where teaching has ended early."
+        if self.weans_from is None:
+            return self.curriculum
+        return wean_from(self.curriculum, self.weans_from, epochs)
+
     def on_train_epoch_end(self, trainer, pl_module):
-        if self.curriculum.adaptive and self.weans_from is None and trainer.current_epoch % self.every == 0:
-            heed_index(self, trainer)
+        recorded = trainer.current_epoch % self.every == 0
+        if self.curriculum.adaptive and self.weans_from is None and recorded:
+            end_teaching_when_calm(self, trainer)
 
     def state_dict(self):
         return {"calm": self.calm, "weans_from": self.weans_from}
 
     def load_state_dict(self, state_dict):
-        self.calm, self.weans_from = state_dict["calm"], state_dict["weans_from"]
+        self.calm = state_dict["calm"]
+        self.weans_from = state_dict["weans_from"]
 
 
 # %% ../../nbs/09_training/01_curriculum.ipynb #00362a95
-def heed_index(
+def end_teaching_when_calm(
     scheduler,  # CurriculumScheduler
     trainer,  # Trainer at the end of an epoch that was recorded
 ) -> None:
-    "Count recordings without collapse; after enough of them weaning begins with the next epoch. RuntimeError where nothing records."
-    index = trainer.strategy.broadcast(
-        float(trainer.callback_metrics[INDEX]) if INDEX in trainer.callback_metrics else None
-    )
+    """Count recordings without collapse; after enough of them weaning begins with the next epoch.
+
+    Raises RuntimeError where nothing records."""
+    index = trainer.callback_metrics.get(INDEX)
+    index = trainer.strategy.broadcast(None if index is None else float(index))
     if index is None:
         raise RuntimeError(
-            f"an adaptive curriculum reads {INDEX}, which nothing has logged: record every few epochs, with some probes"
+            f"an adaptive curriculum reads {INDEX}, which nothing has logged: "
+            "record every few epochs, with some probes"
         )
     scheduler.calm = scheduler.calm + 1 if index <= THRESHOLD else 0
     if scheduler.calm >= scheduler.curriculum.adaptive:
         scheduler.weans_from = trainer.current_epoch + 1
+
+
+# %% ../../nbs/09_training/01_curriculum.ipynb #80637d1c
+__getattr__ = deprecated_names(__name__, {"heed_index": "end_teaching_when_calm"})

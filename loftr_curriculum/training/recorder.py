@@ -8,9 +8,13 @@ __all__ = [
     "ProbeSources",
     "CollapseWarning",
     "MatchRecorder",
+    "measure_probes",
     "record",
     "log_recording",
+    "log_scalars",
+    "log_picture",
     "lines_picture",
+    "last_in_a_row",
     "raise_alarm",
 ]
 
@@ -53,20 +57,20 @@ class ProbeSources:
         config,  # TrainConfig
     ):
         self.config = config
-        self.real = (
-            real_probes(config.probe_real, config.data.size)
-            if config.probe_real and config.record_every
-            else []
-        )
+        self.real = []
+        if config.probe_real and config.record_every:
+            self.real = real_probes(config.probe_real, config.data.size)
 
     def __call__(
         self,
         val_pairs,  # ValPairs
     ) -> list:  # of Probe
         "Validation pairs first, then pseudo-real and real ones."
-        c = self.config
-        pseudo = pseudo_real_probes(c.probe_pseudo_real, c.data.size) if c.probe_pseudo_real else ()
-        return [*validation_probes(val_pairs, c.probes), *pseudo, *self.real]
+        config = self.config
+        pseudo = []
+        if config.probe_pseudo_real:
+            pseudo = pseudo_real_probes(config.probe_pseudo_real, config.data.size)
+        return [*validation_probes(val_pairs, config.probes), *pseudo, *self.real]
 
 
 # %% ../../nbs/09_training/09_recorder.ipynb #e28a4d79
@@ -86,31 +90,31 @@ class MatchRecorder(pl.Callback):
         patience=PATIENCE,  # recordings in a row above the threshold before the alarm
         stop=False,  # stop the run at the alarm
     ):
-        self.folder, self.sources, self.every, self.patience, self.stop, self.spent = (
-            Path(folder),
-            sources,
-            every,
-            patience,
-            stop,
-            0.0,
-        )
+        self.folder = Path(folder)
+        self.sources = sources
+        self.every = every
+        self.patience = patience
+        self.stop = stop
+        self.spent = 0.0  # seconds of this session that went into recording
 
     def on_fit_start(self, trainer, pl_module):
         if not trainer.is_global_zero:
             return
-        if not (trainer.ckpt_path and (self.folder / "probes.npz").is_file()):
+        goes_on = trainer.ckpt_path and (self.folder / "probes.npz").is_file()
+        if not goes_on:
             for old in self.folder.glob("epoch_*.npz"):
                 old.unlink()
             write_probes(self.folder, self.sources(trainer.datamodule.val_pairs))
-        self.recording, self.begin, self.spent = Recording(self.folder), time.monotonic(), 0.0
+        self.recording = Recording(self.folder)
+        self.begin = time.monotonic()
+        self.spent = 0.0
 
     def on_validation_epoch_end(self, trainer, pl_module):
+        if trainer.sanity_checking or not trainer.is_global_zero:
+            return
         epoch = trainer.current_epoch
-        if (
-            trainer.sanity_checking
-            or not trainer.is_global_zero
-            or (epoch % self.every and epoch != trainer.max_epochs - 1)
-        ):
+        last = epoch == trainer.max_epochs - 1
+        if epoch % self.every and not last:
             return
         start = time.monotonic()
         if epoch not in self.recording.epochs:
@@ -131,6 +135,21 @@ class MatchRecorder(pl.Callback):
         return (self.spent + running) / max(time.monotonic() - self.begin, 1e-9)
 
 
+# %% ../../nbs/09_training/09_recorder.ipynb #344dc400
+def measure_probes(
+    recorder,  # MatchRecorder
+    trainer,  # Trainer
+    module,  # PL_LoFTR
+    guidance,  # Guidance of this pass
+) -> list:
+    "Matches and figures of every probe, in the precision in which the run validates."
+    probes = recorder.recording.probes
+    with trainer.precision_plugin.val_step_context():
+        found = match_probes(module.matcher, probes, guidance)
+    guided = guidance is not UNGUIDED
+    return [measure(k, probe, guided, m) for k, (probe, m) in enumerate(zip(probes, found))]
+
+
 # %% ../../nbs/09_training/09_recorder.ipynb #81881ed9
 def record(
     recorder,  # MatchRecorder
@@ -138,18 +157,17 @@ def record(
     module,  # PL_LoFTR
     start,  # time.monotonic() when the recording began
 ) -> None:
-    "One look at every probe, a guided one too while the masks guide the training; one file."
-    g, probes, entries = module.guidance, recorder.recording.probes, []
-    for guidance in (UNGUIDED, g)[: 1 + (g.vessel_soft_lambda > 0)]:
-        with trainer.precision_plugin.val_step_context():
-            found = match_probes(module.matcher, probes, guidance)
-        entries += [measure(k, p, guidance is not UNGUIDED, m) for k, (p, m) in enumerate(zip(probes, found))]
+    "Matches of every probe, guided ones too while the masks guide the training; one file."
+    guidance = module.guidance
+    entries = measure_probes(recorder, trainer, module, UNGUIDED)
+    if guidance.vessel_soft_lambda > 0:
+        entries += measure_probes(recorder, trainer, module, guidance)
     seconds = time.monotonic() - start
     write_epoch(
         recorder.folder,
         trainer.current_epoch,
-        g.vessel_soft_lambda,
-        g.vessel_loss_weight_scaler,
+        guidance.vessel_soft_lambda,
+        guidance.vessel_loss_weight_scaler,
         entries,
         seconds,
         recorder.share(seconds),
@@ -180,26 +198,40 @@ def log_recording(
     epoch,  # int
 ) -> None:
     "Scalars to all loggers; picture and share of time to those that show pictures."
-    recording = recorder.recording
-    kinds = recording.kinds if len(recording.kinds) > 1 else []
-    for name, of in (
-        ("probe", {}),
-        ("probe_guided", dict(guided=True)),
-        *((f"probe_{k}", dict(kind=k)) for k in kinds),
-    ):
+    log_scalars(recorder.recording, module, epoch)
+    for logger in trainer.loggers:
+        if hasattr(logger.experiment, "add_image"):
+            log_picture(recorder.recording, logger.experiment, epoch, trainer.global_step)
+
+
+# %% ../../nbs/09_training/09_recorder.ipynb #ee43f162
+def log_scalars(
+    recording,  # Recording
+    module,  # PL_LoFTR
+    epoch,  # int
+) -> None:
+    "Medians over all probes, over the guided passes, and over each kind where there are several."
+    groups = {"probe": {}, "probe_guided": {"guided": True}}
+    if len(recording.kinds) > 1:
+        groups |= {f"probe_{kind}": {"kind": kind} for kind in recording.kinds}
+    for name, of in groups.items():
         for row in summary(recording, **of):
             if row["epoch"] == epoch:
-                module.log_dict(
-                    {f"{name}/{k}": min(row[k], 999.0) for k in LOGGED if not np.isnan(row[k])},
-                    rank_zero_only=True,
-                )
-    r = recording.record(epoch)
-    for board in (l.experiment for l in trainer.loggers if hasattr(l.experiment, "add_image")):
-        board.add_scalar("probe/share_of_time", r.share, trainer.global_step)
-        if recording.epochs.index(epoch) % 5 == 0:
-            board.add_image(
-                "probe/matches", lines_picture(recording, epoch), trainer.global_step, dataformats="HWC"
-            )
+                known = {f"{name}/{k}": min(row[k], 999.0) for k in LOGGED if not np.isnan(row[k])}
+                module.log_dict(known, rank_zero_only=True)
+
+
+# %% ../../nbs/09_training/09_recorder.ipynb #bb0198ae
+def log_picture(
+    recording,  # Recording
+    board,  # a writer of TensorBoard
+    epoch,  # int
+    step,  # of the run
+) -> None:
+    "Share of time, and every fifth time the match lines."
+    board.add_scalar("probe/share_of_time", recording.record(epoch).share, step)
+    if recording.epochs.index(epoch) % 5 == 0:
+        board.add_image("probe/matches", lines_picture(recording, epoch), step, dataformats="HWC")
 
 
 # %% ../../nbs/09_training/09_recorder.ipynb #df53c01a
@@ -216,6 +248,19 @@ def lines_picture(
     return figure_pixels(figure)
 
 
+# %% ../../nbs/09_training/09_recorder.ipynb #fa983cd0
+def last_in_a_row(
+    index,  # collapse index of each recording, in order
+) -> int:
+    "How many of the last ones are above the threshold, without a break."
+    count = 0
+    for value in reversed(index):
+        if not value > THRESHOLD:
+            break
+        count += 1
+    return count
+
+
 # %% ../../nbs/09_training/09_recorder.ipynb #31e16b37
 def raise_alarm(
     recorder,  # MatchRecorder
@@ -224,12 +269,13 @@ def raise_alarm(
 ) -> None:
     "Warn after `patience` recordings in a row above the threshold, and again after as many more."
     index = [row["collapse_index"] for row in summary(recorder.recording) if row["epoch"] <= epoch]
-    above = next((n for n, i in enumerate(reversed(index)) if not i > THRESHOLD), len(index))
+    above = last_in_a_row(index)
     if not above or above % recorder.patience:
         return
     also = "; the run stops" if recorder.stop else ""
     warnings.warn(
-        f"epoch {epoch}: the matches have collapsed, unguided index {index[-1]:.2f}, above {THRESHOLD} in the last {above} recordings{also}; "
+        f"epoch {epoch}: the matches have collapsed, unguided index {index[-1]:.2f}, "
+        f"above {THRESHOLD} in the last {above} recordings{also}; "
         f"look with `loftr-curriculum diagnose {recorder.folder.parent}`",
         CollapseWarning,
         stacklevel=2,
