@@ -99,7 +99,7 @@ def test_bank_refuses_other_settings_and_foreign_folders(tmp_path):
 
 
 def test_vessel_share_of_the_tokens():
-    """After mask_to_grid, 15 to 45 % of the tokens in the field stand at 0.5 or more, at 8 and 16 px cells."""
+    """After mask_to_grid, 15 to 45 % of tokens in the field stand at 0.5 or more, at 8 and 16 px cells."""
     torch = pytest.importorskip("torch")
     from loftr_curriculum.model.guidance import fov_to_grid, mask_to_grid
 

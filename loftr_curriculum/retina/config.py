@@ -20,8 +20,10 @@ from dataclasses import dataclass
 # %% ../../nbs/03_retina/00_config.ipynb #12a0ba0e
 MODALITIES = ("cf", "fa", "oct", "octa")
 MODES = ("cf-fa", "cf-oct", "oct-fa", "cf-octa")
+
+# %% ../../nbs/03_retina/00_config.ipynb #9c4e5e8c
 GENERATOR_VERSION = 2
-MM_PER_DEGREE = 0.288
+MM_PER_DEGREE = 0.288  # of retina, per degree of visual angle
 
 # %% ../../nbs/03_retina/00_config.ipynb #0744616e
 SEEDS = {
@@ -70,7 +72,7 @@ class EyeConfig:
     field_deg: float = 70.0  # what that side spans, degrees of visual angle
     density: float = 1.0  # number of small vessels relative to an ordinary eye
     disease: float = 0.6  # share of renderings that carry lesions, 0..1
-    gap: float = 1.0  # how far the modalities disagree beyond the vessels (visibility, uneven light, weak halves), 0..2
+    gap: float = 1.0  # how far the modalities disagree (visibility, light, weak halves), 0..2
 
     def __post_init__(self):
         if self.size < 128 or self.size % 2:

@@ -4,32 +4,60 @@
 
 # %% auto #0
 __all__ = [
+    "DISC_TO_FOVEA",
+    "FOVEA_BELOW",
+    "REACH_IN_DISCS",
+    "DISC_HEIGHT",
+    "DISC_SHAPE",
+    "FAZ_RADIUS",
+    "ARTERIES",
+    "VEINS",
+    "STEP",
     "TWIG",
+    "OCTAVES",
     "Anatomy",
+    "Spread",
     "draw_anatomy",
     "bezier",
+    "Trunk",
+    "System",
+    "draw_arcade",
+    "draw_outer_branch",
+    "draw_inner_branch",
+    "draw_nasal_trunk",
+    "draw_macular_trunk",
     "trunk_curves",
     "crosses",
     "trunks",
+    "unit",
+    "Attractors",
+    "pull_on",
     "grow",
+    "jittered",
+    "around_fovea",
     "sow",
+    "Stage",
+    "stages_of",
+    "grow_stages",
     "flow_of",
     "branches_of",
     "worth_keeping",
     "only",
     "relax",
+    "narrowing",
+    "radii_of",
     "Vessels",
+    "grow_system",
+    "join",
     "smooth_field",
     "sample_field",
     "wander",
-    "narrowing",
-    "grow_system",
-    "join",
     "grow_vessels",
 ]
 
 # %% ../../nbs/03_retina/01_tree.ipynb #f43cbb4b
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import cv2
 import numpy as np
@@ -69,25 +97,46 @@ class Anatomy:
         return self.disc + points[..., :1] * along + points[..., 1:] * up
 
 
+# %% ../../nbs/03_retina/01_tree.ipynb #03e31346
+class Spread(NamedTuple):
+    "A measure that differs from eye to eye: a normal law, cut at both ends."
+
+    mean: float
+    deviation: float
+    least: float
+    most: float
+
+    def draw(self, rng):
+        "One eye's value."
+        return np.clip(rng.normal(self.mean, self.deviation), self.least, self.most)
+
+
+# %% ../../nbs/03_retina/01_tree.ipynb #50be48e6
+DISC_TO_FOVEA = Spread(4.76, 0.34, 3.9, 5.6)  # mm (PMC4577126)
+FOVEA_BELOW = Spread(5.6, 3.3, -4, 15)  # degrees by which the fovea lies below the disc (IOVS 2163282)
+REACH_IN_DISCS = Spread(2.65, 0.3, 2.0, 3.4)  # disc to fovea, in diameters of the disc
+DISC_HEIGHT = (1.4, 2.3)  # mm, least and most
+DISC_SHAPE = (0.88, 1.0)  # width of the disc relative to its height
+FAZ_RADIUS = Spread(0.32, 0.06, 0.2, 0.45)  # mm
+
+
 # %% ../../nbs/03_retina/01_tree.ipynb #8e06af2b
 def draw_anatomy(
     rng: np.random.Generator,  # source of chance
     config: EyeConfig,  # size and field of the world
 ) -> Anatomy:  # landmarks of one eye
-    "Draw the landmarks: disc to fovea 4.76 +- 0.34 mm (PMC4577126), the fovea 5.6 +- 3.3 degrees below the disc (IOVS 2163282)."
+    "Draw the landmarks; disc and fovea lie near the middle of the world."
     mm, size = config.px_per_mm, config.size
     temporal = 1 if rng.random() < 0.5 else -1
-    reach = mm * np.clip(rng.normal(4.76, 0.34), 3.9, 5.6)
-    below = np.deg2rad(np.clip(rng.normal(5.6, 3.3), -4, 15))
-    axes = (
-        np.clip(reach / np.clip(rng.normal(2.65, 0.3), 2.0, 3.4), 1.4 * mm, 2.3 * mm)
-        / 2
-        * np.array([rng.uniform(0.88, 1.0), 1.0])
-    )
+    reach = mm * DISC_TO_FOVEA.draw(rng)
+    below = np.deg2rad(FOVEA_BELOW.draw(rng))
+    least, most = DISC_HEIGHT
+    height = np.clip(reach / REACH_IN_DISCS.draw(rng), least * mm, most * mm)
+    disc_axes = height / 2 * np.array([rng.uniform(*DISC_SHAPE), 1.0])
     middle = size / 2 + rng.uniform(-0.06, 0.06, 2) * size
     fovea = middle + np.array([temporal * reach * rng.uniform(0.1, 0.6), 0])
     disc = fovea - reach * np.array([temporal * np.cos(below), np.sin(below)])
-    return Anatomy(size, mm, temporal, disc, axes, fovea, mm * np.clip(rng.normal(0.32, 0.06), 0.2, 0.45))
+    return Anatomy(size, mm, temporal, disc, disc_axes, fovea, mm * FAZ_RADIUS.draw(rng))
 
 
 # %% ../../nbs/03_retina/01_tree.ipynb #795ed5e5
@@ -106,64 +155,139 @@ def bezier(
     )
     arc = np.r_[0, np.cumsum(np.hypot(*np.diff(curve, axis=0).T))]
     at = np.linspace(0, arc[-1], max(3, int(arc[-1] / step) + 1))
-    return np.stack([np.interp(at, arc, curve[:, i]) for i in (0, 1)], 1)
+    return np.stack([np.interp(at, arc, curve[:, 0]), np.interp(at, arc, curve[:, 1])], 1)
+
+
+# %% ../../nbs/03_retina/01_tree.ipynb #d53c9501
+class Trunk(NamedTuple):
+    "One large vessel as a Bezier curve, in disc-to-fovea lengths."
+
+    control: list  # control points: 4 from the disc; 3 where it leaves another trunk, which gives the first
+    leaves: int = -1  # number of the trunk that it leaves, -1 the disc
+    where: float = 0.0  # how far along that trunk, 0..1
+
+
+# %% ../../nbs/03_retina/01_tree.ipynb #433ba99d
+@dataclass(frozen=True)
+class System:
+    "What tells arteries from veins."
+
+    artery: bool
+    near: float  # height of the arcades: arteries keep a little nearer to the fovea
+    root: float  # where trunks leave the disc, disc-to-fovea lengths towards the fovea
+    twigs: tuple  # attractors of the last stage: least, and most excluded
+    exponent: tuple  # of the branching law: mean and deviation
+    calibre: tuple  # of the widest trunks, um: mean and deviation
+    least: tuple  # finest radius of a branch, px at a world of 1024: least and most
+
+
+# %% ../../nbs/03_retina/01_tree.ipynb #d91207e3
+ARTERIES = System(
+    artery=True,
+    near=0.92,
+    root=0.02,
+    twigs=(450, 750),
+    exponent=(2.2, 0.12),
+    calibre=(135, 16),
+    least=(0.55, 1.0),
+)
+VEINS = System(
+    artery=False,
+    near=1.0,
+    root=-0.03,
+    twigs=(150, 300),
+    exponent=(1.85, 0.08),
+    calibre=(151, 15),
+    least=(0.55, 0.8),
+)
+
+
+# %% ../../nbs/03_retina/01_tree.ipynb #270974f4
+def draw_arcade(
+    rng: np.random.Generator,  # source of chance
+    root: list,  # (2,) where it leaves the disc
+    h: float,  # height of the arcade
+) -> Trunk:
+    "The large temporal vessel that arches around the fovea."
+    leaving = [rng.uniform(-0.02, 0.22), h * rng.uniform(0.45, 0.75)]
+    above = [rng.uniform(0.35, 0.6), h * rng.uniform(0.95, 1.15)]
+    end = [rng.uniform(1.2, 1.9), h * rng.uniform(0.7, 1.15)]
+    return Trunk([root, leaving, above, end])
+
+
+# %% ../../nbs/03_retina/01_tree.ipynb #ec0bcc04
+def draw_outer_branch(
+    rng: np.random.Generator,  # source of chance
+    arcade: int,  # number of the arcade that it leaves
+    h: float,  # height of the arcade
+) -> Trunk:
+    "A branch away from the macula."
+    far = rng.uniform(0.2, 0.75)
+    tip = np.array([rng.uniform(0.15, 1.0), h * rng.uniform(1.6, 2.1)])
+    leaving = [rng.uniform(0.0, 0.35), h * (0.9 + 0.3 * far)]
+    bend = [tip[0] - rng.uniform(0, 0.25), 0.6 * tip[1] + 0.4 * h]
+    return Trunk([leaving, bend, tip], arcade, far * 0.75)
+
+
+# %% ../../nbs/03_retina/01_tree.ipynb #d08ea776
+def draw_inner_branch(
+    rng: np.random.Generator,  # source of chance
+    arcade: int,  # number of the arcade that it leaves
+    h: float,  # height of the arcade
+) -> Trunk:
+    "A branch towards the macula."
+    far = rng.uniform(0.15, 0.8)
+    tip = np.array([rng.uniform(0.7, 1.35), h * rng.uniform(0.22, 0.5)])
+    leaving = [0.3 + 0.5 * far, h * 0.85]
+    bend = [tip[0] * 0.75, h * rng.uniform(0.5, 0.85)]
+    return Trunk([leaving, bend, tip], arcade, far)
+
+
+# %% ../../nbs/03_retina/01_tree.ipynb #d9aa39c0
+def draw_nasal_trunk(
+    rng: np.random.Generator,  # source of chance
+    root: list,  # (2,) where it leaves the disc
+    side: int,  # 1 above the disc, -1 below
+    number: int,  # 0 for the first of its side; later ones run lower
+) -> Trunk:
+    "A trunk towards the nose."
+    angle = np.deg2rad(rng.uniform(20, 60) + 35 * number * rng.uniform(0.6, 1.2))
+    tip = np.array([-np.cos(angle), side * np.sin(angle)]) * rng.uniform(0.7, 1.1)
+    bend = np.array([rng.uniform(-0.15, 0.05), side * rng.uniform(0.2, 0.4)])
+    return Trunk([root, bend * 0.6, bend + 0.4 * tip, tip])
+
+
+# %% ../../nbs/03_retina/01_tree.ipynb #d979cefd
+def draw_macular_trunk(
+    rng: np.random.Generator,  # source of chance
+    side: int,  # 1 above, -1 below
+) -> Trunk:
+    "A small vessel from the disc straight to the macula."
+    tip = np.array([rng.uniform(0.4, 0.75), side * rng.uniform(0.12, 0.36)])
+    return Trunk([[0.03, 0], [0.14, side * rng.uniform(0, 0.2)], [0.28, tip[1] * 1.15], tip])
 
 
 # %% ../../nbs/03_retina/01_tree.ipynb #99509e2c
 def trunk_curves(
     rng: np.random.Generator,  # source of chance
-    artery: bool,  # arteries keep a little nearer to the fovea than veins
-) -> list[
-    tuple
-]:  # (4, 2) control points in disc-to-fovea lengths, number of the curve it leaves (-1: the disc), where (0..1)
-    "Trunks as Bezier curves: two temporal arcades with their first branches, nasal trunks, and small ones towards the macula."
-    out, near = [], (0.92 if artery else 1.0)
+    system: System,  # arteries or veins
+) -> list[Trunk]:  # a trunk stands behind the one that it leaves
+    "Two temporal arcades with their branches, nasal trunks, and small ones towards the macula."
+    out = []
     for side in (1, -1):
-        h, arcade = side * near * rng.uniform(0.74, 1.12), len(out)
-        root = [rng.normal(0.02 if artery else -0.03, 0.025), side * rng.uniform(0, 0.06)]
-        out.append(
-            (
-                [
-                    root,
-                    [rng.uniform(-0.02, 0.22), h * rng.uniform(0.45, 0.75)],
-                    [rng.uniform(0.35, 0.6), h * rng.uniform(0.95, 1.15)],
-                    [rng.uniform(1.2, 1.9), h * rng.uniform(0.7, 1.15)],
-                ],
-                -1,
-                0,
-            )
-        )
+        h = side * system.near * rng.uniform(0.74, 1.12)
+        root = [rng.normal(system.root, 0.025), side * rng.uniform(0, 0.06)]
+        arcade = len(out)
+        out.append(draw_arcade(rng, root, h))
         for _ in range(rng.integers(2, 4)):
-            far, tip = rng.uniform(0.2, 0.75), np.array([rng.uniform(0.15, 1.0), h * rng.uniform(1.6, 2.1)])
-            out.append(
-                (
-                    [
-                        None,
-                        [rng.uniform(0.0, 0.35), h * (0.9 + 0.3 * far)],
-                        [tip[0] - rng.uniform(0, 0.25), 0.6 * tip[1] + 0.4 * h],
-                        tip,
-                    ],
-                    arcade,
-                    far * 0.75,
-                )
-            )
+            out.append(draw_outer_branch(rng, arcade, h))
         for _ in range(rng.integers(2, 5)):
-            far, tip = rng.uniform(0.15, 0.8), np.array([rng.uniform(0.7, 1.35), h * rng.uniform(0.22, 0.5)])
-            out.append(
-                (
-                    [None, [0.3 + 0.5 * far, h * 0.85], [tip[0] * 0.75, h * rng.uniform(0.5, 0.85)], tip],
-                    arcade,
-                    far,
-                )
-            )
-        for nasal in range(rng.integers(1, 3)):
-            a = np.deg2rad(rng.uniform(20, 60) + 35 * nasal * rng.uniform(0.6, 1.2))
-            tip = np.array([-np.cos(a), side * np.sin(a)]) * rng.uniform(0.7, 1.1)
-            bend = np.array([rng.uniform(-0.15, 0.05), side * rng.uniform(0.2, 0.4)])
-            out.append(([root, bend * 0.6, bend + 0.4 * tip, tip], -1, 0))
-    for side in rng.permutation([1, -1, 1, -1])[: rng.integers(1, 4)]:
-        tip = np.array([rng.uniform(0.4, 0.75), side * rng.uniform(0.12, 0.36)])
-        out.append(([[0.03, 0], [0.14, side * rng.uniform(0, 0.2)], [0.28, tip[1] * 1.15], tip], -1, 0))
+            out.append(draw_inner_branch(rng, arcade, h))
+        for number in range(rng.integers(1, 3)):
+            out.append(draw_nasal_trunk(rng, root, side, number))
+    sides = rng.permutation([1, -1, 1, -1])
+    for side in sides[: rng.integers(1, 4)]:
+        out.append(draw_macular_trunk(rng, side))
     return out
 
 
@@ -184,26 +308,83 @@ def crosses(
 def trunks(
     anatomy: Anatomy,  # landmarks
     rng: np.random.Generator,  # source of chance
-    artery: bool,  # arteries or veins
+    system: System,  # arteries or veins
     step: float,  # px between nodes
 ) -> tuple[np.ndarray, np.ndarray]:  # nodes (n, 2) in world px, parents (n,)
     "The curves as chains of nodes; a branch starts at a node of the curve that it leaves."
-    points, parent, ranges = np.zeros((0, 2)), np.zeros(0, np.int64), []
-    for control, source, far in trunk_curves(rng, artery):
-        start, node = len(points), -1
-        if source >= 0:
-            first, last = ranges[source]
-            node = first + int(far * (last - first))
-            line = bezier(np.r_[points[node][None], anatomy.place(control[1:])], step)[1:]
+    points, parent = np.zeros((0, 2)), np.zeros(0, np.int64)
+    ranges = []  # first and last node of each trunk; of one that was left out, those of the trunk it leaves
+    for trunk in trunk_curves(rng, system):
+        start = len(points)
+        control = anatomy.place(trunk.control)
+        if trunk.leaves < 0:
+            node, instead = -1, (start, start)
+            line = bezier(control, step)
         else:
-            line = bezier(anatomy.place(control), step)
+            instead = ranges[trunk.leaves]
+            first, last = instead
+            node = first + int(trunk.where * (last - first))
+            line = bezier(np.r_[points[node][None], control], step)[1:]
         if crosses(line, points, step):
-            ranges.append(ranges[source] if source >= 0 else (start, start))
+            ranges.append(instead)
             continue
+        last = start + len(line) - 1
         points = np.r_[points, line]
-        parent = np.r_[parent, node, np.arange(start, start + len(line) - 1)]
-        ranges.append((start, start + len(line) - 1))
+        parent = np.r_[parent, node, np.arange(start, last)]
+        ranges.append((start, last))
     return points, parent.astype(np.int64)
+
+
+# %% ../../nbs/03_retina/01_tree.ipynb #ab82d7ca
+def unit(
+    vectors: np.ndarray,  # (n, 2)
+) -> np.ndarray:  # (n, 2) of length 1; zero stays zero
+    "Directions."
+    return vectors / np.maximum(np.hypot(*vectors.T), 1e-9)[:, None]
+
+
+# %% ../../nbs/03_retina/01_tree.ipynb #272ec128
+class Attractors:
+    "Places that want a vessel, and the node that is nearest to each."
+
+    def __init__(
+        self,
+        places: np.ndarray,  # (m, 2) world px
+        points: np.ndarray,  # (n, 2) nodes that exist
+    ):
+        self.places = places
+        self.distance, self.nearest = cKDTree(points).query(places)
+        self.stalled = np.zeros(len(places), np.int64)  # rounds in which a node grew and came no nearer
+
+    def strike_off(self, kill: float):
+        "Forget those that are served (a node within `kill` px) and those that growth does not come nearer to."
+        keep = (self.distance > kill) & (self.stalled < 4)
+        self.places = self.places[keep]
+        self.distance = self.distance[keep]
+        self.nearest = self.nearest[keep]
+        self.stalled = self.stalled[keep]
+
+    def meet(self, new: np.ndarray, first: int, pulls: np.ndarray, influence: float):
+        "Nodes (k, 2) have grown, numbered from `first`; `pulls` (m,) says which attractors had pulled."
+        found, index = cKDTree(new).query(self.places, distance_upper_bound=influence)
+        nearer = found < self.distance - 1e-9
+        self.stalled = np.where(nearer, 0, self.stalled + pulls)
+        self.nearest = np.where(nearer, index + first, self.nearest)
+        self.distance = np.where(nearer, found, self.distance)
+
+
+# %% ../../nbs/03_retina/01_tree.ipynb #6165a3e9
+def pull_on(
+    points: np.ndarray,  # (n, 2) nodes
+    places: np.ndarray,  # (m, 2) attractors that pull
+    nearest: np.ndarray,  # (m,) node that each pulls
+    distance: np.ndarray,  # (m,) px
+) -> tuple[np.ndarray, np.ndarray]:  # nodes that are pulled (k,), and directions (k, 2)
+    "Where the attractors of each node want it to grow, all with the same force."
+    node, which = np.unique(nearest, return_inverse=True)
+    pull = (places - points[nearest]) / distance[:, None]
+    total = np.stack([np.bincount(which, pull[:, 0]), np.bincount(which, pull[:, 1])], 1)
+    return node, unit(total)
 
 
 # %% ../../nbs/03_retina/01_tree.ipynb #0c50a0f3
@@ -218,40 +399,51 @@ def grow(
     inertia: float = 0.8,  # weight of the parent's direction beside the pull
     noise: float = 0.1,  # standard deviation of the disturbance of a direction
 ) -> tuple[np.ndarray, np.ndarray]:  # nodes and parents, the given ones first
-    "Space colonisation (Runions, Lane and Prusinkiewicz 2007): each attractor pulls its nearest node, which grows one step."
+    """Space colonisation (Runions, Lane and Prusinkiewicz 2007).
+
+    Each attractor pulls its nearest node, which grows one step; a node has at most three children.
+    """
     points, parent = points.astype(np.float64), parent.astype(np.int64)
-    heading = points - points[np.maximum(parent, 0)]
-    heading /= np.maximum(np.hypot(*heading.T), 1e-9)[:, None]
+    heading = unit(points - points[np.maximum(parent, 0)])
     children = np.bincount(parent[parent >= 0], minlength=len(points))
-    distance, nearest = cKDTree(points).query(attractors)
-    stalled = np.zeros(len(attractors), np.int64)
+    wanting = Attractors(attractors, points)
     for _ in range(400):
-        keep = (distance > kill) & (stalled < 4)
-        attractors, distance, nearest, stalled = (
-            attractors[keep],
-            distance[keep],
-            nearest[keep],
-            stalled[keep],
-        )
-        pulls = (distance < influence) & (children[nearest] < 3)
+        wanting.strike_off(kill)
+        pulls = (wanting.distance < influence) & (children[wanting.nearest] < 3)
         if not pulls.any():
             break
-        node, which = np.unique(nearest[pulls], return_inverse=True)
-        pull = (attractors[pulls] - points[nearest[pulls]]) / distance[pulls, None]
-        pull = np.stack([np.bincount(which, pull[:, i]) for i in (0, 1)], 1)
-        pull /= np.maximum(np.hypot(*pull.T), 1e-9)[:, None]
-        towards = pull + inertia * heading[node] + rng.normal(0, noise, pull.shape)
-        towards /= np.maximum(np.hypot(*towards.T), 1e-9)[:, None]
+        node, pull = pull_on(points, wanting.places[pulls], wanting.nearest[pulls], wanting.distance[pulls])
+        towards = unit(pull + inertia * heading[node] + rng.normal(0, noise, pull.shape))
         new = points[node] + step * towards
-        children = np.r_[children, np.zeros(len(new), np.int64)]
         children[node] += 1
-        found, index = cKDTree(new).query(attractors, distance_upper_bound=influence)
-        better = found < distance - 1e-9
-        stalled = np.where(better, 0, stalled + pulls)
-        nearest = np.where(better, index + len(points), nearest)
-        distance = np.where(better, found, distance)
-        points, parent, heading = np.r_[points, new], np.r_[parent, node], np.r_[heading, towards]
+        wanting.meet(new, len(points), pulls, influence)
+        points = np.r_[points, new]
+        parent = np.r_[parent, node]
+        heading = np.r_[heading, towards]
+        children = np.r_[children, np.zeros(len(new), np.int64)]
     return points, parent
+
+
+# %% ../../nbs/03_retina/01_tree.ipynb #fdca74e6
+def jittered(
+    rng: np.random.Generator,  # source of chance
+    side: int,  # cells along each side
+) -> np.ndarray:  # (side * side, 2) in 0..1
+    "One point anywhere in each cell of a grid."
+    corners = np.stack(np.meshgrid(np.arange(side), np.arange(side)), -1).reshape(-1, 2)
+    return (corners + rng.uniform(0, 1, (side * side, 2))) / side
+
+
+# %% ../../nbs/03_retina/01_tree.ipynb #f666da95
+def around_fovea(
+    anatomy: Anatomy,  # landmarks
+    rng: np.random.Generator,  # source of chance
+    count: int,  # number of points
+) -> np.ndarray:  # (count, 2) world px
+    "Points around the avascular zone, denser towards it."
+    angle = rng.uniform(0, 2 * np.pi, count)
+    r = anatomy.faz_radius + rng.uniform(0, 1, count) ** 0.8 * 0.45 * anatomy.reach
+    return anatomy.fovea + np.stack([r * np.cos(angle), r * np.sin(angle)], 1)
 
 
 # %% ../../nbs/03_retina/01_tree.ipynb #2a7cea3f
@@ -265,23 +457,66 @@ def sow(
 ) -> np.ndarray:  # (m, 2) world px, none in the avascular zone or on the disc
     "Attractors: jittered over the world (and a little beyond), denser around the fovea when asked."
     size, border = anatomy.size, 0.06 * anatomy.size
-    side = max(2, int(np.sqrt(count)))
-    grid = (
-        np.stack(np.meshgrid(np.arange(side), np.arange(side)), -1).reshape(-1, 2)
-        + rng.uniform(0, 1, (side * side, 2))
-    ) / side
-    points = grid * (size + 2 * border) - border
+    points = jittered(rng, max(2, int(np.sqrt(count)))) * (size + 2 * border) - border
     if macular:
-        angle, r = (
-            rng.uniform(0, 2 * np.pi, macular),
-            anatomy.faz_radius + rng.uniform(0, 1, macular) ** 0.8 * 0.45 * anatomy.reach,
-        )
-        points = np.r_[points, anatomy.fovea + np.stack([r * np.cos(angle), r * np.sin(angle)], 1)]
+        points = np.r_[points, around_fovea(anatomy, rng, macular)]
     keep = np.hypot(*(points - anatomy.fovea).T) > anatomy.faz_radius * 1.25
     keep &= np.hypot(*((points - anatomy.disc) / (1.3 * anatomy.disc_axes)).T) > 1
     if avoid is not None and distance > 0:
         keep &= cKDTree(avoid).query(points)[0] > distance
     return points[keep]
+
+
+# %% ../../nbs/03_retina/01_tree.ipynb #e4423d0c
+@dataclass(frozen=True)
+class Stage:
+    "One stage of growth; lengths in px at a world of 1024."
+
+    count: tuple  # attractors: least, and most excluded
+    macular: int  # extra ones around the fovea
+    kill: float  # an attractor this near to a node is served
+    influence: float  # an attractor pulls nodes within this distance
+    gap: float  # distance that the second system keeps from the first
+
+
+# %% ../../nbs/03_retina/01_tree.ipynb #e7088b4c
+STEP = 5.0  # px at a world of 1024 between nodes
+
+
+def stages_of(
+    system: System,  # arteries or veins
+) -> tuple[Stage, ...]:
+    "Large branches, small ones, twigs."
+    return (
+        Stage((360, 520), macular=20, kill=13, influence=150, gap=12),
+        Stage((500, 750), macular=50, kill=10, influence=90, gap=9),
+        Stage(system.twigs, macular=60, kill=8, influence=60, gap=7),
+    )
+
+
+# %% ../../nbs/03_retina/01_tree.ipynb #a2ea9717
+def grow_stages(
+    anatomy: Anatomy,  # landmarks
+    rng: np.random.Generator,  # source of chance
+    config: EyeConfig,  # density
+    system: System,  # arteries or veins
+    avoid: np.ndarray = None,  # (n, 2) nodes of the other system
+) -> tuple[np.ndarray, np.ndarray, list[int]]:
+    "Nodes and parents of one system, stage by stage, and how many nodes there were before each stage."
+    k = anatomy.size / 1024
+    points, parent = trunks(anatomy, rng, system, STEP * k)
+    stages = stages_of(system)
+    counts = [rng.integers(*stage.count) for stage in stages]
+    before = []
+    for stage, count in zip(stages, counts):
+        before.append(len(points))
+        macular = int(stage.macular * config.density)
+        places = sow(anatomy, rng, int(count * config.density), avoid, stage.gap * k, macular)
+        inertia = rng.uniform(1.0, 1.5)
+        points, parent = grow(
+            points, parent, places, rng, STEP * k, stage.kill * k, stage.influence * k, inertia, 0.12
+        )
+    return points, parent, before
 
 
 # %% ../../nbs/03_retina/01_tree.ipynb #7da2453b
@@ -290,15 +525,14 @@ def flow_of(
     need: np.ndarray = None,  # (n,) what a node counts if it is an end point; 1 where None
 ) -> np.ndarray:  # (n,) number of end points that each node feeds
     "End points downstream of every node."
-    order, flow, own = (
-        parent.tolist(),
-        [0] * len(parent),
-        [1] * len(parent) if need is None else need.tolist(),
-    )
-    for i in range(len(order) - 1, -1, -1):
-        flow[i] = flow[i] or own[i]
-        if order[i] >= 0:
-            flow[order[i]] += flow[i]
+    up = parent.tolist()
+    own = [1] * len(up) if need is None else need.tolist()
+    flow = [0] * len(up)
+    for node in range(len(up) - 1, -1, -1):
+        if flow[node] == 0:  # an end point
+            flow[node] = own[node]
+        if up[node] >= 0:
+            flow[up[node]] += flow[node]
     return np.array(flow, float)
 
 
@@ -308,13 +542,15 @@ def branches_of(
     flow: np.ndarray,  # (n,) end points downstream
 ) -> np.ndarray:  # (n,) branch number; the child with most flow continues its parent's branch
     "Number the branches."
-    best, branch, fed, count = {}, [], flow.tolist(), 0
-    for i, p in enumerate(parent.tolist()):
-        if p >= 0 and fed[i] > best.get(p, (-1, 0))[0]:
-            best[p] = (fed[i], i)
-    for i, p in enumerate(parent.tolist()):
-        if p >= 0 and best[p][1] == i:
-            branch.append(branch[p])
+    up, fed = parent.tolist(), flow.tolist()
+    heir = {}  # node -> the child that continues its branch
+    for node, above in enumerate(up):
+        if above >= 0 and (above not in heir or fed[node] > fed[heir[above]]):
+            heir[above] = node
+    branch, count = [], 0
+    for node, above in enumerate(up):
+        if above >= 0 and heir[above] == node:
+            branch.append(branch[above])
         else:
             branch.append(count)
             count += 1
@@ -331,7 +567,8 @@ def worth_keeping(
     feeds = np.zeros(branch.max() + 1, bool)
     joint = (parent >= 0) & (branch != branch[np.maximum(parent, 0)])
     feeds[branch[parent[joint]]] = True
-    return ((np.bincount(branch) >= least) | feeds)[branch]
+    is_long = np.bincount(branch) >= least
+    return (is_long | feeds)[branch]
 
 
 # %% ../../nbs/03_retina/01_tree.ipynb #7c030d1d
@@ -351,7 +588,7 @@ def relax(
     branch: np.ndarray,  # (n,) branch numbers
     rounds: int = 4,  # how often each node moves half-way to the middle of its neighbours
 ) -> np.ndarray:  # (n, 2) smoother nodes
-    "Smooth every branch; end points and the nodes where other branches leave their parent's line move with it."
+    "Smooth every branch; end points and nodes where a branch leaves its parent's line move with it."
     child = np.full(len(points), -1)
     inner = np.flatnonzero((parent >= 0) & (branch == branch[np.maximum(parent, 0)]))
     child[parent[inner]] = inner
@@ -360,6 +597,37 @@ def relax(
         points = points.copy()
         points[node] = 0.5 * points[node] + 0.25 * (points[parent[node]] + points[child[node]])
     return points
+
+
+# %% ../../nbs/03_retina/01_tree.ipynb #f5c16f81
+def narrowing(
+    radius: np.ndarray,  # (n,) px
+    parent: np.ndarray,  # (n,) parents, each before its children
+) -> np.ndarray:  # (n,) px, nowhere larger than upstream
+    "No vessel is wider than the one it leaves."
+    out = radius.tolist()
+    for node, above in enumerate(parent.tolist()):
+        if above >= 0 and out[node] > out[above]:
+            out[node] = out[above]
+    return np.array(out)
+
+
+# %% ../../nbs/03_retina/01_tree.ipynb #e929947c
+def radii_of(
+    rng: np.random.Generator,  # source of chance
+    anatomy: Anatomy,  # landmarks
+    system: System,  # arteries or veins
+    parent: np.ndarray,  # (n,) parents, each before its children
+    flow: np.ndarray,  # (n,) end points downstream
+    branch: np.ndarray,  # (n,) branch numbers
+) -> np.ndarray:  # (n,) px
+    "The branching law, with the three widest trunks at their calibre and a finest calibre for each branch."
+    exponent = rng.normal(*system.exponent)
+    calibre = np.clip(rng.normal(*system.calibre), 100, 200) / 1000 * anatomy.px_per_mm
+    full = np.sort(flow[parent < 0])[-3:].mean()
+    least = rng.uniform(*system.least, branch.max() + 1)[branch] * (anatomy.size / 1024)
+    radius = np.clip(calibre / 2 * (flow / full) ** (1 / exponent), least, 0.54 * calibre)
+    return narrowing(radius, parent)
 
 
 # %% ../../nbs/03_retina/01_tree.ipynb #d977ff75
@@ -372,6 +640,45 @@ class Vessels:
     radius: np.ndarray  # (N,) float64, world px
     artery: np.ndarray  # (N,) bool
     branch: np.ndarray  # (N,) int64, number of the branch
+
+
+# %% ../../nbs/03_retina/01_tree.ipynb #abb80817
+TWIG = 0.1  # what an end point of the last stage counts: twigs leave a vessel nearly as wide as it was
+
+
+def grow_system(
+    anatomy: Anatomy,  # landmarks
+    rng: np.random.Generator,  # source of chance
+    config: EyeConfig,  # density
+    system: System,  # arteries or veins
+    avoid: np.ndarray = None,  # (n, 2) nodes of the other system
+) -> Vessels:  # one system, before it wanders
+    "One system: nodes without spurs, smooth, and with calibres."
+    points, parent, before = grow_stages(anatomy, rng, config, system, avoid)
+    is_twig = np.arange(len(points)) >= before[-1]
+    keep = worth_keeping(parent)
+    points, parent, is_twig = points[keep], only(parent, keep), is_twig[keep]
+    flow = flow_of(parent, np.where(is_twig, TWIG, 1.0))
+    branch = branches_of(parent, flow)
+    points = relax(points, parent, branch)
+    radius = radii_of(rng, anatomy, system, parent, flow, branch)
+    return Vessels(points, parent, radius, np.full(len(points), system.artery), branch)
+
+
+# %% ../../nbs/03_retina/01_tree.ipynb #71a54746
+def join(
+    first: Vessels,  # one system
+    second: Vessels,  # another
+) -> Vessels:  # both, the second's indices moved behind the first's
+    "Two systems as one."
+    nodes, branches = len(first.points), first.branch.max() + 1
+    return Vessels(
+        np.r_[first.points, second.points],
+        np.r_[first.parent, np.where(second.parent >= 0, second.parent + nodes, -1)],
+        np.r_[first.radius, second.radius],
+        np.r_[first.artery, second.artery],
+        np.r_[first.branch, second.branch + branches],
+    )
 
 
 # %% ../../nbs/03_retina/01_tree.ipynb #e279587e
@@ -395,12 +702,14 @@ def sample_field(
 ) -> np.ndarray:  # (N, C) values between the grid's nodes, cubic
     "Read the grid between its nodes."
     at = ((points + 0.15 * size) / cell + 1).astype(np.float32)[:, None, :]
-    return cv2.remap(grid, at, None, cv2.INTER_CUBIC, borderMode=cv2.BORDER_REPLICATE).reshape(
-        len(points), -1
-    )
+    values = cv2.remap(grid, at, None, cv2.INTER_CUBIC, borderMode=cv2.BORDER_REPLICATE)
+    return values.reshape(len(points), -1)
 
 
 # %% ../../nbs/03_retina/01_tree.ipynb #4310b2d1
+OCTAVES = ((230, 14.0), (105, 7.0), (48, 3.0), (22, 1.2))  # wavelength and shift, px at a world of 1024
+
+
 def wander(
     points: np.ndarray,  # (N, 2) world px
     anatomy: Anatomy,  # the disc stays where it is
@@ -409,82 +718,11 @@ def wander(
 ) -> np.ndarray:  # (N, 2) moved points
     "One smooth displacement in four octaves: the tortuosity that every modality shares."
     k, moved = anatomy.size / 1024, points.copy()
-    for cell, shift in ((230, 14.0), (105, 7.0), (48, 3.0), (22, 1.2)):
+    for cell, shift in OCTAVES:
         grid = smooth_field(rng, anatomy.size, cell * k)
         field = sample_field(grid, np.r_[anatomy.disc[None], points], anatomy.size, cell * k)
         moved += amount * shift * k * (field[1:] - field[:1])
     return moved
-
-
-# %% ../../nbs/03_retina/01_tree.ipynb #f5c16f81
-def narrowing(
-    radius: np.ndarray,  # (n,) px
-    parent: np.ndarray,  # (n,) parents, each before its children
-) -> np.ndarray:  # (n,) px, nowhere larger than upstream
-    "No vessel is wider than the one it leaves."
-    out = radius.tolist()
-    for i, p in enumerate(parent.tolist()):
-        if p >= 0 and out[i] > out[p]:
-            out[i] = out[p]
-    return np.array(out)
-
-
-# %% ../../nbs/03_retina/01_tree.ipynb #abb80817
-TWIG = 0.1  # what an end point of the last stage counts: twigs leave a vessel nearly as wide as it was
-
-
-def grow_system(
-    anatomy: Anatomy,  # landmarks
-    rng: np.random.Generator,  # source of chance
-    config: EyeConfig,  # density
-    artery: bool,  # arteries or veins
-    avoid: np.ndarray = None,  # (n, 2) nodes of the other system
-) -> Vessels:  # one system, before it wanders
-    "One system: trunks, then large branches, then small ones, each towards its own attractors."
-    k = anatomy.size / 1024
-    step = 5.0 * k
-    points, parent = trunks(anatomy, rng, artery, step)
-    stages = (
-        (rng.integers(360, 520), 20, 13, 150, 12),
-        (rng.integers(500, 750), 50, 10, 90, 9),
-        (rng.integers(450, 750) if artery else rng.integers(150, 300), 60, 8, 60, 7),
-    )
-    for count, macular, kill, influence, gap in stages:
-        firm = len(points)
-        seeds = sow(anatomy, rng, int(count * config.density), avoid, gap * k, int(macular * config.density))
-        points, parent = grow(
-            points, parent, seeds, rng, step, kill * k, influence * k, rng.uniform(1.0, 1.5), 0.12
-        )
-    keep = worth_keeping(parent)
-    points, parent, twig = points[keep], only(parent, keep), (np.arange(len(points)) >= firm)[keep]
-    flow = flow_of(parent, np.where(twig, TWIG, 1.0))
-    branch = branches_of(parent, flow)
-    points = relax(points, parent, branch)
-    exponent = rng.normal(2.2, 0.12) if artery else rng.normal(1.85, 0.08)
-    calibre = (
-        np.clip(rng.normal(135, 16) if artery else rng.normal(151, 15), 100, 200) / 1000 * anatomy.px_per_mm
-    )
-    full = np.sort(flow[parent < 0])[-3:].mean()
-    least = rng.uniform(0.55, 1.0 if artery else 0.8, branch.max() + 1)[branch] * k
-    radius = np.clip(calibre / 2 * (flow / full) ** (1 / exponent), least, 0.54 * calibre)
-    radius = narrowing(radius, parent)
-    return Vessels(points, parent, radius, np.full(len(points), artery), branch)
-
-
-# %% ../../nbs/03_retina/01_tree.ipynb #71a54746
-def join(
-    first: Vessels,  # one system
-    second: Vessels,  # another
-) -> Vessels:  # both, the second's indices moved behind the first's
-    "Two systems as one."
-    n, b = len(first.points), first.branch.max() + 1
-    return Vessels(
-        np.r_[first.points, second.points],
-        np.r_[first.parent, np.where(second.parent >= 0, second.parent + n, -1)],
-        np.r_[first.radius, second.radius],
-        np.r_[first.artery, second.artery],
-        np.r_[first.branch, second.branch + b],
-    )
 
 
 # %% ../../nbs/03_retina/01_tree.ipynb #9aae35e6
@@ -494,10 +732,9 @@ def grow_vessels(
 ) -> tuple[Anatomy, Vessels]:  # landmarks, and arteries and veins
     "Grow one eye: arteries first, veins between them, then one common wandering."
     anatomy = draw_anatomy(rng, config)
-    arteries = grow_system(anatomy, rng, config, True)
-    veins = grow_system(anatomy, rng, config, False, arteries.points)
+    arteries = grow_system(anatomy, rng, config, ARTERIES)
+    veins = grow_system(anatomy, rng, config, VEINS, arteries.points)
     both = join(arteries, veins)
-    amount = rng.uniform(0.5, 1.3) if rng.random() < 0.85 else rng.uniform(1.3, 2.2)
-    return anatomy, Vessels(
-        wander(both.points, anatomy, rng, amount), both.parent, both.radius, both.artery, both.branch
-    )
+    is_ordinary = rng.random() < 0.85
+    amount = rng.uniform(0.5, 1.3) if is_ordinary else rng.uniform(1.3, 2.2)
+    return anatomy, replace(both, points=wander(both.points, anatomy, rng, amount))
