@@ -4,15 +4,19 @@
 
 # %% auto #0
 __all__ = [
+    "QUICK",
     "COLUMNS",
     "BestWhenIndependent",
+    "with_file_names",
     "PatientStopping",
+    "pair_error",
     "RealPairs",
     "Stopwatch",
     "spell",
     "say",
     "Progress",
     "epoch_line",
+    "width_of",
     "EpochTable",
 ]
 
@@ -60,28 +64,27 @@ class BestWhenIndependent(ModelCheckpoint):
             super().on_train_epoch_end(trainer, pl_module)
 
     def state_dict(self):
-        return _renamed(super().state_dict(), lambda p: p.name, "")
+        return with_file_names(super().state_dict(), "", Path)
 
     def load_state_dict(self, state_dict):
-        super().load_state_dict(
-            _renamed(state_dict, lambda p: str(Path(self.dirpath) / p.name), self.dirpath)
-        )
+        super().load_state_dict(with_file_names(state_dict, self.dirpath, Path(self.dirpath).joinpath))
 
 
 # %% ../../nbs/09_training/05_callbacks.ipynb #a82592d6
-def _renamed(
-    state, to, folder
-):  # the state of a ModelCheckpoint with other names of files: `to` gives them, `folder` is their folder
-    paths = {
-        k: to(Path(state[k])) if state[k] else ""
-        for k in ("best_model_path", "kth_best_model_path", "last_model_path")
-    }
-    return {
-        **state,
-        **paths,
-        "best_k_models": {to(Path(p)): score for p, score in state["best_k_models"].items()},
-        "dirpath": folder,
-    }
+def with_file_names(
+    state,  # of a ModelCheckpoint
+    folder,  # folder that the state shall name
+    place,  # function from the name of a file to where it shall be
+) -> dict:
+    "The state with the same files in another folder."
+
+    def move(path):
+        return str(place(Path(path).name)) if path else ""
+
+    names = ("best_model_path", "kth_best_model_path", "last_model_path")
+    paths = {name: move(state[name]) for name in names}
+    best = {move(path): score for path, score in state["best_k_models"].items()}
+    return {**state, **paths, "best_k_models": best, "dirpath": folder}
 
 
 # %% ../../nbs/09_training/05_callbacks.ipynb #8fb31349
@@ -105,6 +108,21 @@ class PatientStopping(EarlyStopping):
             super().on_train_epoch_end(trainer, pl_module)
 
 
+# %% ../../nbs/09_training/05_callbacks.ipynb #b3b5cc29
+# one pass at 256 px: a look at the progress, not the best answer
+QUICK = RegistrationConfig(turn_when_unsure=False, second_long_sides=(256,), retry_long_sides=())
+
+
+def pair_error(
+    pair,  # a pair of `read_landmark_set`
+    matcher,  # in evaluation mode
+) -> float:
+    "Mean landmark error of a registration, pixels at 512; inf where there is no answer."
+    found = register(pair.fixed, pair.moving, matcher=matcher, config=QUICK)
+    error = landmark_error(found.moving_to_fixed, pair.fixed_points, pair.moving_points)
+    return at_512(error, image_size(pair.fixed))
+
+
 # %% ../../nbs/09_training/05_callbacks.ipynb #6540a19e
 class RealPairs(pl.Callback):
     "Registers real pairs with landmarks after every `every`-th validation; logs, never monitors."
@@ -114,22 +132,16 @@ class RealPairs(pl.Callback):
         folder,  # set with `images` and `landmarks`; all its files are checked here
         every=1,  # epochs
     ):
-        self.pairs, self.every = read_landmark_set(folder), every
+        self.pairs = read_landmark_set(folder)
+        self.every = every
 
     def on_validation_epoch_end(self, trainer, pl_module):
         if trainer.sanity_checking or trainer.current_epoch % self.every:
             return
-        errors, was = [], pl_module.matcher.training
+        was_training = pl_module.matcher.training
         pl_module.matcher.eval()
-        config = RegistrationConfig(turn_when_unsure=False, second_long_sides=(256,), retry_long_sides=())
-        for p in self.pairs:
-            r = register(p.fixed, p.moving, matcher=pl_module.matcher, config=config)
-            errors.append(
-                at_512(
-                    landmark_error(r.moving_to_fixed, p.fixed_points, p.moving_points), image_size(p.fixed)
-                )
-            )
-        pl_module.matcher.train(was)
+        errors = [pair_error(pair, pl_module.matcher) for pair in self.pairs]
+        pl_module.matcher.train(was_training)
         answered = [e for e in errors if np.isfinite(e)]
         pl_module.log("val_real/mace", float(np.mean(answered)) if answered else float("nan"))
         pl_module.log("val_real/no_answer", float(len(errors) - len(answered)))
@@ -140,17 +152,21 @@ class RealPairs(pl.Callback):
 class Stopwatch(pl.Callback):
     "Seconds of training over all sessions of a run."
 
-    before, began = 0.0, None
+    before = 0.0  # seconds of earlier sessions
+    began = None  # when this one began to train
 
     @property
     def seconds(self):
-        return self.before + (time.monotonic() - self.began if self.began else 0.0)
+        if self.began is None:
+            return self.before
+        return self.before + time.monotonic() - self.began
 
     def on_train_start(self, trainer, pl_module):
         self.began = time.monotonic()
 
     def on_train_end(self, trainer, pl_module):
-        self.before, self.began = self.seconds, None
+        self.before = self.seconds
+        self.began = None
 
     def state_dict(self):
         return {"seconds": self.seconds}
@@ -166,7 +182,9 @@ def spell(
     "A span of time for people."
     if seconds < 90:
         return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 100 * 60 else f"{seconds / 3600:.1f} h"
+    if seconds < 100 * 60:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h"
 
 
 # %% ../../nbs/09_training/05_callbacks.ipynb #814de199
@@ -175,10 +193,12 @@ def say(
     line,  # text
 ) -> None:
     "Print above the progress bar where there is one; once, also where there are many processes."
-    if trainer.is_global_zero:
-        trainer.progress_bar_callback.print(line) if trainer.progress_bar_callback else print(
-            line, flush=True
-        )
+    if not trainer.is_global_zero:
+        return
+    if trainer.progress_bar_callback:
+        trainer.progress_bar_callback.print(line)
+    else:
+        print(line, flush=True)
 
 
 # %% ../../nbs/09_training/05_callbacks.ipynb #deb2b503
@@ -191,16 +211,14 @@ class Progress(pl.Callback):
         watch,  # Stopwatch
         enough=10,  # steps to measure before the first estimate
     ):
-        self.data, self.watch, self.enough, self.steps, self.pixels, self.seconds, self.pauses, self.tick = (
-            data,
-            watch,
-            enough,
-            0,
-            0,
-            0.0,
-            [],
-            None,
-        )
+        self.data = data
+        self.watch = watch
+        self.enough = enough
+        self.steps = 0  # measured in this session
+        self.pixels = 0  # of their views
+        self.seconds = 0.0  # that they took
+        self.pauses = []  # seconds at the ends of epochs
+        self.tick = None  # when the last step ended
 
     def on_train_start(self, trainer, pl_module):
         say(trainer, self.line(trainer))
@@ -212,11 +230,9 @@ class Progress(pl.Callback):
         was, self.tick = self.tick, time.monotonic()
         if was is None:
             return  # the first step of an epoch waits for the loader
-        self.steps, self.pixels, self.seconds = (
-            self.steps + 1,
-            self.pixels + self.side(trainer.current_epoch) ** 2,
-            self.seconds + self.tick - was,
-        )
+        self.steps += 1
+        self.pixels += self.side(trainer.current_epoch) ** 2
+        self.seconds = self.seconds + self.tick - was
         if self.steps == self.enough:
             say(trainer, self.line(trainer))
 
@@ -234,27 +250,27 @@ class Progress(pl.Callback):
         "What the rest of the run takes at the pace of this session."
         if self.steps < self.enough:
             return None
-        (epoch, step), n = (
-            divmod(trainer.global_step, trainer.num_training_batches),
-            trainer.num_training_batches,
-        )
-        views = (
-            n * sum(self.side(e) ** 2 for e in range(epoch, trainer.max_epochs))
-            - step * self.side(epoch) ** 2
-        )
-        return self.seconds / self.pixels * views + (trainer.max_epochs - epoch) * sum(self.pauses) / max(
-            1, len(self.pauses)
-        )
+        steps = trainer.num_training_batches
+        epoch, step = divmod(trainer.global_step, steps)
+        epochs_left = range(epoch, trainer.max_epochs)
+        pixels = steps * sum(self.side(e) ** 2 for e in epochs_left) - step * self.side(epoch) ** 2
+        pause = sum(self.pauses) / max(1, len(self.pauses))
+        return self.seconds / self.pixels * pixels + len(epochs_left) * pause
 
     def line(self, trainer) -> str:
         "How far, and how long still."
-        left, e, n = self.left(trainer), trainer.max_epochs, trainer.num_training_batches
-        more = (
-            "time to go not measured yet"
-            if left is None
-            else f"{'about' if self.pauses else 'at least'} {spell(left)} to go on this machine"
-        )
-        return f"epoch {min(trainer.global_step // n, e - 1)} of 0..{e - 1}, step {trainer.global_step} of {n * e}, {spell(self.watch.seconds)} so far, {more}"
+        done, epochs, steps = trainer.global_step, trainer.max_epochs, trainer.num_training_batches
+        epoch = min(done // steps, epochs - 1)
+        so_far = f"epoch {epoch} of 0..{epochs - 1}, step {done} of {steps * epochs}"
+        return f"{so_far}, {spell(self.watch.seconds)} so far, {self.expected(trainer)}"
+
+    def expected(self, trainer) -> str:
+        "What is still to go, in words."
+        left = self.left(trainer)
+        if left is None:
+            return "time to go not measured yet"
+        how = "about" if self.pauses else "at least"
+        return f"{how} {spell(left)} to go on this machine"
 
 
 # %% ../../nbs/09_training/05_callbacks.ipynb #28738b9b
@@ -279,12 +295,20 @@ def epoch_line(
 ) -> str:
     "One line of the table; a value that was not logged is a dash."
     if epoch is None:
-        return "epoch " + " ".join(f"{name:>{spec.split('.')[0]}}" for name, _, spec in COLUMNS)
+        return "epoch " + " ".join(f"{name:>{width_of(spec)}}" for name, _, spec in COLUMNS)
+    cells = []
+    for _, key, spec in COLUMNS:
+        known = key in metrics
+        cells.append(f"{float(metrics[key]):{spec}}" if known else f"{'-':>{width_of(spec)}}")
+    return f"{epoch:5d} " + " ".join(cells)
 
-    def cell(key, spec):
-        return f"{float(metrics[key]):{spec}}" if key in metrics else f"{'-':>{spec.split('.')[0]}}"
 
-    return f"{epoch:5d} " + " ".join(cell(key, spec) for _, key, spec in COLUMNS)
+# %% ../../nbs/09_training/05_callbacks.ipynb #451e6ab5
+def width_of(
+    spec,  # format of a column, such as "7.3f"
+) -> str:
+    "Its width in characters."
+    return spec.split(".")[0]
 
 
 # %% ../../nbs/09_training/05_callbacks.ipynb #3d03542e
@@ -294,14 +318,15 @@ class EpochTable(pl.Callback):
     started = False
 
     def on_train_epoch_end(self, trainer, pl_module):
-        left = next((c.left(trainer) for c in trainer.callbacks if isinstance(c, Progress)), None)
         if not self.started:
             say(trainer, epoch_line(None, {}))
         self.started = True
-        say(
-            trainer,
-            epoch_line(
-                trainer.current_epoch,
-                trainer.callback_metrics | ({} if left is None else {"minutes_left": left / 60}),
-            ),
-        )
+        say(trainer, epoch_line(trainer.current_epoch, trainer.callback_metrics | self.minutes(trainer)))
+
+    def minutes(self, trainer) -> dict:
+        "What the progress expects, as a column; empty where nobody measures it or it is not known yet."
+        for callback in trainer.callbacks:
+            if isinstance(callback, Progress):
+                left = callback.left(trainer)
+                return {} if left is None else {"minutes_left": left / 60}
+        return {}
