@@ -2405,6 +2405,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                 'loftr_curriculum/training/demo.py'),
                                                 'loftr_curriculum.training.demo.draw_run': ( '09_training/demo.html#draw_run',
                                                                                              'loftr_curriculum/training/demo.py'),
+                                                'loftr_curriculum.training.demo.draw_training': ( '09_training/demo.html#draw_training',
+                                                                                                  'loftr_curriculum/training/demo.py'),
                                                 'loftr_curriculum.training.demo.said': ( '09_training/demo.html#said',
                                                                                          'loftr_curriculum/training/demo.py'),
                                                 'loftr_curriculum.training.demo.summary': ( '09_training/demo.html#summary',

@@ -32,8 +32,7 @@ from ..data.landmarks import read_landmark_set
 from ..data.module import size_at
 from ..evaluation.metrics import at_512, landmark_error
 from ..io.images import image_size
-from ..registration.config import RegistrationConfig
-from ..registration.pair import register
+from ..registration import RegistrationConfig, register
 
 
 # %% ../../nbs/09_training/05_callbacks.ipynb #7d59a822

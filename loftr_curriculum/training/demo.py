@@ -15,6 +15,7 @@ __all__ = [
     "said",
     "draw_beside",
     "demo",
+    "draw_training",
     "summary",
 ]
 
@@ -42,8 +43,7 @@ from ..io.files import write_json
 from ..io.images import write_image
 from ..model.config import MatcherConfig
 from ..model.weights import load_matcher
-from ..registration.config import RegistrationConfig
-from ..registration.pair import register
+from ..registration import RegistrationConfig, register
 from ..report.collapse import draw_strip
 from ..report.registration import draw_checkerboard, write_registration
 from ..retina.config import SEEDS, EyeConfig
@@ -133,7 +133,7 @@ def draw_run(
 
 
 # %% ../../nbs/09_training/07_demo.ipynb #44b5ab56
-# for the freshly trained model
+# what the freshly trained model is asked: it has seen small views alone
 SMALL = RegistrationConfig(long_side=256, first_long_side=128, retry_long_sides=())
 NAMES = {"shipped": "shipped weights", "trained": "freshly trained weights"}
 
@@ -143,7 +143,7 @@ def answer(
     matcher,  # as in `register`
     pair,  # from `demo_pair`
     config=None,  # RegistrationConfig; None: its defaults
-) -> tuple:  # Registration, and a dict of verdict, reasons, matches, inliers and corner_error_px_at_512 (None without a transform)
+) -> tuple:  # Registration, and a dict of its figures; corner_error_px_at_512 is None without a transform
     "Register the pair, leave the answer in a folder, and say how good it is."
     fixed, moving, truth = pair
     r = register(fixed, moving, matcher=matcher, config=config)
@@ -198,42 +198,51 @@ def demo(
     epochs=16,  # epochs of the training run
     seed=0,  # of weights and data
 ) -> Path:
-    "Register with the shipped weights, train, register again, and say where to look. An interrupted demonstration goes on where it stopped."
+    """Register with the shipped weights, train, register again, and say where to look.
+
+    An interrupted demonstration goes on where it stopped."""
     out, start, pair = Path(out), time.monotonic(), demo_pair()
     write_image(out / "fixed.png", pair[0])
     write_image(out / "moving.png", pair[1])
     answers = {"shipped": answer(out / "shipped", load_matcher(), pair)}
+    print(f"{said('shipped', answers['shipped'][1])}; look at {out / 'shipped'}/\n")
     print(
-        f"{said('shipped', answers['shipped'][1])}; look at {out / 'shipped'}/\n\nTraining the dual-engine curriculum on generated eyes, {epochs} epochs; results go to {out}/",
+        f"Training the dual-engine curriculum on generated eyes, {epochs} epochs; results go to {out}/",
         flush=True,
     )
     run = train(demo_config(out / "run", epochs, seed))
-    rows = read_epochs(out / "run")
-    save_figure(out / "curriculum.png", draw_run(rows))
-    save_figure(
-        out / "matches_over_epochs.png",
-        draw_strip(
-            Recording(out / "run"), [0], [round(share * (epochs - 1)) for share in (0, 0.1, 0.25, 0.5)]
-        ),
-    )
+    draw_training(out, run.out, epochs)
     answers["trained"] = answer(out / "trained", load_matcher(run.weights), pair, SMALL)
     save_figure(out / "shipped_and_trained.png", draw_beside(answers, pair))
-    report = {name: found for name, (_, found) in answers.items()} | dict(
-        seed=seed, seconds=round(time.monotonic() - start), epochs=rows
-    )
+    report = {name: found for name, (_, found) in answers.items()}
+    report |= {"seed": seed, "seconds": round(time.monotonic() - start), "epochs": read_epochs(run.out)}
     write_json(out / "metrics.json", report)
     print(summary(out, report), flush=True)
     return out
 
 
+# %% ../../nbs/09_training/07_demo.ipynb #1646d692
+def draw_training(
+    out,  # folder for the pictures
+    run,  # folder of the run
+    epochs,  # of the run
+) -> None:
+    "The curriculum with what was measured, and the matches of the first probe in four epochs."
+    save_figure(out / "curriculum.png", draw_run(read_epochs(run)))
+    shown = [round(share * (epochs - 1)) for share in (0, 0.1, 0.25, 0.5)]
+    save_figure(out / "matches_over_epochs.png", draw_strip(Recording(run), [0], shown))
+
+
 # %% ../../nbs/09_training/07_demo.ipynb #3e3d57e2
 FILES = {
     "shipped_and_trained.png": "both answers beside each other: match lines and checkerboards",
-    "shipped/": "the answer of the weights that ship: transform.json, warped.png, checkerboard.png, matches.png",
+    "shipped/": "the answer of the weights that ship: transform.json, "
+    "warped.png, checkerboard.png, matches.png",
     "trained/": "the same of the weights that were trained just now",
     "matches_over_epochs.png": "the matches of a validation pair, at five epochs of the training",
     "curriculum.png": "both engines, accuracy and collapse figures over the epochs",
-    "run/recording/": "matches and collapse figures of eight pairs, every epoch; see `loftr-curriculum diagnose`",
+    "run/recording/": "matches and collapse figures of eight pairs, every epoch; "
+    "see `loftr-curriculum diagnose`",
     "metrics.json": "all figures",
 }
 
@@ -243,10 +252,9 @@ def summary(
     report,  # dict of metrics.json
 ) -> str:
     "What happened and where to look."
-    lines = [
-        line
-        for name in NAMES
-        for line in (said(name, report[name]), *(f"  because {reason}" for reason in report[name]["reasons"]))
-    ]
+    lines = []
+    for name in NAMES:
+        lines.append(said(name, report[name]))
+        lines += [f"  because {reason}" for reason in report[name]["reasons"]]
     there = [f"  {str(out / name):34s} {what}" for name, what in FILES.items() if (out / name).exists()]
     return "\n".join(["", *lines, f"Done in {report['seconds']} s. Look at", *there])
