@@ -18,15 +18,17 @@ __all__ = [
     "plane_index",
 ]
 
-# %% ../../nbs/03_retina/07_modality.ipynb #43937306
+# %% ../../nbs/03_retina/07_modality.ipynb #77b1a96a
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 
+from .angiogram import render_fa
 from .config import GENERATOR_VERSION
-from .render import render_cf, render_fa, render_oct, render_octa
+from .oct import render_oct, render_octa
+from .photo import render_cf
 
 # %% ../../nbs/03_retina/07_modality.ipynb #5e51c004
 ANATOMY_STREAM = 0  # landmarks and vessels

@@ -343,7 +343,7 @@ def unit(
     return vectors / np.maximum(np.hypot(*vectors.T), 1e-9)[:, None]
 
 
-# %% ../../nbs/03_retina/01_tree.ipynb #272ec128
+# %% ../../nbs/03_retina/01_tree.ipynb #f3829919
 class Attractors:
     "Places that want a vessel, and the node that is nearest to each."
 
@@ -357,7 +357,7 @@ class Attractors:
         self.stalled = np.zeros(len(places), np.int64)  # rounds in which a node grew and came no nearer
 
     def strike_off(self, kill: float):
-        "Forget those that are served (a node within `kill` px) and those that growth does not come nearer to."
+        "Forget those that are served (a node within `kill` px) and those that no growth comes nearer to."
         keep = (self.distance > kill) & (self.stalled < 4)
         self.places = self.places[keep]
         self.distance = self.distance[keep]

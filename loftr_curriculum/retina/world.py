@@ -15,6 +15,8 @@ __all__ = [
     "check_settings",
     "world_file",
     "save_world",
+    "open_bank",
+    "render_missing",
     "WorldBank",
 ]
 
@@ -203,6 +205,32 @@ def _render(job):
     return None
 
 
+# %% ../../nbs/03_retina/09_world.ipynb #8c1a1046
+def open_bank(
+    folder: Path,  # of a bank; made when missing
+    config: EyeConfig,  # settings of the generator
+) -> None:
+    "Raises ValueError for a folder made with other settings."
+    folder.mkdir(parents=True, exist_ok=True)
+    settings = {"generator": GENERATOR_VERSION, "planes": list(PLANES), **asdict(config)}
+    check_settings(folder / "bank.json", settings)
+
+
+# %% ../../nbs/03_retina/09_world.ipynb #091e891f
+def render_missing(
+    seeds: list[int],  # eyes that are wanted
+    config: EyeConfig,  # settings of the generator
+    folder: Path | None,  # where worlds are kept; None keeps them in memory
+    workers: int,  # processes
+    title: str,  # of the progress bar; none where empty
+) -> dict:  # seed -> both levels; empty where they were written to the folder
+    "Render the eyes that are not there yet."
+    missing = [s for s in seeds if folder is None or not world_file(folder, s).exists()]
+    jobs = [(s, config, folder) for s in missing]
+    made = list(run_jobs(_render, jobs, workers, title))
+    return dict(zip(missing, made)) if folder is None else {}
+
+
 # %% ../../nbs/03_retina/09_world.ipynb #a405ae0d
 class WorldBank:
     "Rendered eyes, ready to be cut: in memory, or memory-mapped from a folder that is filled once."
@@ -219,28 +247,12 @@ class WorldBank:
         self.seeds = [int(s) for s in seeds]
         self.config = config
         self.folder = None if folder is None else Path(folder)
-        self._planes = {}
         if not self.seeds:
             raise ValueError("a bank needs at least one seed")
         if self.folder is not None:
-            self._open_folder()
-        self._render_missing(workers, "rendering eyes" if progress else "")
-
-    def _open_folder(self):
-        settings = {"generator": GENERATOR_VERSION, "planes": list(PLANES), **asdict(self.config)}
-        self.folder.mkdir(parents=True, exist_ok=True)
-        check_settings(self.folder / "bank.json", settings)
-
-    def _is_missing(self, seed):
-        return self.folder is None or not world_file(self.folder, seed).exists()
-
-    def _render_missing(self, workers, title):
-        missing = [seed for seed in self.seeds if self._is_missing(seed)]
-        jobs = [(seed, self.config, self.folder) for seed in missing]
-        made = run_jobs(_render, jobs, workers, title)
-        for levels, seed in zip(made, missing):
-            if self.folder is None:
-                self._planes[seed] = levels
+            open_bank(self.folder, config)
+        title = "rendering eyes" if progress else ""
+        self._planes = render_missing(self.seeds, config, self.folder, workers, title)
 
     def __len__(self) -> int:
         return len(self.seeds)
