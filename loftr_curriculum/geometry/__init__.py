@@ -16,6 +16,7 @@ __all__ = [
     "STILL",
     "Similarity",
     "affine",
+    "affine_of",
     "apply_transform",
     "centre",
     "check_transform",
@@ -49,6 +50,15 @@ __all__ = [
 ]
 
 # %% ../../nbs/01_geometry/05_init.ipynb #dac8f865
+from loftr_curriculum.geometry.bent import (
+    Backward,
+    Bent,
+    affine_of,
+    folds,
+    nearest_in_polygon,
+    polynomials,
+    thin_plates,
+)
 from loftr_curriculum.geometry.images import (
     fit_size,
     resample,
@@ -86,7 +96,6 @@ from loftr_curriculum.geometry.points import (
     translation,
 )
 
-from .bent import Backward, Bent, folds, nearest_in_polygon, polynomials, thin_plates
 from .motion import NEAR, STILL, Motion, mild, overlap, random_transform
 
 _all_ = [
@@ -102,6 +111,7 @@ _all_ = [
     "STILL",
     "Similarity",
     "affine",
+    "affine_of",
     "apply_transform",
     "centre",
     "check_transform",

@@ -15,6 +15,7 @@ __all__ = [
     "Backward",
     "read_bent",
     "read_backward",
+    "affine_of",
     "folds",
 ]
 
@@ -23,8 +24,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .maps import PointMap, reads
-from .points import apply_transform, corners, invert
+from .maps import PointMap, parts_of, reads
+from .points import apply_transform, compose, corners, invert
 
 
 # %% ../../nbs/01_geometry/04_bent.ipynb #179a7882
@@ -187,6 +188,20 @@ def read_bent(values):
 def read_backward(values):
     "The inverse of a bent map from its dict."
     return Backward(read_bent(values["of"]))
+
+
+# %% ../../nbs/01_geometry/04_bent.ipynb #5e0af868
+def affine_of(
+    point_map: PointMap,
+) -> np.ndarray:  # (3, 3)
+    "The matrix of a map, or of the affine that it passes into. Convention: source points to destination points."
+    if point_map.matrix is not None:
+        return point_map.matrix
+    if isinstance(point_map, Bent):
+        return point_map.affine
+    if isinstance(point_map, Backward):
+        return invert(point_map.of.affine)
+    return compose(*(affine_of(part) for part in parts_of(point_map)))
 
 
 # %% ../../nbs/01_geometry/04_bent.ipynb #c5e14cd1

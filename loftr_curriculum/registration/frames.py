@@ -10,6 +10,8 @@ __all__ = [
     "Frame",
     "make_frame",
     "unusable",
+    "mirror_map",
+    "mirrored_frame",
     "View",
     "plain_view",
     "turned_view",
@@ -129,6 +131,25 @@ def unusable(
     if not seen.std() > 1e-6:
         return [f"the {name} image has no structure"]
     return []
+
+
+# %% ../../nbs/06_registration/03_frames.ipynb #548bda1d
+def mirror_map(
+    size: tuple,  # (height, width)
+) -> Affine:
+    "The map from an image to the one with its columns reversed, and back."
+    return Affine([[-1, 0, size[1] - 1], [0, 1, 0], [0, 0, 1]])
+
+
+def mirrored_frame(
+    frame: Frame,
+) -> Frame:
+    "The frame of the image with its columns reversed."
+
+    def flip(plane):
+        return None if plane is None else np.ascontiguousarray(plane[:, ::-1])
+
+    return Frame(flip(frame.gray), flip(frame.mask), flip(frame.fov), frame.to_working)
 
 
 # %% ../../nbs/06_registration/03_frames.ipynb #1c7782e8

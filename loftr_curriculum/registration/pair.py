@@ -14,8 +14,8 @@ __all__ = [
     "OpenPair",
     "open_pair",
     "hopeless",
+    "map_of",
     "judged_matches",
-    "bent_answer",
     "answer_of",
     "check_guidance_and_masks",
     "register",
@@ -33,6 +33,7 @@ import numpy as np
 
 from loftr_curriculum.geometry import (
     PointMap,
+    affine_of,
     fit_similarity,
     fit_size,
     invert,
@@ -42,6 +43,7 @@ from loftr_curriculum.geometry import (
 from loftr_curriculum.registration.frames import (
     Frame,
     make_frame,
+    mirror_map,
     open_image,
     open_mask,
     unusable,
@@ -50,8 +52,6 @@ from loftr_curriculum.registration.frames import (
 
 from ..model.config import UNGUIDED, Guidance, Matches
 from .config import RegistrationConfig, Verdict
-from .estimate import residuals
-from .passes import Pass
 from .registrar import Outcome, drive, drive_many, walk
 from .verdict import Evidence
 
@@ -220,73 +220,68 @@ def hopeless(
     return Registration.failed(reasons, pair.fixed_size, pair.moving_size) if reasons else None
 
 
-# %% ../../nbs/06_registration/10_pair.ipynb #59687b60
+# %% ../../nbs/06_registration/10_pair.ipynb #f87ab7eb
+def map_of(
+    outcome: Outcome,  # with an answer
+    pair: OpenPair,
+) -> PointMap:
+    "The map from original moving to original fixed pixels. A mirrored image is turned round first."
+    refined = outcome.refined
+    if refined is not None and refined.model != "matches":
+        to_fixed = refined.fixed_to_moving.inverse()
+    else:
+        back = outcome.last.fixed_to_moving.inverse()
+        to_fixed = pair.moving.to_working.then(back).then(pair.fixed.to_working.inverse())
+    return mirror_map(pair.moving_size).then(to_fixed) if outcome.mirrored else to_fixed
+
+
+# %% ../../nbs/06_registration/10_pair.ipynb #d576981a
 def judged_matches(
-    last: Pass,
-    point_map: PointMap | None,  # fixed -> moving, working frames; None: no match agrees
+    outcome: Outcome,
+    moving_to_fixed: PointMap | None,  # original pixels; None: no match agrees
     pair: OpenPair,
     config: RegistrationConfig,
 ) -> JudgedMatches:
-    "The matches of a pass in original pixels; those within `threshold_px` of the answer are inliers."
-    m = last.matches
-    agrees = np.zeros(len(m), bool)
-    if point_map is not None:
-        agrees = residuals(point_map.matrix, m.points0, m.points1) <= config.threshold_px
+    "The matches of the last pass in original pixels; those within `threshold_px` of the answer are inliers."
+    m = outcome.last.matches
     points0 = pair.fixed.to_working.inverse()(m.points0)
     points1 = pair.moving.to_working.inverse()(m.points1)
+    if outcome.mirrored:
+        points1 = mirror_map(pair.moving_size)(points1)
+    agrees = np.zeros(len(m), bool)
+    if moving_to_fixed is not None:
+        off = pair.fixed.to_working(moving_to_fixed(points1)) - m.points0
+        agrees = np.linalg.norm(off, axis=1) <= config.threshold_px
     return JudgedMatches(points0, points1, m.confidence, agrees)
 
 
-# %% ../../nbs/06_registration/10_pair.ipynb #40b20953
-def bent_answer(
-    outcome: Outcome,  # whose map the patches made
-    pair: OpenPair,
-    config: RegistrationConfig,
-) -> Registration:
-    "The answer where the patches improved on the map of the matches; its matrix is the affine of the map."
-    point_map = outcome.refined.fixed_to_moving.inverse()
-    bent = outcome.refined.fixed_to_moving
-    forward = bent.matrix if bent.matrix is not None else bent.affine
-    matches = judged_matches(outcome.last, None, pair, config)
-    off = pair.fixed.to_working(point_map(matches.points1)) - pair.fixed.to_working(matches.points0)
-    inliers = np.linalg.norm(off, axis=1) <= config.threshold_px
-    matches = JudgedMatches(matches.points0, matches.points1, matches.confidence, inliers)
-    return Registration(
-        invert(forward),
-        outcome.verdict,
-        outcome.reasons,
-        matches,
-        pair.fixed_size,
-        pair.moving_size,
-        outcome.evidence,
-        pair.moving_image,
-        point_map,
-    )
-
-
-# %% ../../nbs/06_registration/10_pair.ipynb #1b8f5118
+# %% ../../nbs/06_registration/10_pair.ipynb #9efd3495
 def answer_of(
     outcome: Outcome,
     pair: OpenPair,
     config: RegistrationConfig,
 ) -> Registration:
     "The outcome of a walk in pixels of the original images."
-    working = outcome.last.fixed_to_moving
     sizes = pair.fixed_size, pair.moving_size
     if outcome.verdict == Verdict.FAILED:
-        matches = judged_matches(outcome.last, None, pair, config)
+        matches = judged_matches(outcome, None, pair, config)
         return Registration.failed(outcome.reasons, *sizes, outcome.evidence, matches)
-    if outcome.refined is not None and outcome.refined.model != "matches":
-        return bent_answer(outcome, pair, config)
-    matches = judged_matches(outcome.last, working, pair, config)
-    to_fixed = pair.moving.to_working.then(working.inverse()).then(pair.fixed.to_working.inverse())
-    matrix = to_fixed.matrix
+    point_map = map_of(outcome, pair)
+    matches = judged_matches(outcome, point_map, pair, config)
     if config.transform == "similarity":
-        matrix = fit_similarity(matches.points1[matches.inliers], matches.points0[matches.inliers])
+        kept = matches[matches.inliers]
+        point_map = map_from_matrix(fit_similarity(kept.points1, kept.points0))
+    matrix = affine_of(point_map)
     matrix = matrix / matrix[2, 2]
-    evidence = outcome.evidence
     return Registration(
-        matrix, outcome.verdict, outcome.reasons, matches, *sizes, evidence, pair.moving_image
+        matrix,
+        outcome.verdict,
+        outcome.reasons,
+        matches,
+        *sizes,
+        outcome.evidence,
+        pair.moving_image,
+        point_map,
     )
 
 

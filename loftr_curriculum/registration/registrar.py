@@ -6,6 +6,7 @@
 __all__ = [
     "RANK",
     "Walk",
+    "MIRRORED",
     "Outcome",
     "is_sure",
     "first_pass",
@@ -16,6 +17,8 @@ __all__ = [
     "to_original",
     "look_at_vessels",
     "attempt",
+    "is_unsure",
+    "try_mirrored",
     "walk",
     "drive",
     "in_batches",
@@ -41,7 +44,7 @@ from ..geometry import Affine, PointMap, centre, similarity
 from ..model.config import UNGUIDED, Guidance
 from .bend import Refined, refine_by_patches
 from .config import RegistrationConfig, Verdict
-from .frames import Frame, plain_view, turned_view, warped_view
+from .frames import Frame, mirrored_frame, plain_view, turned_view, warped_view
 from .passes import Pass, PassRequest, finish_pass, match_views
 from .verifier import probability, vessel_agreement
 
@@ -56,6 +59,7 @@ class Outcome:
     verdict: Verdict
     reasons: tuple  # sentences: why not ok
     refined: Refined | None = None  # the map in original pixels, None where there is none
+    mirrored: bool = False  # is it the answer for the mirrored moving image?
 
     @property
     def rank(self) -> tuple:
@@ -215,6 +219,36 @@ def attempt(
     return look_at_vessels(best, evidence, fixed, moving, config)
 
 
+# %% ../../nbs/06_registration/09_registrar.ipynb #12a35079
+MIRRORED = "the moving image seems to be mirrored; with allow_mirrored it is registered as it is"
+
+
+def is_unsure(
+    outcome: Outcome,
+    config: RegistrationConfig,
+) -> bool:
+    "Did a walk fail, or leave the vessels in doubt?"
+    by_vessels = (
+        outcome.evidence.probability is None or outcome.evidence.probability < config.sure_probability
+    )
+    return outcome.verdict == Verdict.FAILED or (outcome.verdict == Verdict.DOUBTFUL and by_vessels)
+
+
+def try_mirrored(
+    best: Outcome,  # of the image as it is
+    fixed: Frame,
+    moving: Frame,
+    config: RegistrationConfig,
+) -> Walk:
+    "The outcome for the mirrored moving image where it is ok and wanted; else the one before, which says what was found."
+    flipped = yield from attempt(fixed, mirrored_frame(moving), config, config.first_long_side)
+    if flipped.verdict != Verdict.OK:
+        return best
+    if config.allow_mirrored:
+        return replace(flipped, mirrored=True)
+    return replace(best, verdict=Verdict.FAILED, reasons=(MIRRORED,))
+
+
 # %% ../../nbs/06_registration/09_registrar.ipynb #5d66adfa
 def walk(
     fixed: Frame,
@@ -228,7 +262,10 @@ def walk(
         outcomes.append(outcome)
         if outcome.verdict == Verdict.OK:
             break
-    return max(outcomes, key=lambda outcome: outcome.rank)
+    best = max(outcomes, key=lambda outcome: outcome.rank)
+    if config.check_mirrored and is_unsure(best, config):
+        best = yield from try_mirrored(best, fixed, moving, config)
+    return best
 
 
 # %% ../../nbs/06_registration/09_registrar.ipynb #59d5f4d5
