@@ -21,10 +21,9 @@ __all__ = [
     "render_fa",
 ]
 
-# %% ../../nbs/03_retina/05b_angiogram.ipynb #b6d1c7f8
+# %% ../../nbs/03_retina/05b_angiogram.ipynb #06a26944
 from dataclasses import dataclass
 
-import cv2
 import numpy as np
 
 from loftr_curriculum.retina.drawing import (

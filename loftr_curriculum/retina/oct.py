@@ -25,10 +25,9 @@ __all__ = [
     "render_octa",
 ]
 
-# %% ../../nbs/03_retina/05c_oct.ipynb #45ca12b9
+# %% ../../nbs/03_retina/05c_oct.ipynb #46d1f162
 from dataclasses import dataclass
 
-import cv2
 import numpy as np
 
 from loftr_curriculum.retina.render import (

@@ -180,7 +180,7 @@ def draw_gains(
     return {kind: rng.uniform(*row.gain) for kind, row in table.items()}
 
 
-# %% ../../nbs/03_retina/05_render.ipynb #037168ec
+# %% ../../nbs/03_retina/05_render.ipynb #c87c3dbb
 def gains_shown(
     rng: np.random.Generator,  # source of chance
     canvas: Canvas,  # of the eye
@@ -188,7 +188,7 @@ def gains_shown(
     table: dict[str, Shown],  # of the modality
     gains: dict[str, float],  # from `draw_gains`
     common: list,  # lesions that the eye itself has
-) -> list:  # (gain, (half, half) float32 in 0..1)
+) -> list:  # (kind, gain, (half, half) float32 in 0..1)
     "The lesions of one rendering, and how bright each is."
     chances = {kind: row.own for kind, row in table.items()}
     shown = lesions_shown(rng, canvas.anatomy, config, chances, common)
