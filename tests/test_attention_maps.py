@@ -1,4 +1,7 @@
-"Guards of the attention maps: they are what the layers computed, of the right image, token and head; lambda acts as the formula says."
+"""Guards of the attention maps.
+
+They are what the layers computed, of the right image, token and head; lambda acts as the formula says.
+"""
 
 import subprocess
 import sys
@@ -28,7 +31,7 @@ def tiny(kind="softmax"):
 
 
 def a_pair(sizes=((64, 96), (80, 56))):
-    "Images of two sizes with vessels; the left tokens of image 0 and the lower ones of image 1 lie outside the field of view."
+    "Images of two sizes with vessels; left tokens of image 0 and lower ones of image 1 are out of the field."
     g = torch.Generator().manual_seed(0)
     image0, image1 = (torch.rand(1, 1, *s, generator=g) * 2 - 1 for s in sizes)
     mask0, mask1 = ((torch.rand(1, *s, generator=g) > 0.8).float() for s in sizes)

@@ -51,7 +51,8 @@ def test_it_walks_to_the_end_on_tiny_settings(tmp_path, monkeypatch, capsys):
     )
     assert {p.name for p in out.iterdir()} == set(LEFT)
     assert Recording(out / "run").epochs == [0, 1, 2, 3]
-    # what ships answers before anything is trained; what has seen 32 pairs answers otherwise, and both say what their files say
+    # what ships answers before anything is trained; what has seen 32 pairs answers otherwise, and both say
+    # what their files say
     assert said.index("shipped weights:") < said.index("Training") < said.index("freshly trained weights:")
     assert report["shipped"]["verdict"] == "ok" and report["shipped"]["corner_error_px_at_512"] < 5
     assert report["trained"] != report["shipped"]
@@ -66,14 +67,10 @@ def test_it_walks_to_the_end_on_tiny_settings(tmp_path, monkeypatch, capsys):
 @pytest.mark.slow
 def test_it_registers_an_unseen_eye_within_eight_minutes(tmp_path, record_property):
     start = time.monotonic()
-    subprocess.run(
-        [
-            sys.executable,
-            "-c",
-            f"from loftr_curriculum.cli import main; raise SystemExit(main(['demo', '--out', {str(tmp_path)!r}]))",
-        ],
-        check=True,
+    code = (
+        f"from loftr_curriculum.cli import main; raise SystemExit(main(['demo', '--out', {str(tmp_path)!r}]))"
     )
+    subprocess.run([sys.executable, "-c", code], check=True)
     seconds, report = time.monotonic() - start, read_json(tmp_path / "metrics.json")
     record_property("seconds of the demonstration", round(seconds))
     for name in ("shipped", "trained"):

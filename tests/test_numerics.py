@@ -1,4 +1,8 @@
-"Losses and gradients stay finite: from scratch, in every precision, on the inputs that are known to break matchers of this family (zju3dv/LoFTR issues 188, 189 and 285: NaN at 16 bits, fills beyond the range of float16)."
+"""Losses and gradients stay finite, from scratch and in every precision.
+
+The inputs are those that break matchers of this family (zju3dv/LoFTR issues 188, 189 and 285: NaN at
+16 bits, fills beyond the range of float16).
+"""
 
 from contextlib import nullcontext
 from dataclasses import replace
@@ -161,7 +165,7 @@ def test_each_hard_case_by_itself(case, cast):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("attention", ["softmax", "linear"])
 def test_attention_under_a_full_mask_and_large_logits(attention, dtype):
-    "The lowest number of a half type plus a negative logit must not become -inf in a whole row: softmax would answer nan."
+    "The lowest half number plus a negative logit must not become -inf in a whole row: softmax would be nan."
     g = torch.Generator().manual_seed(0)
     q, k, v = torch.randn(3, 2, 2, 12, 8, generator=g).mul(12).to(dtype).requires_grad_().unbind(0)
     seen = torch.ones(2, 12, dtype=torch.bool)
@@ -211,7 +215,7 @@ def links(forward, backward, n):
 
 @pytest.mark.parametrize("right", [True, False])
 def test_confidence_of_exactly_zero_and_one_has_a_finite_loss(right):
-    "Logits 400 apart: the confidence of the diagonal is 1 or 0 in float32, its logarithm must come from the logits."
+    "Logits 400 apart: the confidence is 1 or 0 in float32, its logarithm must come from the logits."
     n = 6
     sim = (400 * torch.eye(n) * (1 if right else -1))[None].requires_grad_()
     conf = dual_softmax(sim).exp()[0].diagonal()
@@ -238,7 +242,7 @@ def test_confidence_of_exactly_zero_and_one_has_a_finite_loss(right):
 
 @pytest.mark.parametrize("sharpness", [0.0, 1e2, 1e4])
 def test_flow_of_features_without_bounds_is_finite(sharpness):
-    "Nothing to compare, far too much, a first answer that leaves the image: flow, deviation and gradients stay finite."
+    "Nothing to compare, far too much, a first answer that leaves the image: all that comes out stays finite."
     torch.manual_seed(0)
     head = FlowHead(8)
     torch.nn.init.normal_(head.out.weight)

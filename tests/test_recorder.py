@@ -1,4 +1,4 @@
-"Guards of the recorder: what a run leaves, what a resumed run keeps, the alarm, and that watching changes nothing."
+"Guards of the recorder: what a run leaves, what a resumed run keeps, the alarm, watching changes nothing."
 
 import warnings
 from dataclasses import replace

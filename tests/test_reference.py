@@ -1,4 +1,7 @@
-"Guards of the reference variant: kornia's answer with kornia's weights, guidance at both sites, training, the published format, no silent download."
+"""Guards of the reference variant.
+
+kornia's answer with kornia's weights, guidance at both sites, training, published format, no silent download.
+"""
 
 import copy
 import subprocess
@@ -43,7 +46,7 @@ def both():
 
 
 def images(size0, size1=None, batch=1, seed=0):
-    "Two images in [0, 1] that show the same noise, one moved by whole cells, so that random weights find matches."
+    "Two images in [0, 1] of the same noise, one moved by whole cells, so that random weights find matches."
     size1 = size1 or size0
     big = torch.rand(
         batch,
@@ -275,5 +278,11 @@ def test_the_command_line_chooses_the_variant_and_fine_tunes_a_published_file(bo
 
 
 def test_fast_matching_does_not_import_kornia():
-    code = "import sys; from loftr_curriculum.model.weights import make_matcher; from loftr_curriculum.model.config import MatcherConfig; make_matcher(MatcherConfig()); sys.exit('kornia' in sys.modules)"
+    code = """
+import sys
+from loftr_curriculum.model.config import MatcherConfig
+from loftr_curriculum.model.weights import make_matcher
+make_matcher(MatcherConfig())
+sys.exit('kornia' in sys.modules)
+"""
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -1,4 +1,4 @@
-"Guards of stopping and going on: at any step, by any cause, in another folder, with exactly the same weights at the end."
+"Guards of stopping and going on: at any step, by any cause, in another folder, with the same weights."
 
 import multiprocessing
 import os
@@ -36,8 +36,22 @@ def one_thread():
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
     "Views grow and motion widens over the run."
-    data = DataConfig(worlds=1, val_worlds=1, modes=("cf-fa",), eye=EyeConfig(size=128), cache=str(tmp_path_factory.mktemp("eyes")), render_workers=0, workers=0,
-                      size=96, start_size=64, grow_epochs=2.0, widen_epochs=3.0, pairs_per_epoch=2 * STEPS, val_pairs=4, batch_size=2)  # fmt: skip
+    data = DataConfig(
+        worlds=1,
+        val_worlds=1,
+        modes=("cf-fa",),
+        eye=EyeConfig(size=128),
+        cache=str(tmp_path_factory.mktemp("eyes")),
+        render_workers=0,
+        workers=0,
+        size=96,
+        start_size=64,
+        grow_epochs=2.0,
+        widen_epochs=3.0,
+        pairs_per_epoch=2 * STEPS,
+        val_pairs=4,
+        batch_size=2,
+    )
     return TrainConfig(
         epochs=EPOCHS,
         data=data,
@@ -59,7 +73,7 @@ def whole(config, tmp_path_factory):
 
 
 class Notes(pl.Callback):
-    "What every step sees, and a signal to the own process at one of them, as a person or a scheduler would send it."
+    "What every step sees, and a signal to the own process at one of them, as a person would send it."
 
     def __init__(self, step=None, validation=None, number=signal.SIGINT, kill=None):
         self.seen, self.validated, self.step, self.validation, self.number, self.kill = (
@@ -110,10 +124,13 @@ def same(a, b):
 def test_stopped_four_times_and_moved_it_is_the_run_that_nobody_stopped(config, whole, tmp_path, capsys):
     c, (want, seen) = replace(config, out=str(tmp_path / "run0")), whole
     all_seen = []
-    for k, (how, error) in enumerate([(dict(step=1), KeyboardInterrupt),  # in the teaching phase, while views are small
-                                      (dict(step=7, number=signal.SIGTERM), SystemExit),  # while guidance weans
-                                      (dict(validation=(3, 0)), KeyboardInterrupt),
-                                      (dict(step=13), KeyboardInterrupt)]):  # fmt: skip
+    stops = (
+        (dict(step=1), KeyboardInterrupt),  # in the teaching phase, while views are small
+        (dict(step=7, number=signal.SIGTERM), SystemExit),  # while guidance weans
+        (dict(validation=(3, 0)), KeyboardInterrupt),
+        (dict(step=13), KeyboardInterrupt),
+    )
+    for k, (how, error) in enumerate(stops):
         before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
         notes, caught = stopped(c, **how)
         assert caught.type is error and (error is not SystemExit or caught.value.code == 143)
