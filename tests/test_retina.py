@@ -328,6 +328,8 @@ def test_names_are_read_without_the_renderers():
         ("render", "vessel_mask", "drawing.vessel_mask"),
         ("render", "common_lesions", "lesions.common_lesions"),
         ("world", "keep_memory", "jobs.keep_memory"),
+        ("world", "part_of", "world.one_system"),
+        ("tree", "sow", "tree.draw_attractors"),
     ),
 )
 def test_names_of_before_still_answer(module, old, new):

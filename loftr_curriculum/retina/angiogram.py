@@ -47,7 +47,7 @@ from loftr_curriculum.retina.render import (
 )
 
 from .config import EyeConfig
-from .lesions import covered
+from .lesions import cover_vessels
 from .tree import Anatomy, Vessels
 
 
@@ -183,7 +183,7 @@ def angiogram_lesions(
     for kind, gain, spot in gains_shown(rng, canvas, config, ANGIOGRAM_LESIONS, gains, common):
         seen[kind] = round(float(gain), 2)
         plane = plane + gain * spot if gain > 0 else plane * (1 + gain * spot)
-        uncovered = covered(rng, kind, spot, uncovered)
+        uncovered = cover_vessels(rng, kind, spot, uncovered)
     return plane, uncovered, seen
 
 

@@ -17,7 +17,7 @@ __all__ = [
     "Canvas",
     "clouds",
     "mesh",
-    "turned",
+    "random_turn",
     "lighting",
     "fibres",
     "speckle",
@@ -226,7 +226,7 @@ def mesh(
 
 
 # %% ../../nbs/03_retina/02_drawing.ipynb #d6b7c67f
-def turned(
+def random_turn(
     rng: np.random.Generator,  # source of chance
     at: int,  # side of the picture, px
 ) -> np.ndarray:  # (2, 3)

@@ -15,7 +15,7 @@ __all__ = [
     "draw_lesions",
     "common_lesions",
     "lesions_shown",
-    "covered",
+    "cover_vessels",
 ]
 
 # %% ../../nbs/03_retina/03_lesions.ipynb #e910e263
@@ -175,7 +175,7 @@ def lesions_shown(
 
 
 # %% ../../nbs/03_retina/03_lesions.ipynb #35be91c6
-def covered(
+def cover_vessels(
     rng: np.random.Generator,  # source of chance
     kind: str,  # a key of `LESIONS`
     spot: np.ndarray,  # (h, w) float32 in 0..1, the lesion

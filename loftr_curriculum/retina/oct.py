@@ -42,7 +42,7 @@ from loftr_curriculum.retina.render import (
 
 from .config import EyeConfig
 from .drawing import Canvas, clouds, expose, fibres, lighting, mesh, speckle, to_bytes
-from .lesions import covered
+from .lesions import cover_vessels
 from .tree import Anatomy, Vessels
 
 
@@ -62,7 +62,7 @@ def multiply_lesions(
     for kind, gain, spot in gains_shown(rng, canvas, config, table, gains, common):
         seen[kind] = round(float(gain), 2)
         plane = plane * (1 + gain * spot)
-        uncovered = covered(rng, kind, spot, uncovered)
+        uncovered = cover_vessels(rng, kind, spot, uncovered)
     return plane, uncovered, seen
 
 

@@ -45,13 +45,13 @@ from loftr_curriculum.retina.drawing import (
     fibres,
     lighting,
     mesh,
+    random_turn,
     speckle,
     to_bytes,
-    turned,
 )
 
 from .config import EyeConfig
-from .lesions import covered, lesions_shown
+from .lesions import cover_vessels, lesions_shown
 from .render import VesselStyle, blood_column, contrast_left, draw_visibility
 from .tree import Anatomy, Vessels
 
@@ -117,7 +117,7 @@ def choroid_net(
     if choroid <= 0.05:
         return 0.4
     net = mesh(rng, canvas.half, rng.uniform(*style.strands), 0.9)
-    turn = turned(rng, canvas.half)
+    turn = random_turn(rng, canvas.half)
     return cv2.warpAffine(net, turn, (canvas.half, canvas.half), borderMode=cv2.BORDER_REFLECT)
 
 
@@ -267,7 +267,7 @@ def photo_lesions(
             continue
         spot = spot * rng.uniform(0.35, 0.9)
         planes = [plane + spot * (tone * shade - plane) for plane, tone in zip(planes, colours[kind])]
-        uncovered = covered(rng, kind, spot, uncovered)
+        uncovered = cover_vessels(rng, kind, spot, uncovered)
     return Photo(planes, shade, photo.choroid), blood, uncovered, sorted(seen)
 
 

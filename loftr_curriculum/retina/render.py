@@ -198,7 +198,7 @@ def gains_shown(
 # %% ../../nbs/03_retina/05_render.ipynb #08c9459c
 MOVED = {
     "drawing": ("bump", "clouds", "enlarge", "expose", "fibres", "lighting", "mesh", "odd_width")
-    + ("speckle", "to_bytes", "turned", "vessel_mask"),
+    + ("speckle", "to_bytes", "vessel_mask"),
     "lesions": (
         "COMMON",
         "LESIONS",

@@ -27,7 +27,7 @@ __all__ = [
     "draw_nasal_trunk",
     "draw_macular_trunk",
     "trunk_curves",
-    "crosses",
+    "runs_into",
     "trunks",
     "unit",
     "Attractors",
@@ -35,14 +35,14 @@ __all__ = [
     "grow",
     "jittered",
     "around_fovea",
-    "sow",
+    "draw_attractors",
     "Stage",
     "stages_of",
     "grow_stages",
     "flow_of",
     "branches_of",
     "worth_keeping",
-    "only",
+    "renumber",
     "relax",
     "narrowing",
     "radii_of",
@@ -51,7 +51,7 @@ __all__ = [
     "join",
     "smooth_field",
     "sample_field",
-    "wander",
+    "add_tortuosity",
     "grow_vessels",
 ]
 
@@ -63,6 +63,7 @@ import cv2
 import numpy as np
 from scipy.spatial import cKDTree
 
+from ..io.deprecated import deprecated_names
 from .config import EyeConfig
 
 
@@ -292,7 +293,7 @@ def trunk_curves(
 
 
 # %% ../../nbs/03_retina/01_tree.ipynb #5d1d4141
-def crosses(
+def runs_into(
     line: np.ndarray,  # (m, 2) a curve that wants to join
     points: np.ndarray,  # (n, 2) nodes that exist
     step: float,  # px between nodes
@@ -325,7 +326,7 @@ def trunks(
             first, last = instead
             node = first + int(trunk.where * (last - first))
             line = bezier(np.r_[points[node][None], control], step)[1:]
-        if crosses(line, points, step):
+        if runs_into(line, points, step):
             ranges.append(instead)
             continue
         last = start + len(line) - 1
@@ -447,7 +448,7 @@ def around_fovea(
 
 
 # %% ../../nbs/03_retina/01_tree.ipynb #2a7cea3f
-def sow(
+def draw_attractors(
     anatomy: Anatomy,  # landmarks
     rng: np.random.Generator,  # source of chance
     count: int,  # attractors drawn before the empty zones are cut out
@@ -511,7 +512,7 @@ def grow_stages(
     for stage, count in zip(stages, counts):
         before.append(len(points))
         macular = int(stage.macular * config.density)
-        places = sow(anatomy, rng, int(count * config.density), avoid, stage.gap * k, macular)
+        places = draw_attractors(anatomy, rng, int(count * config.density), avoid, stage.gap * k, macular)
         inertia = rng.uniform(1.0, 1.5)
         points, parent = grow(
             points, parent, places, rng, STEP * k, stage.kill * k, stage.influence * k, inertia, 0.12
@@ -572,7 +573,7 @@ def worth_keeping(
 
 
 # %% ../../nbs/03_retina/01_tree.ipynb #7c030d1d
-def only(
+def renumber(
     parent: np.ndarray,  # (n,) parents, each before its children
     keep: np.ndarray,  # (n,) bool; whose parent goes, goes too
 ) -> np.ndarray:  # (m,) parents of the nodes that stay
@@ -657,7 +658,7 @@ def grow_system(
     points, parent, before = grow_stages(anatomy, rng, config, system, avoid)
     is_twig = np.arange(len(points)) >= before[-1]
     keep = worth_keeping(parent)
-    points, parent, is_twig = points[keep], only(parent, keep), is_twig[keep]
+    points, parent, is_twig = points[keep], renumber(parent, keep), is_twig[keep]
     flow = flow_of(parent, np.where(is_twig, TWIG, 1.0))
     branch = branches_of(parent, flow)
     points = relax(points, parent, branch)
@@ -710,7 +711,7 @@ def sample_field(
 OCTAVES = ((230, 14.0), (105, 7.0), (48, 3.0), (22, 1.2))  # wavelength and shift, px at a world of 1024
 
 
-def wander(
+def add_tortuosity(
     points: np.ndarray,  # (N, 2) world px
     anatomy: Anatomy,  # the disc stays where it is
     rng: np.random.Generator,  # source of chance
@@ -737,4 +738,16 @@ def grow_vessels(
     both = join(arteries, veins)
     is_ordinary = rng.random() < 0.85
     amount = rng.uniform(0.5, 1.3) if is_ordinary else rng.uniform(1.3, 2.2)
-    return anatomy, replace(both, points=wander(both.points, anatomy, rng, amount))
+    return anatomy, replace(both, points=add_tortuosity(both.points, anatomy, rng, amount))
+
+
+# %% ../../nbs/03_retina/01_tree.ipynb #52755d64
+__getattr__ = deprecated_names(
+    __name__,
+    {
+        "sow": "draw_attractors",
+        "only": "renumber",
+        "crosses": "runs_into",
+        "wander": "add_tortuosity",
+    },
+)

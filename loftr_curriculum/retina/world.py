@@ -6,7 +6,7 @@
 __all__ = [
     "World",
     "anatomy_facts",
-    "part_of",
+    "one_system",
     "make_world",
     "plane_of",
     "planes_of",
@@ -35,7 +35,7 @@ from .drawing import vessel_mask
 from .jobs import run_jobs
 from .lesions import common_lesions
 from .modality import ANATOMY_STREAM, LESION_STREAM, MODALITIES, PLANES, random_stream
-from .tree import Anatomy, Vessels, grow_vessels, only
+from .tree import Anatomy, Vessels, grow_vessels, renumber
 
 
 # %% ../../nbs/03_retina/09_world.ipynb #c7a83c33
@@ -67,7 +67,7 @@ def anatomy_facts(
 
 
 # %% ../../nbs/03_retina/09_world.ipynb #d93047b4
-def part_of(
+def one_system(
     vessels: Vessels,  # arteries and veins
     artery: bool,  # which of them
 ) -> Vessels:  # that system alone
@@ -75,7 +75,7 @@ def part_of(
     keep = vessels.artery == artery
     return Vessels(
         vessels.points[keep],
-        only(vessels.parent, keep),
+        renumber(vessels.parent, keep),
         vessels.radius[keep],
         vessels.artery[keep],
         vessels.branch[keep],
@@ -101,7 +101,7 @@ def make_world(
             images[name], facts[name] = entry.renderer(rng, anatomy, vessels, config, common)
     apart = None
     if systems:
-        apart = np.stack([vessel_mask(anatomy, part_of(vessels, artery)) for artery in (True, False)])
+        apart = np.stack([vessel_mask(anatomy, one_system(vessels, artery)) for artery in (True, False)])
     return World(images, vessel_mask(anatomy, vessels), int(seed), facts, apart)
 
 
@@ -280,5 +280,6 @@ __getattr__ = deprecated_names(
         "keep_memory": "loftr_curriculum.retina.jobs:keep_memory",
         "serve": "loftr_curriculum.retina.jobs:serve",
         "Worker": "loftr_curriculum.retina.jobs:Worker",
+        "part_of": "one_system",
     },
 )
