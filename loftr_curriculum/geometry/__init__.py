@@ -8,6 +8,7 @@ __all__ = [
     "Backward",
     "Bent",
     "Chain",
+    "Grid",
     "Homography",
     "Limits",
     "Motion",
@@ -96,6 +97,7 @@ from loftr_curriculum.geometry.points import (
     translation,
 )
 
+from .grid import Grid
 from .motion import NEAR, STILL, Motion, mild, overlap, random_transform
 
 _all_ = [
@@ -103,6 +105,7 @@ _all_ = [
     "Backward",
     "Bent",
     "Chain",
+    "Grid",
     "Homography",
     "Limits",
     "Motion",
