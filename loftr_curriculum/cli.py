@@ -396,11 +396,14 @@ def _add_register(parser):
 
 # %% ../nbs/11_cli/00_cli.ipynb #fb7e95f9
 def _register(a):
+    from loftr_curriculum.io.files import refuse_to_overwrite
     from loftr_curriculum.model.config import Guidance
     from loftr_curriculum.registration.config import RegistrationConfig
     from loftr_curriculum.registration.pair import register
-    from loftr_curriculum.report.registration import write_registration
+    from loftr_curriculum.report.registration import outputs_of, write_registration
 
+    given = [p for p in (a.fixed, a.moving, a.fixed_mask, a.moving_mask, a.weights) if p]
+    refuse_to_overwrite(outputs_of(a.out), given)
     config, guidance = settings(RegistrationConfig, a), Guidance(a.vessel_soft_lambda)
     r = register(
         a.fixed,
@@ -472,11 +475,12 @@ def _add_warp(parser):
 
 # %% ../nbs/11_cli/00_cli.ipynb #4ed63053
 def _warp(a):
-    from loftr_curriculum.io.files import FileError
+    from loftr_curriculum.io.files import FileError, refuse_to_overwrite
     from loftr_curriculum.io.images import read_image, write_image
-    from loftr_curriculum.io.transforms import load_transform
+    from loftr_curriculum.io.transforms import load_transform, map_of_record
     from loftr_curriculum.registration.frames import warp_to_fixed
 
+    refuse_to_overwrite([a.out], [a.image, a.transform])
     record, image = load_transform(a.transform), read_image(a.image)
     if record.matrix is None:
         raise FileError(f"{a.transform}: holds no transform, the registration failed")
@@ -486,7 +490,7 @@ def _warp(a):
         raise FileError(
             f"{a.image}: expected the size of the moving image {record.moving_size} (height, width), got {image.shape[:2]}"
         )
-    write_image(a.out, warp_to_fixed(image, record.matrix, record.fixed_size, a.mode))
+    write_image(a.out, warp_to_fixed(image, map_of_record(record), record.fixed_size, a.mode))
     print(f"look at {a.out}")
     return 0
 

@@ -12,6 +12,7 @@ from loftr_curriculum.io.images import read_image, write_image
 from loftr_curriculum.io.transforms import load_transform
 from loftr_curriculum.registration.config import Verdict
 from loftr_curriculum.registration.pair import JudgedMatches, Registration
+from loftr_curriculum.registration.verdict import Evidence
 from loftr_curriculum.report.plots import (
     add_matches,
     checkerboard,
@@ -44,7 +45,7 @@ def a_result(moving, T=None, n=40, verdict=Verdict.OK, fixed_size=(90, 120)):
         JudgedMatches(p, q, np.ones(n), rng.random(n) < (T is not None)),
         fixed_size,
         moving.shape[:2],
-        {},
+        Evidence(),
         moving,
     )
 

@@ -8,6 +8,8 @@ __all__ = [
     "versions",
     "TransformRecord",
     "as_matrix",
+    "whole_map",
+    "map_of_record",
     "save_transform",
     "load_transform",
     "save_matches",
@@ -23,6 +25,7 @@ import numpy as np
 
 import loftr_curriculum
 
+from ..geometry import PointMap, map_from_dict, map_from_matrix
 from .files import FileError, atomic_path, read_json, write_json
 
 # %% ../../nbs/02_io/02_transforms.ipynb #55423b3d
@@ -52,6 +55,9 @@ class TransformRecord:
     verdict: str | None = None  # "ok", "doubtful", "failed", None where nobody judged
     reasons: tuple = ()  # why, in words
     versions: dict = field(default_factory=versions)  # what made it
+    point_map: PointMap | None = None  # moving to fixed, where it says more than the matrix
+    evidence: dict = field(default_factory=dict)  # the numbers behind the verdict
+    files: tuple = ()  # names of the files that were written beside it
 
 
 # %% ../../nbs/02_io/02_transforms.ipynb #dd839a59
@@ -71,6 +77,34 @@ def as_matrix(
     if np.linalg.matrix_rank(M) < 3:
         raise FileError(f"{name}: {DIRECTION} cannot be inverted")
     return M
+
+
+# %% ../../nbs/02_io/02_transforms.ipynb #a784cea6
+def whole_map(
+    record: TransformRecord,
+) -> dict | None:
+    "What the file says of the map beyond its matrix; None where the matrix says it all."
+    if record.point_map is None or record.point_map.matrix is not None:
+        return None
+    return record.point_map.to_dict()
+
+
+def _read_map(value, path):
+    if value is None:
+        return None
+    try:
+        return map_from_dict(value)
+    except ValueError as error:
+        raise FileError(f"{path}: {error}") from None
+
+
+def map_of_record(
+    record: TransformRecord,
+) -> PointMap | None:
+    "The map from moving to fixed points; None where registration failed."
+    if record.point_map is not None:
+        return record.point_map
+    return None if record.matrix is None else map_from_matrix(record.matrix)
 
 
 # %% ../../nbs/02_io/02_transforms.ipynb #12c20f69
@@ -93,6 +127,9 @@ def save_transform(
         "pixel_centre": "the centre of the top-left pixel is (0, 0)",
         "verdict": record.verdict,
         "reasons": record.reasons,
+        "map": whole_map(record),
+        "evidence": record.evidence,
+        "files": record.files,
         "versions": record.versions,
     })  # fmt: skip
 
@@ -125,8 +162,16 @@ def load_transform(
     if matrix is None and data.get("verdict") != "failed":
         raise FileError(f"{path}: {DIRECTION} is empty although the verdict is not failed")
     sizes = {name: _size(data.get(name), name, path) for name in ("fixed_size", "moving_size")}
-    return TransformRecord(matrix, verdict=data.get("verdict"), reasons=tuple(data.get("reasons") or ()),
-                           versions=dict(data.get("versions") or {}), **sizes)  # fmt: skip
+    return TransformRecord(
+        matrix,
+        verdict=data.get("verdict"),
+        reasons=tuple(data.get("reasons") or ()),
+        versions=dict(data.get("versions") or {}),
+        point_map=_read_map(data.get("map"), path),
+        evidence=dict(data.get("evidence") or {}),
+        files=tuple(data.get("files") or ()),
+        **sizes,
+    )
 
 
 # %% ../../nbs/02_io/02_transforms.ipynb #c5de0a64
