@@ -516,7 +516,12 @@ def test_an_interrupted_batch_goes_on_where_it_stopped(tmp_path):
     assert len({json.dumps(m) for m in final.values()}) == 1 and np.allclose(
         np.array(final["p3"])[:2, :2], truth[:2, :2], atol=0.01
     )
-    assert sorted(p.name for p in out.iterdir()) == ["results.csv", "settings.json", "transforms.json"]
+    assert sorted(p.name for p in out.iterdir()) == [
+        "maps.jsonl",
+        "results.csv",
+        "settings.json",
+        "transforms.json",
+    ]
 
 
 def test_one_bad_pair_never_stops_a_batch(tmp_path):

@@ -5,11 +5,13 @@
 # %% auto #0
 __all__ = [
     "is_answer",
+    "mapped",
     "landmark_error",
     "corner_error",
     "at_512",
     "success_rate",
     "auc",
+    "mauc25",
     "summarise",
     "promises",
 ]
@@ -17,14 +19,16 @@ __all__ = [
 # %% ../../nbs/07_evaluation/00_metrics.ipynb #c7ae771c
 import numpy as np
 
-from ..geometry import apply_transform, corners
+from ..geometry import PointMap, apply_transform, corners
 
 
 # %% ../../nbs/07_evaluation/00_metrics.ipynb #fe18ceee
 def is_answer(
-    M,  # (3, 3) matrix or anything else
+    M,  # PointMap, (3, 3) matrix or anything else
 ) -> bool:
-    "Is `M` a finite, invertible 3x3 matrix?"
+    "Is `M` a map, or a finite, invertible 3x3 matrix?"
+    if isinstance(M, PointMap):
+        return True
     if M is None:
         return False
     try:
@@ -40,23 +44,32 @@ def _mean_distance(a, b):
     return d if np.isfinite(d) else np.inf
 
 
+# %% ../../nbs/07_evaluation/00_metrics.ipynb #cf43aaef
+def mapped(
+    point_map,  # PointMap or (3, 3) matrix
+    points: np.ndarray,  # (N, 2)
+) -> np.ndarray:  # (N, 2)
+    "Points under an answer of either form."
+    if isinstance(point_map, PointMap):
+        return point_map(points)
+    return apply_transform(np.asarray(point_map, float), points)
+
+
 # %% ../../nbs/07_evaluation/00_metrics.ipynb #6dbd1340
 def landmark_error(
-    moving_to_fixed,  # (3, 3), or None for no answer
+    moving_to_fixed,  # PointMap or (3, 3) matrix, or None for no answer
     fixed_points,  # (N, 2) landmarks in the fixed image
     moving_points,  # (N, 2) the same landmarks in the moving image
 ) -> float:  # pixels of the fixed image
     "Mean distance of the mapped moving landmarks from the fixed ones."
     if not is_answer(moving_to_fixed):
         return np.inf
-    return _mean_distance(
-        apply_transform(np.asarray(moving_to_fixed, float), np.asarray(moving_points, float)), fixed_points
-    )
+    return _mean_distance(mapped(moving_to_fixed, np.asarray(moving_points, float)), fixed_points)
 
 
 # %% ../../nbs/07_evaluation/00_metrics.ipynb #71c5e905
 def corner_error(
-    moving_to_fixed,  # (3, 3), or None for no answer
+    moving_to_fixed,  # PointMap or (3, 3) matrix, or None for no answer
     reference,  # (3, 3) true moving -> fixed
     moving_size,  # (height, width) of the moving image
 ) -> float:  # pixels of the fixed image
@@ -64,10 +77,7 @@ def corner_error(
     if not is_answer(moving_to_fixed):
         return np.inf
     box = corners(moving_size)
-    return _mean_distance(
-        apply_transform(np.asarray(moving_to_fixed, float), box),
-        apply_transform(np.asarray(reference, float), box),
-    )
+    return _mean_distance(mapped(moving_to_fixed, box), mapped(reference, box))
 
 
 # %% ../../nbs/07_evaluation/00_metrics.ipynb #c34fc916
@@ -105,6 +115,15 @@ def auc(
         np.concatenate(([0], share, share[-1:] if len(small) else [0])),
     )
     return float(np.sum(np.diff(x) * (y[1:] + y[:-1])) / (2 * threshold))
+
+
+# %% ../../nbs/07_evaluation/00_metrics.ipynb #992ba6ad
+def mauc25(
+    errors: np.ndarray,  # (N,) px, inf for no answer
+) -> float:  # in [0, 1]
+    "Mean success rate over whole thresholds from 1 to 25 px."
+    errors = np.asarray(errors, float)
+    return float(np.mean([(errors <= t).mean() for t in range(1, 26)]))
 
 
 # %% ../../nbs/07_evaluation/00_metrics.ipynb #c13582b2

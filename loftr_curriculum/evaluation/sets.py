@@ -12,20 +12,31 @@ from pathlib import Path
 import numpy as np
 from tqdm.auto import tqdm
 
+from loftr_curriculum.evaluation.metrics import (
+    auc,
+    corner_error,
+    landmark_error,
+    mauc25,
+    promises,
+    success_rate,
+)
+
 from ..data.landmarks import read_landmark_set
 from ..io.files import FileError, read_json
 from ..io.images import image_size
-from ..registration.many import read_results
+from ..registration.many import MAPS, read_maps, read_results
 from ..registration.pair import register
-from .metrics import auc, corner_error, landmark_error, promises, success_rate
 
 
 # %% ../../nbs/07_evaluation/02_sets.ipynb #8bcb78c8
 def read_predictions(
     path,  # JSON file {id: 3x3 or null}, or the folder of a batch that holds transforms.json
 ) -> dict:  # {id: 3x3 or None}
-    "Answers from a file; raises FileError where it is not an object of matrices."
-    path = Path(path) / "transforms.json" if Path(path).is_dir() else Path(path)
+    "Answers from a file, the whole maps of a batch where it has them; FileError where a file holds something else."
+    path = Path(path)
+    if (path / MAPS).is_file():
+        return read_maps(path / MAPS)
+    path = path / "transforms.json" if path.is_dir() else path
     predictions = read_json(path)
     if not isinstance(predictions, dict):
         raise FileError(f"{path}: expected a JSON object {{id: 3x3 matrix or null}}")
@@ -44,7 +55,7 @@ def read_verdicts(
 # %% ../../nbs/07_evaluation/02_sets.ipynb #101c4efb
 def set_errors(
     pairs,  # list of LandmarkPair
-    predictions,  # {id: 3x3 or None}; a missing id is no answer
+    predictions,  # {id: PointMap, 3x3 or None}; a missing id is no answer
 ) -> (
     tuple
 ):  # {id: landmark error}, {id: corner error of the pairs with a reference}, pixels of the fixed image
@@ -84,6 +95,7 @@ def score(
         "landmark_median": short(np.median(L)),
         **{f"landmark_SR@{t}": round(success_rate(L, t), 3) for t in (5, 10, 20)},
         **{f"landmark_AUC@{t}": round(auc(L, t), 3) for t in (5, 10, 20)},
+        "mauc25": round(mauc25(L), 3),
     }
     if len(C):
         out |= {f"corner_AUC@{t}": round(auc(C, t), 3) for t in (3, 5, 10, 20)}
@@ -101,11 +113,11 @@ def predict_set(
     matcher,  # as in `registration.register`
     config=None,  # RegistrationConfig
     progress=True,  # show a progress bar
-) -> tuple:  # {id: 3x3 or None}, {id: verdict}
+) -> tuple:  # {id: PointMap or None}, {id: verdict}
     "Register every pair of a set."
     bar = tqdm(pairs, desc="registering", unit="pair", disable=not progress)
     results = {p.id: register(p.fixed, p.moving, matcher=matcher, config=config) for p in bar}
-    return {i: r.moving_to_fixed for i, r in results.items()}, {i: str(r.verdict) for i, r in results.items()}
+    return {i: r.point_map for i, r in results.items()}, {i: str(r.verdict) for i, r in results.items()}
 
 
 # %% ../../nbs/07_evaluation/02_sets.ipynb #d2b1c9c1

@@ -8,11 +8,15 @@ __all__ = [
     "MATRIX",
     "NUMBERS",
     "FIELDS",
+    "NEEDED",
+    "MAPS",
     "Pair",
     "read_batch",
     "result_row",
     "row_matrix",
     "read_results",
+    "map_line",
+    "read_maps",
     "fingerprint",
     "register_many",
 ]
@@ -29,6 +33,7 @@ from pathlib import Path
 from tqdm.auto import tqdm
 
 from ..data.landmarks import read_table
+from ..geometry import PointMap, map_from_dict
 from ..io.files import FileError, atomic_path, read_bytes, read_json, write_json
 from .config import RegistrationConfig, Verdict
 from .pair import register, shipped_matcher
@@ -84,6 +89,7 @@ def read_batch(
 MATRIX = tuple(f"m{r}{c}" for r in range(3) for c in range(3))
 NUMBERS = columns_of()  # of Evidence
 FIELDS = COLUMNS + ("verdict",) + NUMBERS + ("seconds", "reasons", "error") + MATRIX
+NEEDED = COLUMNS + ("verdict", "error") + MATRIX  # without these a table is no journal
 
 
 def _line(
@@ -142,12 +148,13 @@ def row_matrix(
 def read_results(
     path,  # results.csv of a batch, finished or interrupted
 ) -> dict:  # {id: dict of FIELDS}, the last row of an id counts
-    "The rows of a journal; a torn last line is left out."
+    "The rows of a journal, those of earlier versions too; a torn last line is left out."
     text = read_bytes(path).decode("utf-8")
     rows = csv.DictReader(text[: text.rfind("\n") + 1].splitlines())
-    if tuple(rows.fieldnames or ()) != FIELDS:
+    if not set(NEEDED) <= set(rows.fieldnames or ()):
         raise FileError(f"{path}: expected the results of a batch with the columns {', '.join(FIELDS)}")
-    return {row["id"]: row for row in rows}
+    empty = dict.fromkeys(FIELDS, "")
+    return {row["id"]: empty | row for row in rows}
 
 
 # %% ../../nbs/06_registration/11_many.ipynb #ad208c40
@@ -157,6 +164,34 @@ def _mend(path):
     if whole < len(data):
         with open(path, "r+b") as f:
             f.truncate(whole)
+
+
+# %% ../../nbs/06_registration/11_many.ipynb #2faf5acd
+MAPS = "maps.jsonl"
+
+
+def map_line(
+    pair: Pair,
+    point_map: PointMap | None,  # moving to fixed
+) -> str:
+    "One line of `maps.jsonl`."
+    value = None if point_map is None else point_map.to_dict()
+    return json.dumps({"id": pair.id, "map": value}) + "\n"
+
+
+def read_maps(
+    path: str | Path,  # maps.jsonl of a batch, finished or interrupted
+) -> dict:  # {id: PointMap moving to fixed, or None}
+    "The maps of a batch; a torn last line is left out. FileError where a line is no map."
+    text = read_bytes(path).decode("utf-8")
+    maps = {}
+    for number, line in enumerate(text[: text.rfind("\n") + 1].splitlines(), 1):
+        try:
+            entry = json.loads(line)
+            maps[entry["id"]] = None if entry["map"] is None else map_from_dict(entry["map"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise FileError(f"{path}: line {number} is no map of a batch ({error})") from None
+    return maps
 
 
 # %% ../../nbs/06_registration/11_many.ipynb #4a56a82b
@@ -184,6 +219,8 @@ def _resume(out, pairs, settings):
             f"{out}: holds the results of other settings or weights; choose another folder, or remove it to start again"
         )
     _mend(journal)
+    if (out / MAPS).exists():
+        _mend(out / MAPS)
     rows, files = read_results(journal), {p.id: (p.fixed, p.moving) for p in pairs}
     other = [i for i, row in rows.items() if files.get(i) != (row["fixed"], row["moving"])]
     if other:
@@ -200,7 +237,8 @@ def _try(pair, matcher, config):
         result, error = register(*pair.files, matcher=matcher, config=config), ""
     except Exception as e:
         result, error = None, str(e) if isinstance(e, FileError) else f"{type(e).__name__}: {e}"
-    return result_row(pair, result, time.perf_counter() - start, error)
+    point_map = None if result is None else result.point_map
+    return result_row(pair, result, time.perf_counter() - start, error), point_map
 
 
 # %% ../../nbs/06_registration/11_many.ipynb #7836a86e
@@ -208,7 +246,7 @@ def _in_order(out, pairs):
     rows = read_results(out / "results.csv")
     with atomic_path(out / "results.csv") as temporary:
         temporary.write_text(
-            _line(FIELDS) + "".join(_line(rows[p.id].values()) for p in pairs if p.id in rows),
+            _line(FIELDS) + "".join(_line(rows[p.id][f] for f in FIELDS) for p in pairs if p.id in rows),
             encoding="utf-8",
         )
     return rows
@@ -217,14 +255,14 @@ def _in_order(out, pairs):
 # %% ../../nbs/06_registration/11_many.ipynb #c6fd638c
 def register_many(
     table,  # CSV file with the columns id, fixed, moving; paths relative to it
-    out,  # folder for transforms.json, results.csv and settings.json
+    out,  # folder for transforms.json, maps.jsonl, results.csv and settings.json
     *,
     matcher=None,  # as in `register`; None: the weights that ship with the package
     config=None,  # RegistrationConfig; None: its defaults
     progress=True,  # show a progress bar
     save_every=60.0,  # seconds between two writings of transforms.json
 ) -> dict:  # number of pairs by verdict, and `unreadable` among the failed
-    """Register every pair of a table. Writes `transforms.json` {id: 3x3 moving to fixed, or null} and `results.csv`; started again with the same
+    """Register every pair of a table. Writes `transforms.json` {id: 3x3 moving to fixed, or null}, `maps.jsonl` with the whole maps, and `results.csv`; started again with the same
     arguments it goes on where it stopped. A pair that cannot be read or registered has a row that says why and never stops the batch.
     Raises FileError (a ValueError) for a faulty table and for a folder that holds the results of another batch, before any work."""
     pairs, config, out = read_batch(table), config or RegistrationConfig(), Path(out)
@@ -240,7 +278,10 @@ def register_many(
 
     todo, saved = [p for p in pairs if p.id not in done], time.monotonic()
     try:
-        with open(out / "results.csv", "a", encoding="utf-8", newline="") as journal:
+        with (
+            open(out / "results.csv", "a", encoding="utf-8", newline="") as journal,
+            open(out / MAPS, "a", encoding="utf-8") as maps,
+        ):
             for pair in tqdm(
                 todo,
                 initial=len(done),
@@ -249,7 +290,9 @@ def register_many(
                 unit="pair",
                 disable=not progress,
             ):
-                row = _try(pair, matcher, config)
+                row, point_map = _try(pair, matcher, config)
+                maps.write(map_line(pair, point_map))
+                maps.flush()
                 journal.write(_line(row[f] for f in FIELDS))
                 journal.flush()
                 done[pair.id] = row_matrix(row)
