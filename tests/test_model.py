@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 
 from loftr_curriculum.data.pairs import GeneratedSource
-from loftr_curriculum.geometry import NEAR, apply_transform, resize_matrix
-from loftr_curriculum.model.coarse import cell_centres, dual_softmax, mutual_maxima
+from loftr_curriculum.geometry import NEAR, Grid, apply_transform, resize_matrix
+from loftr_curriculum.model.coarse import dual_softmax, mutual_maxima
 from loftr_curriculum.model.config import UNGUIDED, Guidance, MatcherConfig
 from loftr_curriculum.model.fine import AGREE, FlowHead, affine_from_flow, predict_flow
 from loftr_curriculum.model.guidance import mask_to_grid
@@ -209,10 +209,10 @@ def test_full_resolution_features_without_shrinking_are_the_ordinary_ones():
 def test_tokens_of_the_shrunk_image_stand_at_the_same_places_of_the_large_one():
     net, taken, size, small = tiny(), [], (150, 333), (58, 128)
     net.merge8.register_forward_pre_hook(lambda _, args: taken.append(args[0]))
-    ramp = cell_centres((4, 8), 16).T.reshape(1, 2, 4, 8)
+    ramp = Grid(4, 8, 16).centres().T.reshape(1, 2, 4, 8)
     with torch.no_grad():
         net.whole_features([smooth(size)] * 2, [F.pad(ramp, (0, 0, 0, 0, 0, 30))] * 2, [small] * 2)
-    want = apply_transform(resize_matrix(size, small), cell_centres((10, 21), 16).double().numpy()).T.reshape(
+    want = apply_transform(resize_matrix(size, small), Grid(10, 21, 16).centres().double().numpy()).T.reshape(
         2, 10, 21
     )
     inside = (want >= 7.5).all(0) & (want[0] <= 119.5) & (want[1] <= 55.5)
@@ -232,7 +232,7 @@ def known_flow(shift):
 
 def test_full_resolution_refines_what_the_shrunk_images_left_open(monkeypatch):
     net, shift = tiny(threshold=0.0, coarse_side=128), torch.tensor([3.0, -2.0])
-    image, c = smooth((512, 512)), cell_centres((128, 128), 4).T.reshape(1, 2, 128, 128)
+    image, c = smooth((512, 512)), Grid(128, 128, 4).centres().T.reshape(1, 2, 128, 128)
     maps = [c, c - shift.view(1, 2, 1, 1)]  # what image 1 shows at x stands at x - shift in image 0
     monkeypatch.setattr(net, "whole_features", lambda *_: maps)
     net.flow_head = known_flow(shift)
@@ -285,7 +285,7 @@ def test_a_pair_of_512_pixels_takes_little_memory():
 def test_the_flow_is_in_pixels_of_the_fixed_image(scale):
     right = torch.tensor([[scale, 0, 5.0], [0, scale, -3.0], [0, 0, 1]])
     wrong = right @ torch.tensor([[1.0, 0, 4.0], [0, 1, 2.0], [0, 0, 1]])
-    c0, c1 = (cell_centres((h, w), 4) for h, w in ((32, 32), (80, 80)))
+    c0, c1 = (Grid(side, side, 4).centres() for side in (32, 80))
     fine0 = c0.T.reshape(1, 2, 32, 32)
     fine1 = apply_transform(torch.linalg.inv(right), c1).T.reshape(1, 2, 80, 80)  # where in image 0 it is
     seen0, seen1 = torch.ones(1, 1, 16, 16), torch.ones(1, 1, 40, 40)

@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from loftr_curriculum.geometry import similarity
+from loftr_curriculum.geometry import Grid, similarity
 from loftr_curriculum.model.attention import ATTEND
 from loftr_curriculum.model.coarse import coarse_similarity, dual_softmax, mutual_maxima
 from loftr_curriculum.model.config import UNGUIDED, Guidance, MatcherConfig
@@ -286,10 +286,10 @@ def test_the_truth_is_not_rounded_by_autocast():
     "bfloat16 has 8 bits: a point at 200 px would be known to a pixel."
     T = torch.tensor([[[0.9, -0.31, 40.3], [0.28, 1.1, -7.7], [0, 0, 1]]])
     seen = torch.ones(1, 1024, dtype=torch.bool)
-    exact = supervise(T, (32, 32), (32, 32), seen, seen)
+    exact = supervise(T, Grid(32, 32, 8), Grid(32, 32, 8), seen, seen)
     near = perturb(T, (256, 256), torch.Generator().manual_seed(0))
     with torch.autocast("cpu", torch.bfloat16):
-        rounded = supervise(T, (32, 32), (32, 32), seen, seen)
+        rounded = supervise(T, Grid(32, 32, 8), Grid(32, 32, 8), seen, seen)
         assert torch.equal(perturb(T, (256, 256), torch.Generator().manual_seed(0)), near)
     assert torch.equal(rounded.points1, exact.points1) and torch.equal(rounded.points0, exact.points0)
     x = torch.arange(64.0).expand(1, 1, 64, 64) * 4 + 1.5

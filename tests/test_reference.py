@@ -16,7 +16,7 @@ from kornia.feature.loftr.loftr import default_cfg
 from safetensors.torch import save_file
 
 from loftr_curriculum.cli import read_settings
-from loftr_curriculum.geometry import similarity
+from loftr_curriculum.geometry import Grid, similarity
 from loftr_curriculum.model.config import PUBLISHED, REFERENCE, Guidance, MatcherConfig
 from loftr_curriculum.model.reference import ReferenceMatcher, vessel_weight
 from loftr_curriculum.model.stages import off_border
@@ -160,7 +160,7 @@ def test_guidance_acts_at_each_site_as_a_bias_on_logits(both):
         full = ours(
             im0, im1, mask0=mask0 * 0 + 1, mask1=mask1 * 0 + 1, guidance=Guidance(2.0, in_similarity=False)
         ).sim
-    w0, w1 = vessel_weight(mask0, (8, 10)).flatten(1), vessel_weight(mask1, (8, 10)).flatten(1)
+    w0, w1 = (vessel_weight(m, Grid(8, 10, 8, offset=0)).flatten(1) for m in (mask0, mask1))
     assert torch.allclose(similarity_only - plain, 2 * w0[:, :, None] * w1[:, None, :], atol=1e-4)
     assert (attention_only - plain).abs().max() > 1e-3
     assert torch.allclose(full, plain, atol=1e-3)  # a constant bias cancels
@@ -173,7 +173,7 @@ def test_a_black_image_gives_no_match_and_no_nan(both):
     with torch.no_grad():
         assert not ours(im0 * 0, im1, dark).log_conf.isnan().any()
     assert len(ours.match(im0 * 0, im1, dark, threshold=0.0)[0]) == 0
-    assert not off_border((3, 20), 2).any()
+    assert not off_border(Grid(3, 20, 8), 2).any()
 
 
 def a_step(precision, guidance=Guidance(2.0, 10.0)):

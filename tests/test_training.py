@@ -10,9 +10,9 @@ import torch
 from loftr_curriculum.data.config import DataConfig
 from loftr_curriculum.data.module import PairDataModule
 from loftr_curriculum.data.pairs import CELL, cell_points, cut_views, make_frame
-from loftr_curriculum.geometry import Motion
+from loftr_curriculum.geometry import Grid, Motion
 from loftr_curriculum.io.images import write_image
-from loftr_curriculum.model.coarse import COARSE, cell_centres
+from loftr_curriculum.model.coarse import COARSE
 from loftr_curriculum.model.config import Guidance, MatcherConfig
 from loftr_curriculum.model.matcher import Matcher
 from loftr_curriculum.model.weights import load_matcher
@@ -160,10 +160,10 @@ def test_real_pairs_are_logged_and_never_monitored(tmp_path):
 
 def test_maps_of_the_data_are_those_of_the_coarse_grid():
     assert CELL == COARSE
-    np.testing.assert_array_equal(cell_points((64, 96)).reshape(-1, 2), cell_centres((8, 12)).numpy())
+    np.testing.assert_array_equal(cell_points((64, 96)).reshape(-1, 2), Grid(8, 12, COARSE).centres().numpy())
     seen = torch.ones(1, 64, dtype=torch.bool)
     with pytest.raises(ValueError, match="true map"):
-        supervise(torch.eye(3)[None], (8, 8), (8, 8), seen, seen, torch.zeros(1, 4, 4, 2))
+        supervise(torch.eye(3)[None], Grid(8, 8, 8), Grid(8, 8, 8), seen, seen, torch.zeros(1, 4, 4, 2))
 
 
 @pytest.mark.filterwarnings("ignore:You are trying to `self.log")

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 class Grid:
     """Square cells that cover an image from its upper left corner, counted row by row.
 
-    Convention: pixel centres are whole numbers, so the image begins at (-0.5, -0.5). Cell (row, column) stands
-    for the point (column * stride + offset - 0.5, row * stride + offset - 0.5)."""
+    Convention: pixel centres are whole numbers, so the image begins at (-0.5, -0.5). Cell (row, column)
+    stands for the point (column * stride + offset - 0.5, row * stride + offset - 0.5)."""
 
     rows: int
     columns: int
@@ -37,6 +37,16 @@ class Grid:
     def size(self) -> tuple[int, int]:
         "Height and width of what the cells cover, pixels."
         return self.rows * self.stride, self.columns * self.stride
+
+    @property
+    def to_centre(self) -> float:
+        "Pixels from the points that the cells stand for to the centres of the cells, in x and y."
+        return self.stride / 2 - self.offset
+
+    @property
+    def centred(self) -> "Grid":
+        "The same cells, standing for their centres."
+        return Grid(self.rows, self.columns, self.stride)
 
     def __len__(self) -> int:
         return self.rows * self.columns
@@ -79,7 +89,7 @@ def cells_of(
     import torch
 
     # in a grid of centres a point is half a pixel from where the image begins
-    corner = 0.5 + grid.stride / 2 - grid.offset
+    corner = 0.5 + grid.to_centre
     c = torch.floor((points + corner) / grid.stride)
     inside = (c >= 0).all(-1) & (c[..., 0] < grid.columns) & (c[..., 1] < grid.rows)
     c = torch.where(inside[..., None], c, torch.zeros_like(c)).long()

@@ -25,8 +25,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from ..geometry import Grid
 from .attention import rotate
-from .coarse import cell_index
 from .config import UNGUIDED, VARIANTS
 
 
@@ -94,10 +94,9 @@ TOKEN = 16  # pixels a side of the cell of a token
 
 def token_grid(
     size,  # (height, width) of an image
-) -> tuple:
-    "Rows and columns of its tokens."
-    height, width = size
-    return -(-height // TOKEN), -(-width // TOKEN)
+) -> Grid:
+    "Where its tokens lie."
+    return Grid.of(size, TOKEN)
 
 
 # %% ../../nbs/05_model/10_attention_maps.ipynb #35866093
@@ -106,11 +105,11 @@ def chosen_tokens(
     size,  # (height, width) of the image
 ) -> torch.Tensor:
     "The tokens (Q,) whose cells contain the points. Raises ValueError for a point outside."
-    rows, columns = token_grid(size)
+    grid = token_grid(size)
     if points is None:
-        return torch.arange(rows * columns)
+        return torch.arange(len(grid))
     points = np.asarray(points, float).reshape(-1, 2)
-    cells = cell_index(torch.as_tensor(points), (rows, columns), TOKEN)
+    cells = grid.index(torch.as_tensor(points))
     if (cells < 0).any():
         raise ValueError(
             f"points: expected pixels (x, y) inside an image of {size[1]} x {size[0]}, got {points.tolist()}"
@@ -152,11 +151,11 @@ class LayerRecorder:
     def maps(
         self,
         layers,  # layers that answer over the same image
-        grid,  # (h, w) tokens of that image
+        grid,  # Grid of the tokens of that image
     ) -> tuple:
         "Maps (layers, Q, h, w), and which tokens are inside the field of view (h, w)."
-        maps = np.stack([self.weights[layer].reshape(-1, *grid) for layer in layers])
-        return maps, self.seen[layers[0]].reshape(grid)
+        maps = np.stack([self.weights[layer].reshape(-1, *grid.shape) for layer in layers])
+        return maps, self.seen[layers[0]].reshape(grid.shape)
 
 
 # %% ../../nbs/05_model/10_attention_maps.ipynb #1d576d9e

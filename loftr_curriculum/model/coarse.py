@@ -7,8 +7,6 @@ __all__ = [
     "COARSE",
     "HIDDEN",
     "BAND",
-    "cell_centres",
-    "cell_index",
     "coarse_similarity",
     "hide_unseen",
     "dual_softmax",
@@ -17,41 +15,21 @@ __all__ = [
     "log_sums",
     "log_confidence",
     "mutual_maxima",
+    "cell_centres",
+    "cell_index",
 ]
 
 # %% ../../nbs/05_model/04_coarse.ipynb #0ec4adf9
+import warnings
+
 import torch
 import torch.nn.functional as F
 
+from ..geometry import Grid
 from .guidance import pair_bias
 
 # %% ../../nbs/05_model/04_coarse.ipynb #af866649
 COARSE = 8  # pixels a side of a coarse cell
-
-
-def cell_centres(
-    grid,  # (h, w) cells
-    cell=COARSE,  # pixels a side
-    device=None,
-) -> torch.Tensor:
-    "Centres (h * w, 2) of all cells, (x, y) in pixels, row by row, float32."
-    rows, columns = (torch.arange(n, device=device, dtype=torch.float32) for n in grid)
-    y, x = torch.meshgrid(rows, columns, indexing="ij")
-    return torch.stack([x, y], -1).reshape(-1, 2) * cell + (cell - 1) / 2
-
-
-# %% ../../nbs/05_model/04_coarse.ipynb #829684da
-def cell_index(
-    points,  # (..., 2) pixels (x, y)
-    grid,  # (h, w) cells
-    cell=COARSE,  # pixels a side
-) -> torch.Tensor:
-    "Index of the cell that contains each point, int64; -1 outside the grid and for what is not finite."
-    c = torch.floor((points + 0.5) / cell)
-    inside = (c >= 0).all(-1) & (c[..., 0] < grid[1]) & (c[..., 1] < grid[0])
-    c = torch.where(inside[..., None], c, torch.zeros_like(c)).long()
-    return torch.where(inside, c[..., 1] * grid[1] + c[..., 0], -1)
-
 
 # %% ../../nbs/05_model/04_coarse.ipynb #467d4de0
 HIDDEN = -1e37  # similarity with a cell outside the field of view, far from the end of float32
@@ -171,3 +149,25 @@ def mutual_maxima(
     conf, j = log_confidence(sim[b, i], high[b, 0], row[b, i], column[b, 0]).max(1)
     keep = (conf == top[b, j]) & seen1[b, j]
     return b[keep], i[keep], j[keep], conf[keep].exp()
+
+
+# %% ../../nbs/05_model/04_coarse.ipynb #a6a5ab5a
+def cell_centres(
+    grid,  # (h, w) cells
+    cell=COARSE,  # pixels a side
+    device=None,
+) -> torch.Tensor:
+    "Deprecated, use `Grid(*grid, cell).centres(device)`."
+    warnings.warn("cell_centres is now Grid.centres", DeprecationWarning, stacklevel=2)
+    return Grid(*grid, cell).centres(device)
+
+
+# %% ../../nbs/05_model/04_coarse.ipynb #ca4acab6
+def cell_index(
+    points,  # (..., 2) pixels (x, y)
+    grid,  # (h, w) cells
+    cell=COARSE,  # pixels a side
+) -> torch.Tensor:
+    "Deprecated, use `Grid(*grid, cell).index(points)`."
+    warnings.warn("cell_index is now Grid.index", DeprecationWarning, stacklevel=2)
+    return Grid(*grid, cell).index(points)

@@ -38,10 +38,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..geometry import apply_transform
+from ..geometry import Grid, apply_transform
 from ..io.deprecated import deprecated_names
-from .coarse import COARSE, cell_centres
-from .stages import FineTerms, seen_map
+from .coarse import COARSE
+from .stages import FineTerms, points_of_cells, seen_map
 
 # %% ../../nbs/05_model/06_fine.ipynb #1cd01b6b
 FINE = 4  # pixels between samples of the fine features
@@ -71,7 +71,8 @@ def warp_features(
     """The features of image 1 in the frame of image 0, (B, C, h0, w0) float32, bilinear.
 
     Convention: sample x of image 0 takes what stands at `fixed_to_moving(x)` in image 1; zero outside."""
-    points = apply_transform(fixed_to_moving, cell_centres(grid, stride, maps.device)[None])
+    samples = Grid(*grid, stride).centres(maps.device)
+    points = apply_transform(fixed_to_moving, samples[None])
     return read_features(maps, points, stride, "zeros").unflatten(2, grid)
 
 
@@ -237,7 +238,7 @@ def affine_from_flow(
     seen0,  # (B, 1, h, w)
 ) -> torch.Tensor:
     "The affine through the flow, every cell weighted by 1 / sigma^2, (B, 3, 3)."
-    centres = cell_centres(flow.shape[2:], device=flow.device)[None].expand(len(flow), -1, -1)
+    centres = Grid(*flow.shape[2:], COARSE).centres(flow.device)[None].expand(len(flow), -1, -1)
     partners = apply_transform(fixed_to_moving.float(), centres + flow.flatten(2).mT)
     weight = (-2 * log_sigma).exp() * seen0[:, 0]
     return weighted_affine(centres, partners, weight.flatten(1))
@@ -315,7 +316,7 @@ def seen_at_size(
     grid = fine.shape[2] // 2, fine.shape[3] // 2
     if grid == tuple(seen.shape[2:]):
         return seen
-    centres = cell_centres(grid, device=fine.device)
+    centres = Grid(*grid, COARSE).centres(fine.device)
     at = apply_transform(torch.linalg.inv(small_to_whole), centres)
     return read_features(seen, at[None], COARSE).unflatten(2, grid)
 
@@ -372,10 +373,9 @@ class FlowStage:
         return flow.flatten(2).mT, log_sigma.flatten(1)
 
     def loss_terms(self, result, targets, generator):
-        size = tuple(COARSE * n for n in result.grid0)
-        first = perturb(targets.fixed_to_moving, size, generator)
+        first = perturb(targets.fixed_to_moving, result.grid0.size, generator)
         flow, log_sigma = self.flow(result, first)
-        centres = cell_centres(result.grid0, device=first.device)
+        centres = result.grid0.centres(first.device)
         truth = apply_transform(torch.linalg.inv(first), targets.points1) - centres
         return flow_terms(flow, log_sigma, truth, targets.forward >= 0)
 
@@ -389,8 +389,7 @@ def move_by_flow(
     view1,  # ScaledView of the moving images
 ) -> tuple:
     "Points of image 0 and of image 1, (M, 2) each, pixels of the whole views."
-    centres0 = cell_centres(result.grid0, device=cells.pair.device)[cells.cell0]
-    centres1 = cell_centres(result.grid1, device=cells.pair.device)[cells.cell1]
+    centres0, centres1 = points_of_cells(result, cells)
     to_whole0, to_whole1 = view0.to_whole(centres0), view1.to_whole(centres1)
     points0, points1 = apply_transform(to_whole0, centres0), apply_transform(to_whole1, centres1)
     for k in cells.pair.unique().tolist():

@@ -22,11 +22,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..geometry import apply_transform, resize_matrix
+from ..geometry import Grid, apply_transform, resize_matrix
 from ..io.deprecated import deprecated_names
 from .attention import Transformer
 from .backbone import Backbone, conv_norm
-from .coarse import cell_centres, coarse_similarity
+from .coarse import COARSE, coarse_similarity
 from .config import MatcherConfig
 from .fine import FlowHead, FlowStage, read_features
 from .guidance import fov_to_grid, key_bias, mask_to_grid, pad_to
@@ -104,18 +104,18 @@ class TokenStage:
 
     def predict(self, view0, view1, guidance):
         tokens, cells, fine = self.features(view0, view1, guidance.attention_lambda)
-        seen0, seen1 = seen_cells(view0, 8), seen_cells(view1, 8)
+        seen0, seen1 = seen_cells(view0, COARSE), seen_cells(view1, COARSE)
         sim = coarse_similarity(
             cells[0].flatten(2).mT,
             cells[1].flatten(2).mT,
             self.matcher.log_temperature.exp(),
             seen0,
             seen1,
-            vessel_cells(view0, 8),
-            vessel_cells(view1, 8),
+            vessel_cells(view0, COARSE),
+            vessel_cells(view1, COARSE),
             guidance.similarity_lambda,
         )
-        grid0, grid1 = tuple(cells[0].shape[2:]), tuple(cells[1].shape[2:])
+        grid0, grid1 = (Grid(*features.shape[2:], COARSE) for features in cells)
         return CoarseResult(sim, grid0, grid1, seen0, seen1, *fine, *tokens)
 
     def features(self, view0, view1, lam):
@@ -157,7 +157,7 @@ def tokens_at_size(
 ) -> torch.Tensor:
     "What the tokens of the small image say at the cells of the whole one, (1, C, *grid)."
     to_small = torch.from_numpy(resize_matrix(whole_size, size)).to(tokens)
-    at = apply_transform(to_small, cell_centres(grid, STEP, tokens.device))
+    at = apply_transform(to_small, Grid(*grid, STEP).centres(tokens.device))
     return read_features(tokens, at[None], STEP).unflatten(2, grid)
 
 

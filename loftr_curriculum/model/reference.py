@@ -36,10 +36,10 @@ from kornia.feature.loftr.utils.fine_matching import FineMatching
 from kornia.feature.loftr.utils.position_encoding import PositionEncodingSine
 from torch import nn
 
-from ..geometry import apply_transform
+from ..geometry import Grid, apply_transform
 from ..io.deprecated import deprecated_names
 from .attention import attend_linear
-from .coarse import COARSE, cell_centres
+from .coarse import COARSE
 from .config import REFERENCE
 from .guidance import key_bias, mask_to_grid, pair_bias
 from .stages import CoarseResult, FineTerms, TwoStageMatcher
@@ -72,13 +72,13 @@ def seen_at_points(
 # %% ../../nbs/05_model/09_reference.ipynb #c531597b
 def vessel_weight(
     mask,  # (B, H, W) soft vessel mask in [0, 1], or None
-    grid,  # (h, w) cells
+    grid,  # Grid
 ):
-    "Vessel weight of the cells in [0, 1], (B, h, w), or None."
+    "Vessel weight of the cells in [0, 1], (B, rows, columns), or None."
     if mask is None:
         return None
     around = F.pad(mask.float(), (COARSE // 2,) * 4)
-    return mask_to_grid(around, COARSE)[:, : grid[0], : grid[1]]
+    return mask_to_grid(around, COARSE)[:, : grid.rows, : grid.columns]
 
 
 # %% ../../nbs/05_model/09_reference.ipynb #da6e2b5c
@@ -113,7 +113,7 @@ class PublishedCoarse:
 
     def predict(self, view0, view1, guidance):
         (map0, fine0), (map1, fine1) = self.features(view0, view1)
-        grid0, grid1 = tuple(map0.shape[2:]), tuple(map1.shape[2:])
+        grid0, grid1 = (Grid(*m.shape[2:], COARSE, offset=0) for m in (map0, map1))
         seen0, seen1 = seen_at_points(view0), seen_at_points(view1)
         m0, m1 = vessel_weight(view0.mask, grid0), vessel_weight(view1.mask, grid1)
         x0, x1 = self.tokens(map0), self.tokens(map1)
@@ -122,9 +122,7 @@ class PublishedCoarse:
         x0, x1 = self.matcher.loftr_coarse(x0, x1, (bias0, seen0), (bias1, seen1))
         bias = pair_bias(m0, m1, guidance.similarity_lambda)
         sim = published_similarity(x0, x1, seen0, seen1, bias)
-        return CoarseResult(
-            sim, grid0, grid1, seen0, seen1, fine0, fine1, x0, x1, shift=COARSE // 2, border=BORDER
-        )
+        return CoarseResult(sim, grid0, grid1, seen0, seen1, fine0, fine1, x0, x1, border=BORDER)
 
     def features(self, view0, view1):
         "Maps at 1/8 and 1/2 of both images; images of one shape go through the backbone together."
@@ -183,8 +181,9 @@ class WindowStage:
 
     def predict(self, result, cells, view0, view1):
         pair, i, j = cells.pair, cells.cell0, cells.cell1
-        points0 = cell_centres(result.grid0, device=pair.device)[i] - result.shift
-        points1 = self.follow(result, pair, i, j)[0] - result.shift
+        points0 = result.grid0.centres(pair.device)[i]
+        # the same step back for image 1, after the offset was added: so the last bit stays what it was
+        points1 = self.follow(result, pair, i, j)[0] - result.grid1.to_centre
         points0 = apply_transform(view0.to_whole(points0), points0)
         return points0, apply_transform(view1.to_whole(points1), points1)
 
@@ -198,12 +197,12 @@ class WindowStage:
     ):
         """Where the cells' points lie in the other image, and the deviation of the heat map (M,), pixels.
 
-        Convention: (M, 2) pixels in the frame in which cells lie at `cell_centres`."""
+        Convention: (M, 2) pixels in the frame in which cells stand for their centres."""
         ends = (result.fine0, result.tokens0), (result.fine1, result.tokens1)
         grid = result.grid0 if back else result.grid1
         (fine, tokens), (fine_other, tokens_other) = ends[::-1] if back else ends
         offset, deviation = self.offsets(fine, tokens, fine_other, tokens_other, pair, cell, other)
-        return cell_centres(grid, device=pair.device)[other] + offset, deviation
+        return grid.centred.centres(pair.device)[other] + offset, deviation
 
     def offsets(
         self,

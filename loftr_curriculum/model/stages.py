@@ -16,6 +16,7 @@ __all__ = [
     "CellMatches",
     "match_cells",
     "matched_cells",
+    "points_of_cells",
     "FineTerms",
     "CoarseStage",
     "FineStage",
@@ -32,8 +33,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..geometry import apply_transform, fit_size, resize_matrix
-from .coarse import cell_centres, dual_softmax, mutual_maxima
+from ..geometry import Grid, fit_size, resize_matrix
+from .coarse import dual_softmax, mutual_maxima
 from .config import UNGUIDED, Guidance, Matches
 from .guidance import check_guidance
 from .weights import Pretrained
@@ -137,15 +138,14 @@ class CoarseResult:
     "What the coarse stage says of a batch; L and S count the 1/8 cells of image 0 and image 1."
 
     sim: torch.Tensor  # (B, L, S) guided similarity, the logits of the dual softmax
-    grid0: tuple[int, int]  # (h, w) coarse cells of image 0, L = h * w
-    grid1: tuple[int, int]  # (h, w) coarse cells of image 1, S = h * w
+    grid0: Grid  # coarse cells of image 0, L of them
+    grid1: Grid  # coarse cells of image 1, S of them
     seen0: torch.Tensor  # (B, L) bool: cells inside the field of view
     seen1: torch.Tensor  # (B, S) bool
     fine0: torch.Tensor  # (B, C, h, w) fine features of image 0, at 1/4 (`fast`) or 1/2 (`reference`)
     fine1: torch.Tensor  # (B, C, h, w) of image 1
     tokens0: torch.Tensor  # coarse tokens of image 0: (B, C, h, w) at 1/16 (`fast`), (B, L, C) (`reference`)
     tokens1: torch.Tensor  # of image 1
-    shift: int = 0  # pixels from the points that the cells stand for to `cell_centres`, in x and y
     border: int = 0  # cells at the border of either image that do not match
 
     @property
@@ -161,23 +161,22 @@ class CoarseResult:
 
 # %% ../../nbs/05_model/05_stages.ipynb #af94e883
 def seen_map(
-    seen,  # (B, h * w) bool
-    grid,  # (h, w) cells
+    seen,  # (B, N) bool
+    grid,  # Grid of N cells
 ) -> torch.Tensor:
-    "Which cells are inside the field of view, as a map (B, 1, h, w)."
-    return seen.unflatten(1, grid)[:, None]
+    "Which cells are inside the field of view, as a map (B, 1, rows, columns)."
+    return seen.unflatten(1, grid.shape)[:, None]
 
 
 # %% ../../nbs/05_model/05_stages.ipynb #98915b88
 def off_border(
-    grid,  # (h, w) cells
+    grid,  # Grid
     width,  # cells
     device=None,
 ) -> torch.Tensor:
-    "Cells that are at least `width` cells away from the border, (h * w,) bool."
-    rows, columns = grid
-    inner = torch.zeros(grid, dtype=torch.bool, device=device)
-    inner[width : rows - width, width : columns - width] = True
+    "Cells that are at least `width` cells away from the border, (rows * columns,) bool."
+    inner = torch.zeros(grid.shape, dtype=torch.bool, device=device)
+    inner[width : grid.rows - width, width : grid.columns - width] = True
     return inner.flatten()
 
 
@@ -211,11 +210,19 @@ def matched_cells(
 ):
     """Mutual maxima as points.
 
-    Pair of the batch (M,), centres of cells of image 0 and of image 1 (M, 2), pixels, confidence (M,)."""
+    Pair of the batch (M,), points of cells of image 0 and of image 1 (M, 2), pixels, confidence (M,)."""
     cells = match_cells(result, threshold)
-    centres0 = cell_centres(result.grid0, device=cells.pair.device)[cells.cell0]
-    centres1 = cell_centres(result.grid1, device=cells.pair.device)[cells.cell1]
-    return cells.pair, centres0, centres1, cells.confidence
+    return cells.pair, *points_of_cells(result, cells), cells.confidence
+
+
+# %% ../../nbs/05_model/05_stages.ipynb #abc34bc8
+def points_of_cells(
+    result,  # CoarseResult
+    cells,  # CellMatches
+) -> tuple:
+    "The points that matched cells of image 0 and of image 1 stand for, (M, 2) each, pixels."
+    device = cells.pair.device
+    return result.grid0.centres(device)[cells.cell0], result.grid1.centres(device)[cells.cell1]
 
 
 # %% ../../nbs/05_model/05_stages.ipynb #2b00bba4

@@ -150,11 +150,11 @@ class Loss:
 # %% ../../nbs/09_training/03_losses.ipynb #54f63cd5
 def vessel_weights(
     mask,  # (B, H, W) soft vessel mask in [0, 1]
-    grid,  # (h, w) cells
+    grid,  # Grid
 ) -> torch.Tensor:
-    "Vessel weight of the cells, (B, h * w) in [0, 1]."
-    h, w = grid
-    return mask_to_grid(pad_to(mask, 16), 8)[:, :h, :w].flatten(1)
+    "Vessel weight of the cells, (B, len(grid)) in [0, 1]."
+    weights = mask_to_grid(pad_to(mask, 16), grid.stride)
+    return weights[:, : grid.rows, : grid.columns].flatten(1)
 
 
 # %% ../../nbs/09_training/03_losses.ipynb #cf14f081

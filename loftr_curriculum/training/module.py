@@ -221,7 +221,7 @@ def training_step(
     "The weighted loss of a batch under the module's guidance."
     batch = with_masks(batch, module.config.phases.mask)
     result = forward_batch(module.matcher, batch, module.guidance)
-    truth = cell_frame(batch, result.shift)
+    truth = cell_frame(batch, result.grid0, result.grid1)
     targets = supervise(
         truth.fixed_to_moving,
         result.grid0,

@@ -21,8 +21,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from ..geometry import apply_transform
-from ..model.coarse import COARSE, cell_centres, cell_index
+from ..geometry import Grid, apply_transform
 
 # %% ../../nbs/09_training/02_supervision.ipynb #fb441d9a
 CLOSE = 1.5  # cells of the coarser image within which a pair is no negative
@@ -50,12 +49,12 @@ class Targets:
 # %% ../../nbs/09_training/02_supervision.ipynb #d229d1a7
 def link_cells(
     points,  # (B, N, 2) where the centres truly lie in the other image, pixels
-    grid,  # (h, w) cells of the other image
+    grid,  # Grid of the other image
     seen_from,  # (B, N) bool
-    seen_to,  # (B, h * w) bool
+    seen_to,  # (B, len(grid)) bool
 ) -> torch.Tensor:
     "The cell of the other image in which each centre lies, (B, N) int64; -1 where there is none."
-    index = cell_index(points, grid)
+    index = grid.index(points)
     ok = (index >= 0) & seen_from & seen_to.gather(1, index.clamp(min=0))
     return torch.where(ok, index, -1)
 
@@ -63,13 +62,14 @@ def link_cells(
 # %% ../../nbs/09_training/02_supervision.ipynb #f0f2ca24
 def close_cells(
     points,  # (B, N, 2) where the centres truly lie in the other image, pixels
-    grid,  # (h, w) cells of the other image
+    grid,  # Grid of the other image
 ) -> tuple:
     "Pair of the batch, centre and cell that lie within `CLOSE` of each other, (M,) each."
-    corner = torch.floor((points + 0.5) / COARSE) * COARSE - 2 * COARSE
-    around = corner[:, :, None] + cell_centres((5, 5), device=points.device)
-    near = (around - points[:, :, None]).norm(dim=-1) <= CLOSE * COARSE
-    index = torch.where(near, cell_index(around, grid), -1)
+    stride = grid.stride
+    corner = torch.floor((points + 0.5) / stride) * stride - 2 * stride
+    around = corner[:, :, None] + Grid(5, 5, stride).centres(points.device)
+    near = (around - points[:, :, None]).norm(dim=-1) <= CLOSE * stride
+    index = torch.where(near, grid.index(around), -1)
     b, i, k = (index >= 0).nonzero(as_tuple=True)
     return b, i, index[b, i, k]
 
@@ -77,15 +77,16 @@ def close_cells(
 # %% ../../nbs/09_training/02_supervision.ipynb #593a5a5e
 def true_points(
     T,  # (B, 3, 3) true map, pixels
-    grid,  # (h, w) cells whose centres are mapped
-    points,  # (B, h, w, 2) where they truly lie, or None: where T says
+    grid,  # Grid whose centres are mapped
+    points,  # (B, rows, columns, 2) where they truly lie, or None: where T says
 ) -> torch.Tensor:
-    "Where the centres of the cells truly lie in the other image, (B, h * w, 2)."
+    "Where the centres of the cells truly lie in the other image, (B, len(grid), 2)."
     if points is None:
-        return apply_transform(T, cell_centres(grid, device=T.device)[None])
-    if points.shape[1:] != (*grid, 2):
-        rows, columns = grid
-        raise ValueError(f"expected a true map of shape (B, {rows}, {columns}, 2), got {tuple(points.shape)}")
+        return apply_transform(T, grid.centres(T.device)[None])
+    if points.shape[1:] != (*grid.shape, 2):
+        raise ValueError(
+            f"expected a true map of shape (B, {grid.rows}, {grid.columns}, 2), got {tuple(points.shape)}"
+        )
     return points.flatten(1, 2)
 
 
@@ -93,14 +94,17 @@ def true_points(
 @torch.no_grad()
 def supervise(
     fixed_to_moving,  # (B, 3, 3) true map from image 0 to image 1, pixels
-    grid0,  # (h, w) coarse cells of image 0
-    grid1,  # (h, w) coarse cells of image 1
+    grid0,  # Grid of the coarse cells of image 0
+    grid1,  # Grid of the coarse cells of image 1
     seen0,  # (B, L) bool: cells of image 0 inside the field of view
     seen1,  # (B, S) bool
-    map_0to1=None,  # (B, *grid0, 2) where centres of image 0 truly lie in image 1; None: as the matrix says
-    map_1to0=None,  # (B, *grid1, 2) where centres of image 1 truly lie in image 0; None: likewise
+    map_0to1=None,  # (B, *grid0.shape, 2) where centres of image 0 lie in image 1; None: as the matrix says
+    map_1to0=None,  # (B, *grid1.shape, 2) where centres of image 1 truly lie in image 0; None: likewise
 ) -> Targets:
-    "The state of every cell pair; raises ValueError where a map is not that of the grid."
+    """The state of every cell pair; raises ValueError where a map is not that of the grid.
+
+    Convention: everything is given in the frame in which cells stand for their centres, see `cell_frame`."""
+    grid0, grid1 = grid0.centred, grid1.centred
     points1 = true_points(fixed_to_moving, grid0, map_0to1)
     points0 = true_points(torch.linalg.inv(fixed_to_moving), grid1, map_1to0)
     forward = link_cells(points1, grid1, seen0, seen1)
@@ -123,7 +127,7 @@ def supervise(
 # %% ../../nbs/09_training/02_supervision.ipynb #238bfb64
 @dataclass(frozen=True)
 class Truth:
-    "What is true of a batch, in the frame in which cells lie at `cell_centres`."
+    "What is true of a batch, in the frame in which cells stand for their centres."
 
     fixed_to_moving: torch.Tensor  # (B, 3, 3), pixels
     map_0to1: torch.Tensor | None  # (B, h0, w0, 2) where the cells of image 0 truly lie in image 1, pixels
@@ -134,34 +138,37 @@ class Truth:
 
 # %% ../../nbs/09_training/02_supervision.ipynb #f1d223a5
 def move_map(
-    points,  # (B, h, w, 2) where `cell_centres` truly lie in the other image, or None
+    points,  # (B, rows, columns, 2) where the centres truly lie in the other image, or None
+    grid,  # Grid of the image that is mapped
     T,  # (B, 3, 3) true map, or its affine part
-    shift,  # pixels
 ):
     "The same of the points that the cells stand for; T carries it over the few pixels between them."
     if points is None:
         return None
-    grid = points.shape[1:3]
-    c = cell_centres(grid, device=points.device)[None]
-    return points + (apply_transform(T, c - shift) - apply_transform(T, c) + shift).unflatten(1, grid)
+    centres, shift = grid.centred.centres(points.device)[None], grid.to_centre
+    off = apply_transform(T, centres - shift) - apply_transform(T, centres) + shift
+    return points + off.unflatten(1, grid.shape)
 
 
-# %% ../../nbs/09_training/02_supervision.ipynb #466265da
+# %% ../../nbs/09_training/02_supervision.ipynb #09f4b23b
 def cell_frame(
     batch,  # a batch of PairDataModule
-    shift,  # pixels, of the matcher's result
+    grid0,  # Grid of the coarse cells of image 0
+    grid1,  # Grid of the coarse cells of image 1, with the same offset
 ) -> Truth:
-    "The truth and the masks of a batch in the frame in which cells lie at `cell_centres`."
+    "The truth and the masks of a batch in the frame in which cells stand for their centres."
     T, mask0, mask1 = batch["fixed_to_moving"], batch["mask0"], batch["mask1"]
     map_0to1, map_1to0 = batch.get("map_0to1"), batch.get("map_1to0")
+    shift = grid0.to_centre
     if not shift:
         return Truth(T, map_0to1, map_1to0, mask0, mask1)
     S = torch.eye(3).to(T)
     S[:2, 2] = shift
+    before = int(shift), 0, int(shift), 0  # pixels that are added at the left and above
     return Truth(
         S @ T @ torch.linalg.inv(S),
-        move_map(map_0to1, T, shift),
-        move_map(map_1to0, torch.linalg.inv(T), shift),
-        F.pad(mask0, (shift, 0, shift, 0)),
-        F.pad(mask1, (shift, 0, shift, 0)),
+        move_map(map_0to1, grid0, T),
+        move_map(map_1to0, grid1, torch.linalg.inv(T)),
+        F.pad(mask0, before),
+        F.pad(mask1, before),
     )
