@@ -222,7 +222,7 @@ EXIT = {"ok": 0, "doubtful": 3, "failed": 4}  # by verdict; 2 is bad input, 130 
 
 # %% ../nbs/11_cli/00_cli.ipynb #bb5903de
 def _add_synth(parser):
-    from loftr_curriculum.retina.config import MODALITIES, EyeConfig
+    from .retina.config import MODALITIES, EyeConfig
 
     parser.add_argument("out", type=str, help="folder to fill, <case>/<case>_<modality>.png")
     parser.add_argument("--cases", type=int, default=100, help="number of eyes")
@@ -245,8 +245,8 @@ def _add_synth(parser):
 
 # %% ../nbs/11_cli/00_cli.ipynb #f0997464
 def _synth(a):
-    from loftr_curriculum.retina.config import EyeConfig
-    from loftr_curriculum.retina.synth import synthesise
+    from .retina.config import EyeConfig
+    from .retina.synth import synthesise
 
     names = synthesise(a.out, a.cases, a.seed, a.size, a.modalities, settings(EyeConfig, a.eye), a.workers)
     print(f"{len(names)} cases in {a.out}\ntrain on them: {_again('train', '--data.triplets', a.out)}")
@@ -260,7 +260,7 @@ def _again(*words):
 
 # %% ../nbs/11_cli/00_cli.ipynb #31daf135
 def _add_train(parser):
-    from loftr_curriculum.training.config import TrainConfig
+    from .training.config import TrainConfig
 
     add_settings(parser, TrainConfig)
 
@@ -273,10 +273,10 @@ def _hush():
 
 # %% ../nbs/11_cli/00_cli.ipynb #bb948af8
 def _train(a):
-    from loftr_curriculum.training.config import TrainConfig
+    from .training.config import TrainConfig
 
     config = settings(TrainConfig, a)
-    from loftr_curriculum.training.run import train
+    from .training.run import train
 
     _hush()
     run = train(config, progress=sys.stdout.isatty())
@@ -299,7 +299,7 @@ def _add_demo(parser):
 
 # %% ../nbs/11_cli/00_cli.ipynb #e5b812da
 def _demo(a):
-    from loftr_curriculum.training.demo import demo
+    from .training.demo import demo
 
     _hush()
     demo(a.out)
@@ -325,8 +325,8 @@ def _add_diagnose(parser):
 
 # %% ../nbs/11_cli/00_cli.ipynb #876ba884
 def _diagnose(a):
-    from loftr_curriculum.evaluation.recording import Recording, in_words, table
-    from loftr_curriculum.report.collapse import write_diagnosis
+    from .evaluation.recording import Recording, in_words, table
+    from .report.collapse import write_diagnosis
 
     if a.patience < 1:
         raise ValueError(f"patience {a.patience}: expected at least 1")
@@ -355,7 +355,7 @@ def _add_matcher(parser):
 
 # %% ../nbs/11_cli/00_cli.ipynb #1c9d1557
 def _matcher(a):
-    from loftr_curriculum.model.weights import load_matcher
+    from .model.weights import load_matcher
 
     try:
         return load_matcher(a.weights, a.device)
@@ -365,7 +365,7 @@ def _matcher(a):
 
 # %% ../nbs/11_cli/00_cli.ipynb #023870f2
 def _add_register(parser):
-    from loftr_curriculum.registration.config import RegistrationConfig
+    from .registration.config import RegistrationConfig
 
     parser.add_argument("fixed", type=str, help="image that stays: PNG, JPEG or TIFF, 8 or 16 bits")
     parser.add_argument("moving", type=str, help="image that is mapped onto it, of any size")
@@ -396,11 +396,11 @@ def _add_register(parser):
 
 # %% ../nbs/11_cli/00_cli.ipynb #fb7e95f9
 def _register(a):
-    from loftr_curriculum.io.files import refuse_to_overwrite
-    from loftr_curriculum.model.config import Guidance
-    from loftr_curriculum.registration.config import RegistrationConfig
-    from loftr_curriculum.registration.pair import register
-    from loftr_curriculum.report.registration import outputs_of, write_registration
+    from .io.files import refuse_to_overwrite
+    from .model.config import Guidance
+    from .registration.config import RegistrationConfig
+    from .registration.pair import register
+    from .report.registration import outputs_of, write_registration
 
     given = [p for p in (a.fixed, a.moving, a.fixed_mask, a.moving_mask, a.weights) if p]
     refuse_to_overwrite(outputs_of(a.out), given)
@@ -434,7 +434,7 @@ def _register(a):
 
 # %% ../nbs/11_cli/00_cli.ipynb #0ecaccab
 def _add_many(parser):
-    from loftr_curriculum.registration.config import RegistrationConfig
+    from .registration.config import RegistrationConfig
 
     parser.add_argument(
         "pairs", type=str, help="CSV file with the columns id, fixed, moving; paths relative to it"
@@ -446,8 +446,8 @@ def _add_many(parser):
 
 # %% ../nbs/11_cli/00_cli.ipynb #25ffcbed
 def _many(a):
-    from loftr_curriculum.registration.config import RegistrationConfig
-    from loftr_curriculum.registration.many import register_many
+    from .registration.config import RegistrationConfig
+    from .registration.many import register_many
 
     count = register_many(a.pairs, a.out, matcher=_matcher(a), config=settings(RegistrationConfig, a))
     print(
@@ -475,10 +475,10 @@ def _add_warp(parser):
 
 # %% ../nbs/11_cli/00_cli.ipynb #4ed63053
 def _warp(a):
-    from loftr_curriculum.io.files import FileError, refuse_to_overwrite
-    from loftr_curriculum.io.images import read_image, write_image
-    from loftr_curriculum.io.transforms import load_transform, map_of_record
-    from loftr_curriculum.registration.frames import warp_to_fixed
+    from .io.files import FileError, refuse_to_overwrite
+    from .io.images import read_image, write_image
+    from .io.transforms import load_transform, map_of_record
+    from .registration.frames import warp_to_fixed
 
     refuse_to_overwrite([a.out], [a.image, a.transform])
     record, image = load_transform(a.transform), read_image(a.image)
@@ -497,7 +497,7 @@ def _warp(a):
 
 # %% ../nbs/11_cli/00_cli.ipynb #d3994aa5
 def _add_evaluate(parser):
-    from loftr_curriculum.registration.config import RegistrationConfig
+    from .registration.config import RegistrationConfig
 
     parser.add_argument(
         "--set",
@@ -518,8 +518,8 @@ def _add_evaluate(parser):
 
 # %% ../nbs/11_cli/00_cli.ipynb #7c27c346
 def _evaluate(a):
-    from loftr_curriculum.evaluation.sets import evaluate_set
-    from loftr_curriculum.registration.config import RegistrationConfig
+    from .evaluation.sets import evaluate_set
+    from .registration.config import RegistrationConfig
 
     if a.pred is not None and a.weights is not None:
         raise ValueError(
@@ -549,8 +549,8 @@ def _add_weights(parser):
 def _weights(a):
     from dataclasses import asdict
 
-    from loftr_curriculum.evaluation.card import card_text
-    from loftr_curriculum.model.weights import PACKAGED, load_matcher
+    from .evaluation.card import card_text
+    from .model.weights import PACKAGED, load_matcher
 
     if not a.json:
         print(card_text(a.weights))

@@ -1,6 +1,7 @@
 """Guards of the calibration of `ok`: which thresholds are chosen, what missing evidence means, and that the defaults are the calibrated ones."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +16,9 @@ from loftr_curriculum.evaluation.calibration import (
     promises_kept,
     table_of,
 )
-from loftr_curriculum.registration.config import RegistrationConfig
+from loftr_curriculum.registration.config import FALSE_ACCEPT, RegistrationConfig
 from loftr_curriculum.registration.verdict import Evidence
+from loftr_curriculum.registration.verifier import CURVE
 
 ROOT = Path(__file__).parents[1]
 
@@ -86,13 +88,11 @@ def test_no_answer_is_neither_ok_nor_right():
 
 
 def test_the_defaults_are_the_calibrated_ones():
-    file = ROOT / "nbs/07_evaluation/calibration.json"
-    if not file.exists():
-        pytest.skip(
-            "not calibrated yet: python -m loftr_curriculum.evaluation.calibration --out nbs/07_evaluation/calibration.json"
-        )
-    written, config = json.loads(file.read_text())["thresholds"], RegistrationConfig()
-    assert {k: getattr(config, k) for k in written} == written
+    found = json.loads((ROOT / "nbs/07_evaluation/verifier.json").read_text())
+    config = RegistrationConfig()
+    assert {name: getattr(config, name) for name in found["thresholds"]} == found["thresholds"]
+    assert [list(row) for row in FALSE_ACCEPT] == found["false_accept"]
+    assert json.loads(json.dumps(asdict(CURVE))) == found["curve"]
 
 
 def test_the_first_start_that_is_ok_answers_and_else_the_one_with_most_inliers():

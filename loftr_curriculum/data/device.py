@@ -36,7 +36,10 @@ import numpy as np
 import torch
 from torch.utils.data import default_collate
 
-from loftr_curriculum.data.pairs import (
+from ..geometry import Motion, compose, invert, resize_matrix
+from ..retina.config import split_mode
+from ..retina.randomise import Look, draw_look, draw_scan, enlarger, local_mean
+from .pairs import (
     GeneratedSource,
     cell_points,
     draw_residual,
@@ -45,10 +48,6 @@ from loftr_curriculum.data.pairs import (
     to_fixed,
     to_moving,
 )
-
-from ..geometry import Motion, compose, invert, resize_matrix
-from ..retina.config import split_mode
-from ..retina.randomise import Look, draw_look, draw_scan, enlarger, local_mean
 from .preprocess import FLOOR, WINDOW
 
 # %% ../../nbs/04_data/08_device.ipynb #a0236eb7

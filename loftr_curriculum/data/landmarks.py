@@ -30,17 +30,7 @@ from pathlib import Path
 
 import numpy as np
 
-from loftr_curriculum.data.triplets import (
-    FIELD,
-    FrameStore,
-    decode_all,
-    frame_fov,
-    load_plane,
-    mask_plane,
-    raise_faults,
-    same_shape,
-)
-from loftr_curriculum.geometry import (
+from ..geometry import (
     Motion,
     apply_transform,
     centre,
@@ -53,13 +43,22 @@ from loftr_curriculum.geometry import (
     resize_matrix,
     warp_image,
 )
-
 from ..io.files import FileError, read_bytes
 from ..io.images import image_size, read_image
 from ..io.transforms import as_matrix, load_transform
 from ..retina.config import split_mode
 from .pairs import cut_views, make_frame
 from .preprocess import to_gray
+from .triplets import (
+    FIELD,
+    FrameStore,
+    decode_all,
+    frame_fov,
+    load_plane,
+    mask_plane,
+    raise_faults,
+    same_shape,
+)
 
 
 # %% ../../nbs/04_data/05_landmarks.ipynb #cb7350b7

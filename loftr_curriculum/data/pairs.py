@@ -38,7 +38,7 @@ from typing import Protocol
 import cv2
 import numpy as np
 
-from loftr_curriculum.geometry import (
+from ..geometry import (
     Motion,
     apply_transform,
     centre,
@@ -50,7 +50,6 @@ from loftr_curriculum.geometry import (
     random_transform,
     resize_matrix,
 )
-
 from ..retina.config import split_mode
 from ..retina.randomise import randomise
 from ..retina.render import scan_lines

@@ -172,7 +172,7 @@ def calibrate(
     workers: int = 2,  # processes that make pairs
 ) -> dict:  # what was written
     "Find the thresholds on the first half of the pairs, tell how they do on the second, and write both."
-    from loftr_curriculum.model.weights import load_matcher
+    from ..model.weights import load_matcher
 
     matcher = load_matcher(weights)
     spec = replace(SPECIFICATION, split="calibration", per_mode=per_mode)
@@ -199,7 +199,7 @@ def main() -> None:
     "`python -m loftr_curriculum.evaluation.calibration --out FILE`"
     from jsonargparse import auto_cli
 
-    from loftr_curriculum.evaluation import calibration
+    from . import calibration
 
     try:
         result = auto_cli(calibration.calibrate)

@@ -279,7 +279,7 @@ def summary(
 # %% ../../nbs/07_evaluation/09_card.ipynb #3674f93e
 def packaged_card() -> Path:
     "Where the card of the packaged weights is."
-    from loftr_curriculum.model.weights import PACKAGED
+    from ..model.weights import PACKAGED
 
     return PACKAGED.with_name("card.json")
 
@@ -298,7 +298,7 @@ def score_weights(
     spec=SPECIFICATION,  # another one is another list, and its card none of the package
 ) -> dict:  # what was written
     "Measure a card: `register` with default settings on the pseudo-real list, and on real pairs where there are some."
-    from loftr_curriculum.model.weights import PACKAGED, load_matcher
+    from ..model.weights import PACKAGED, load_matcher
 
     if weights is not None and out is None:
         raise ValueError(f"{weights}: name a file with --out, the packaged card is for the packaged weights")
@@ -500,7 +500,7 @@ def card_of(
     card=None,  # card.json; None: the packaged one
 ):  # (dict or None, sentence why there is none)
     "The card that belongs to a weights file by its SHA-256, and to the settings by which `register` works now; a setting that is newer than the card does not matter."
-    from loftr_curriculum.model.weights import PACKAGED
+    from ..model.weights import PACKAGED
 
     mine, file = Path(path or PACKAGED), Path(card or packaged_card())
     again = "measure them with python -m loftr_curriculum.evaluation.card" + (
@@ -542,7 +542,7 @@ def card_text(
     card=None,  # card.json; None: the packaged one
 ) -> str:
     "The model card; use, limits and licence are those of the packaged weights. Raises FileNotFoundError or ValueError for a file that is no weights file."
-    from loftr_curriculum.model.weights import PACKAGED, load_matcher
+    from ..model.weights import PACKAGED, load_matcher
 
     matcher, file = load_matcher(path), Path(path or PACKAGED)
     found, why = card_of(path, card)
@@ -612,7 +612,7 @@ def curve(
     spec=SPECIFICATION,  # another one is another list
 ) -> dict:  # what was written
     "Score weights that saw different numbers of training pairs on the same pairs."
-    from loftr_curriculum.model.weights import load_matcher
+    from ..model.weights import load_matcher
 
     settings = _settings()
     result = {**_same(out, settings), **settings}
@@ -717,7 +717,7 @@ def main(
     "`python -m loftr_curriculum.evaluation.card [--weights PATH]`, and `... card curve A B C --out FILE`"
     from jsonargparse import ArgumentParser
 
-    from loftr_curriculum.evaluation import card
+    from . import card
 
     argv = list(sys.argv[1:] if argv is None else argv)
     several = argv[:1] == ["curve"]

@@ -45,7 +45,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from loftr_curriculum.geometry import (
+from ..data.pairs import cut, draw_views
+from ..geometry import (
     Motion,
     apply_transform,
     check_transform,
@@ -55,8 +56,6 @@ from loftr_curriculum.geometry import (
     resize_matrix,
     warp_image,
 )
-
-from ..data.pairs import cut, draw_views
 from ..io.files import write_json
 from ..registration.binning import bin_matches, cell_of, field_box
 from ..registration.estimate import LEAST, estimate_transform, residuals
@@ -578,7 +577,7 @@ def main() -> None:
     "`python -m loftr_curriculum.evaluation.collapse --out FILE.json`"
     from jsonargparse import auto_cli
 
-    from loftr_curriculum.evaluation import collapse
+    from . import collapse
 
     result = auto_cli(collapse.write_calibration)
     print(

@@ -89,7 +89,7 @@ def match_errors(
     "Errors of all matches: of matched cells, after the flow of the shrunk images, of what the matcher returns, and of the affine fitted to that; inf where there is none."
     import torch
 
-    from loftr_curriculum.model.matcher import matched_cells, shrink_pair
+    from ..model.matcher import matched_cells, shrink_pair
 
     def put(a, *ones):
         return torch.from_numpy(a).reshape(*ones, *a.shape)
@@ -189,8 +189,8 @@ def precision_file(
     settings: PrecisionConfig = PrecisionConfig(),  # which pairs
 ) -> dict:
     "Measure the precision of matches and write it with the machine and the weights beside it."
-    from loftr_curriculum.model.weights import load_matcher
-    from loftr_curriculum.registration.many import fingerprint
+    from ..model.weights import load_matcher
+    from ..registration.many import fingerprint
 
     matcher = load_matcher(weights)
     made = dict(
@@ -210,7 +210,7 @@ def main() -> None:
     "`python -m loftr_curriculum.evaluation.precision --out FILE.json`"
     from jsonargparse import auto_cli
 
-    from loftr_curriculum.evaluation import precision
+    from . import precision
 
     try:
         print(lines_of(auto_cli(precision.precision_file)))

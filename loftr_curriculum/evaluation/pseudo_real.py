@@ -101,7 +101,7 @@ def main() -> None:
     "`python -m loftr_curriculum.evaluation.pseudo_real --system package.module.function`"
     from jsonargparse import auto_cli
 
-    from loftr_curriculum.evaluation import pseudo_real
+    from . import pseudo_real
 
     try:
         print(lines_of(auto_cli(pseudo_real.score_system)))

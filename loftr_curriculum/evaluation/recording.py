@@ -31,17 +31,16 @@ from pathlib import Path
 
 import numpy as np
 
-from loftr_curriculum.evaluation.collapse import (
+from ..geometry import invert
+from ..io.files import FileError, atomic_path
+from ..model.config import Matches
+from .collapse import (
     THRESHOLD,
     CollapseFigures,
     agreeing,
     believed_transform,
     collapse_figures,
 )
-
-from ..geometry import invert
-from ..io.files import FileError, atomic_path
-from ..model.config import Matches
 from .metrics import at_512, corner_error
 
 

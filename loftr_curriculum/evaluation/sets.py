@@ -12,7 +12,12 @@ from pathlib import Path
 import numpy as np
 from tqdm.auto import tqdm
 
-from loftr_curriculum.evaluation.metrics import (
+from ..data.landmarks import read_landmark_set
+from ..io.files import FileError, read_json
+from ..io.images import image_size
+from ..registration.many import MAPS, read_maps, read_results
+from ..registration.pair import register
+from .metrics import (
     auc,
     corner_error,
     landmark_error,
@@ -20,12 +25,6 @@ from loftr_curriculum.evaluation.metrics import (
     promises,
     success_rate,
 )
-
-from ..data.landmarks import read_landmark_set
-from ..io.files import FileError, read_json
-from ..io.images import image_size
-from ..registration.many import MAPS, read_maps, read_results
-from ..registration.pair import register
 
 
 # %% ../../nbs/07_evaluation/02_sets.ipynb #8bcb78c8

@@ -246,7 +246,7 @@ def sweep_file(
     progress: bool = True,  # show a progress bar
 ) -> dict:
     "Sweep with the weights of a file."
-    from loftr_curriculum.model.weights import load_matcher
+    from ..model.weights import load_matcher
 
     return sweep(load_matcher(weights, device), settings, out, progress)
 
@@ -256,7 +256,7 @@ def main() -> None:
     "`python -m loftr_curriculum.evaluation.sweep --weights PATH --out FILE.json`"
     from jsonargparse import auto_cli
 
-    from loftr_curriculum.evaluation import sweep
+    from . import sweep
 
     try:
         print(lines_of(auto_cli(sweep.sweep_file)))

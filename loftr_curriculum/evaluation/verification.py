@@ -10,10 +10,14 @@ __all__ = [
     "PRIOR",
     "PENALTY",
     "FAILED_STEPS",
-    "OK_STEPS",
     "GIVEN_UP",
+    "OK_STEPS",
     "RATES",
     "TAIL",
+    "UNMATCHABLE_VERSION",
+    "REPORTED",
+    "OTHERS",
+    "NO_EYES",
     "case_pairs",
     "error_of",
     "collect",
@@ -23,11 +27,17 @@ __all__ = [
     "numbers_table",
     "fit_curve",
     "probabilities",
+    "failed_threshold",
+    "passing",
+    "ok_thresholds",
     "thresholds",
     "false_accept_table",
     "report",
     "summarise",
     "calibrate_verifier",
+    "no_eye",
+    "unmatchable",
+    "report_unmatchable",
     "main",
 ]
 
@@ -35,7 +45,8 @@ __all__ = [
 import argparse
 import json
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -43,8 +54,9 @@ from scipy.optimize import minimize
 
 from ..data.pseudo_real import SPECIFICATION, RawPair, pseudo_real_pairs
 from ..io.files import read_json, write_json
-from ..registration.config import RegistrationConfig
+from ..registration.config import RegistrationConfig, Verdict
 from ..registration.pair import Registration, register
+from ..registration.verdict import AT_LEAST, CRITERIA
 from ..registration.verifier import READS, Curve, VesselAgreement, numbers_of
 from ..registration.verifier import probability as probability_of
 from ..retina.config import MODES
@@ -173,19 +185,78 @@ def probabilities(
 
 # %% ../../nbs/07_evaluation/11_verification.ipynb #6d4db232
 FAILED_STEPS = (0.01, 0.02, 0.05, 0.1, 0.2)
-OK_STEPS = (0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99)
-GIVEN_UP = 0.01
+GIVEN_UP = 0.01  # share of the right answers
+
+# thresholds of ok that are tried, from loose to strict
+OK_STEPS = {
+    "ok_probability": (0.5, 0.7, 0.8, 0.9, 0.95),
+    "ok_inliers": (30, 40, 60, 80),
+    "ok_inlier_ratio": (0.5, 0.6, 0.7),
+    "ok_spread": (0.3, 0.4, 0.5),
+    "ok_agreement_px": (10.0, 8.0, 5.0),
+    "ok_patches": (6, 12, 20),
+}
 
 
-def thresholds(
+# %% ../../nbs/07_evaluation/11_verification.ipynb #c7b74a35
+def failed_threshold(
     probability: np.ndarray,  # (N,)
     right: np.ndarray,  # (N,) bool
-) -> dict:  # failed_probability and ok_probability
-    "Where an answer fails, and from where on it may be ok."
-    failed = [p for p in FAILED_STEPS if (probability[right] < p).mean() <= GIVEN_UP]
-    clean = [k for k, p in enumerate(OK_STEPS) if not (probability[~right] >= p).any()]
-    stricter = min((clean[0] if clean else len(OK_STEPS)) + 1, len(OK_STEPS) - 1)
-    return {"failed_probability": max(failed, default=0.0), "ok_probability": OK_STEPS[stricter]}
+) -> float:
+    "Below which probability an answer fails."
+    cheap = [p for p in FAILED_STEPS if (probability[right] < p).mean() <= GIVEN_UP]
+    return max(cheap, default=0.0)
+
+
+# %% ../../nbs/07_evaluation/11_verification.ipynb #1ac0af6d
+def passing(
+    rows: list,
+    probability: np.ndarray,  # (N,)
+) -> dict:  # name of a threshold -> (steps, N) bool
+    "Which answers pass each step of each threshold."
+    criteria = {
+        criterion.threshold: criterion for criterion in CRITERIA if criterion.level == Verdict.DOUBTFUL
+    }
+    passes = {}
+    for name, steps in OK_STEPS.items():
+        if name == "ok_probability":
+            passes[name] = np.array([probability >= step for step in steps])
+            continue
+        criterion = criteria[name]
+        values = [row["evidence"][criterion.field] for row in rows]
+        worst = -np.inf if criterion.direction == AT_LEAST else np.inf
+        values = np.array([worst if value is None else value for value in values])
+        passes[name] = np.array([(values - step) * criterion.direction >= 0 for step in steps])
+    return passes
+
+
+# %% ../../nbs/07_evaluation/11_verification.ipynb #dc979b0a
+def ok_thresholds(
+    rows: list,  # with an answer
+    probability: np.ndarray,  # (N,)
+) -> dict:  # name -> threshold
+    "The strictest combination that promises nothing wrong and nearly as much that is right as any."
+    passes, right = passing(rows, probability), is_right(rows)
+    clean = []
+    for at in product(*(range(len(steps)) for steps in OK_STEPS.values())):
+        ok = np.all([passes[name][k] for name, k in zip(OK_STEPS, at)], 0)
+        if not (ok & ~right).any():
+            clean.append((int(ok.sum()), sum(at), at))
+    if not clean:
+        raise ValueError("every combination of thresholds calls a wrong answer ok")
+    least = (1 - GIVEN_UP) * max(promised for promised, _, _ in clean)
+    _, _, at = max((c for c in clean if c[0] >= least), key=lambda c: (c[1], c[0]))
+    return {name: steps[k] for (name, steps), k in zip(OK_STEPS.items(), at)}
+
+
+# %% ../../nbs/07_evaluation/11_verification.ipynb #25f765c6
+def thresholds(
+    rows: list,  # with an answer
+    curve: Curve,
+) -> dict:  # name of a field of RegistrationConfig -> value
+    "Where an answer fails, and what ok asks for."
+    p = probabilities(rows, curve)
+    return {"failed_probability": failed_threshold(p, is_right(rows)), **ok_thresholds(rows, p)}
 
 
 # %% ../../nbs/07_evaluation/11_verification.ipynb #ef7facb5
@@ -217,12 +288,14 @@ def report(
 ) -> dict:
     "How a curve and its thresholds do on answers: shares of ok and failed, Brier score."
     right, p = is_right(rows), probabilities(rows, curve)
+    passes = passing(rows, p)
+    ok = np.all([passes[name][steps.index(limits[name])] for name, steps in OK_STEPS.items()], 0)
     weight = np.where(right, (1 - PRIOR) / right.mean(), PRIOR / (1 - right.mean()))
     return {
         "right": int(right.sum()),
         "wrong": int((~right).sum()),
-        "ok_of_right": round(float((p[right] >= limits["ok_probability"]).mean()), 4),
-        "ok_of_wrong": int((p[~right] >= limits["ok_probability"]).sum()),
+        "ok_of_right": round(float(ok[right].mean()), 4),
+        "ok_of_wrong": int(ok[~right].sum()),
         "failed_of_right": int((p[right] < limits["failed_probability"]).sum()),
         "failed_of_wrong": round(float((p[~right] < limits["failed_probability"]).mean()), 4),
         "brier": round(float(np.average((p - right) ** 2, weights=weight)), 4),
@@ -237,7 +310,7 @@ def summarise(
     known = answered(rows)
     first, second = known[::2], known[1::2]
     curve = fit_curve(first)
-    limits = thresholds(probabilities(first, curve), is_right(first))
+    limits = thresholds(first, curve)
     final = fit_curve(known)
     p, right = probabilities(known, final), is_right(known)
     without = sum(row["kind"] != "right" for row in rows)
@@ -248,13 +321,13 @@ def summarise(
         "prior": PRIOR,
         "on_the_other_half": report(second, curve, limits),
         "curve": {name: getattr(final, name) for name in Curve.__dataclass_fields__},
-        "thresholds": thresholds(p, right),
+        "thresholds": thresholds(known, final),
         "false_accept": false_accept_table(p[~right], without),
         "answers": [[round(float(a), 5), bool(b)] for a, b in zip(p, right)],
     }
 
 
-# %% ../../nbs/07_evaluation/11_verification.ipynb #9d024bf4
+# %% ../../nbs/07_evaluation/11_verification.ipynb #cb04ac73
 def calibrate_verifier(
     out: str = "verifier.json",  # file to write
     per_mode: int = 40,  # pairs of each mode, before strangers and mirrored ones
@@ -273,13 +346,84 @@ def calibrate_verifier(
     return found
 
 
+# %% ../../nbs/07_evaluation/11_verification.ipynb #b373ce6d
+UNMATCHABLE_VERSION = 1
+REPORTED = replace(SPECIFICATION, split="report", per_mode=60)
+OTHERS = 3  # other eyes for every fixed image
+NO_EYES = 10  # of each mode: half noise, half shades
+
+
+def no_eye(
+    number: int,  # of the image
+    size: tuple,  # (height, width)
+) -> np.ndarray:  # uint8
+    "Noise, or a smooth shade."
+    rng = np.random.default_rng([UNMATCHABLE_VERSION, number])
+    if number % 2:
+        return rng.integers(0, 256, size, dtype=np.uint8)
+    down, across = np.mgrid[: size[0], : size[1]] / max(size)
+    return np.uint8(127 + 100 * np.sin(3 * (down * rng.normal() + across * rng.normal())))
+
+
+# %% ../../nbs/07_evaluation/11_verification.ipynb #f9e089f3
+def unmatchable(
+    pairs: list,  # of RawPair, of one mode of `REPORTED`
+) -> Iterator:  # of (kind, id, fixed, moving)
+    "The pairs of one mode of the list, always the same ones."
+    for k, pair in enumerate(pairs):
+        for step in range(1, OTHERS + 1):
+            other = pairs[(k + step) % len(pairs)]
+            yield "other eye", f"{pair.id}-with-{other.id}", pair.fixed, other.moving
+        yield "mirrored", f"{pair.id}-mirrored", pair.fixed, np.ascontiguousarray(pair.moving[:, ::-1])
+    for k, pair in enumerate(pairs[:NO_EYES]):
+        yield "no eye", f"{pair.id}-no-eye", pair.fixed, no_eye(k, pair.moving.shape[:2])
+
+
+# %% ../../nbs/07_evaluation/11_verification.ipynb #cd1f2d9c
+def report_unmatchable(
+    out: str = "unmatchable.json",  # file to write; modes that it holds are not done again
+    matcher=None,  # as in `register`
+    config: RegistrationConfig = RegistrationConfig(),
+) -> dict:  # mode -> kind -> verdict -> count
+    "Verdicts on the list."
+    settings = json.loads(json.dumps({"version": UNMATCHABLE_VERSION, "config": asdict(config)}))
+    known = read_json(out) if Path(out).exists() else {}
+    if known.get("settings") != settings:
+        known = {"settings": settings, "verdicts": {}, "ok": []}
+    for mode in MODES:
+        if mode in known["verdicts"]:
+            continue
+        counts = {}
+        for kind, name, fixed, moving in unmatchable(
+            list(pseudo_real_pairs((mode,), spec=REPORTED, workers=1))
+        ):
+            verdict = str(register(fixed, moving, matcher=matcher, config=config).verdict)
+            of_kind = counts.setdefault(kind, {})
+            of_kind[verdict] = of_kind.get(verdict, 0) + 1
+            if verdict == "ok":
+                known["ok"].append(name)
+        known["verdicts"][mode] = counts
+        write_json(out, known)
+    return known
+
+
+# %% ../../nbs/07_evaluation/11_verification.ipynb #9d024bf4
 def main() -> None:
-    "`python -m loftr_curriculum.evaluation.verification --out nbs/07_evaluation/verifier.json`"
-    parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("--out", default="verifier.json")
-    parser.add_argument("--per_mode", type=int, default=40)
+    """Calibrate the verifier, or report on the unmatchable list.
+
+    `python -m loftr_curriculum.evaluation.verification --out nbs/07_evaluation/verifier.json`
+    `python -m loftr_curriculum.evaluation.verification --unmatchable nbs/07_evaluation/unmatchable.json`
+    """
+    parser = argparse.ArgumentParser(description=main.__doc__.splitlines()[0])
+    parser.add_argument("--out", default="verifier.json", help="file of the calibration")
+    parser.add_argument("--per_mode", type=int, default=40, help="pairs of each mode")
     parser.add_argument("--cache", help="JSON file of what was collected, to go on from")
-    found = calibrate_verifier(**vars(parser.parse_args()))
+    parser.add_argument("--unmatchable", help="report on the unmatchable list instead, into this file")
+    a = parser.parse_args()
+    if a.unmatchable:
+        print(json.dumps(report_unmatchable(a.unmatchable)["verdicts"], indent=1))
+        return
+    found = calibrate_verifier(a.out, a.per_mode, a.cache)
     print(json.dumps({name: found[name] for name in ("on_the_other_half", "thresholds")}, indent=1))
 
 

@@ -51,7 +51,7 @@ __all__ = [
 ]
 
 # %% ../../nbs/01_geometry/05_init.ipynb #dac8f865
-from loftr_curriculum.geometry.bent import (
+from .bent import (
     Backward,
     Bent,
     affine_of,
@@ -60,7 +60,8 @@ from loftr_curriculum.geometry.bent import (
     polynomials,
     thin_plates,
 )
-from loftr_curriculum.geometry.images import (
+from .grid import Grid
+from .images import (
     fit_size,
     resample,
     resize_image,
@@ -68,7 +69,7 @@ from loftr_curriculum.geometry.images import (
     warp_image,
     warp_tensor,
 )
-from loftr_curriculum.geometry.maps import (
+from .maps import (
     Affine,
     Chain,
     Homography,
@@ -79,7 +80,8 @@ from loftr_curriculum.geometry.maps import (
     map_from_dict,
     map_from_matrix,
 )
-from loftr_curriculum.geometry.points import (
+from .motion import NEAR, STILL, Motion, mild, overlap, random_transform
+from .points import (
     Limits,
     affine,
     apply_transform,
@@ -96,9 +98,6 @@ from loftr_curriculum.geometry.points import (
     similarity,
     translation,
 )
-
-from .grid import Grid
-from .motion import NEAR, STILL, Motion, mild, overlap, random_transform
 
 _all_ = [
     "Affine",

@@ -44,7 +44,7 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 
-from loftr_curriculum.geometry import (
+from ..geometry import (
     Affine,
     Bent,
     PointMap,
@@ -55,16 +55,15 @@ from loftr_curriculum.geometry import (
     polynomials,
     thin_plates,
 )
-from loftr_curriculum.registration.patches import (
+from .config import RegistrationConfig
+from .frames import Frame
+from .patches import (
     Patches,
     PatchSettings,
     compare,
     comparison_frame,
     displacements,
 )
-
-from .config import RegistrationConfig
-from .frames import Frame
 
 
 # %% ../../nbs/06_registration/06_bend.ipynb #68408121

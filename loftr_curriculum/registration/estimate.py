@@ -62,7 +62,9 @@ def estimate_transform(
     kind="affine",  # affine, similarity or homography
     threshold_px=5.0,  # largest residual of an inlier, pixels of the fixed image
 ) -> Estimate | None:  # None where no transform can be found
-    """The transform `fixed_to_moving` on which most matches agree (MAGSAC++ for affine and homography, RANSAC and least squares for the similarity).
+    """The transform on which most matches agree.
+
+    MAGSAC++ for affine and homography, RANSAC and least squares for the similarity.
     Deterministic. Says nothing about plausibility: see `geometry.check_transform`."""
     if kind not in MATCH_MODELS:
         raise ValueError(f"kind {kind!r}: expected one of {', '.join(MATCH_MODELS)}")
@@ -89,7 +91,7 @@ def refit(
     kind="affine",  # affine, similarity or homography
     threshold_px=5.0,  # largest residual of a match that counts, pixels of the fixed image
 ) -> np.ndarray:  # (3, 3) fixed -> moving
-    "The transform with the least squared distances over all matches near a first answer; that answer itself where they determine none."
+    "The least-squares transform over all matches near a first answer; that answer where they determine none."
     near = residuals(fixed_to_moving, points0, points1) <= threshold_px
     if near.sum() < LEAST[kind]:
         return fixed_to_moving

@@ -25,7 +25,8 @@ from pathlib import Path
 
 import numpy as np
 
-from loftr_curriculum.geometry import (
+from ..data.preprocess import estimate_fov, normalise, to_gray
+from ..geometry import (
     Affine,
     PointMap,
     fit_size,
@@ -33,8 +34,6 @@ from loftr_curriculum.geometry import (
     resize_image,
     resize_matrix,
 )
-
-from ..data.preprocess import estimate_fov, normalise, to_gray
 from ..io.images import ImageError, read_image
 from .config import RegistrationConfig
 
@@ -197,7 +196,7 @@ def turned_view(
 
 # %% ../../nbs/06_registration/03_frames.ipynb #3cee3282
 def warp_to_fixed(
-    image: np.ndarray,  # (H, W) or (H, W, 3), uint8, uint16, float32 or bool: the moving image or a mask of it
+    image: np.ndarray,  # (H, W) or (H, W, 3), uint8, uint16, float32 or bool: moving image or mask
     moving_to_fixed: PointMap
     | np.ndarray,  # original moving -> original fixed points, a map or a (3, 3) matrix
     fixed_size: tuple,  # (height, width) of the fixed image

@@ -216,7 +216,8 @@ def _resume(out, pairs, settings):
         return {}
     if not (out / "settings.json").exists() or read_json(out / "settings.json") != settings:
         raise FileError(
-            f"{out}: holds the results of other settings or weights; choose another folder, or remove it to start again"
+            f"{out}: holds the results of other settings or weights; "
+            "choose another folder, or remove it to start again"
         )
     _mend(journal)
     if (out / MAPS).exists():
@@ -225,7 +226,8 @@ def _resume(out, pairs, settings):
     other = [i for i, row in rows.items() if files.get(i) != (row["fixed"], row["moving"])]
     if other:
         raise FileError(
-            f"{out}: holds results of another table (id {', '.join(other[:5])}); choose another folder, or remove it to start again"
+            f"{out}: holds results of another table (id {', '.join(other[:5])}); "
+            "choose another folder, or remove it to start again"
         )
     return {i: row_matrix(row) for i, row in rows.items() if not row["error"]}
 
@@ -262,9 +264,13 @@ def register_many(
     progress=True,  # show a progress bar
     save_every=60.0,  # seconds between two writings of transforms.json
 ) -> dict:  # number of pairs by verdict, and `unreadable` among the failed
-    """Register every pair of a table. Writes `transforms.json` {id: 3x3 moving to fixed, or null}, `maps.jsonl` with the whole maps, and `results.csv`; started again with the same
-    arguments it goes on where it stopped. A pair that cannot be read or registered has a row that says why and never stops the batch.
-    Raises FileError (a ValueError) for a faulty table and for a folder that holds the results of another batch, before any work."""
+    """Register every pair of a table.
+
+    Writes `transforms.json` {id: 3x3 moving to fixed, or null}, `maps.jsonl` with the whole maps, and
+    `results.csv`. Started again with the same arguments it goes on where it stopped. A pair that cannot be
+    read or registered has a row that says why and never stops the batch. Raises FileError (a ValueError), before
+    any work, for a faulty table and for a folder that holds the results of another batch.
+    """
     pairs, config, out = read_batch(table), config or RegistrationConfig(), Path(out)
     matcher = matcher or shipped_matcher()
     if getattr(matcher, "training", False):

@@ -31,7 +31,7 @@ from pathlib import Path
 
 import numpy as np
 
-from loftr_curriculum.geometry import (
+from ..geometry import (
     PointMap,
     affine_of,
     fit_similarity,
@@ -40,7 +40,9 @@ from loftr_curriculum.geometry import (
     map_from_matrix,
     resize_image,
 )
-from loftr_curriculum.registration.frames import (
+from ..model.config import UNGUIDED, Guidance, Matches
+from .config import RegistrationConfig, Verdict
+from .frames import (
     Frame,
     make_frame,
     mirror_map,
@@ -49,9 +51,6 @@ from loftr_curriculum.registration.frames import (
     unusable,
     warp_to_fixed,
 )
-
-from ..model.config import UNGUIDED, Guidance, Matches
-from .config import RegistrationConfig, Verdict
 from .registrar import Outcome, drive, drive_many, walk
 from .verdict import Evidence
 
@@ -77,8 +76,9 @@ NO_MATCHES = JudgedMatches(np.empty((0, 2)), np.empty((0, 2)), np.empty(0), np.e
 class Registration:
     """The answer for one pair, in pixels of the original images, and why it should be believed or not.
 
-    Convention: `moving_to_fixed` maps moving points (x, y) to fixed points; the centre of the first pixel is (0, 0).
-    Where the map bends, `moving_to_fixed` is its affine, and `to_fixed`, `to_moving` and `warped` use the whole map.
+    Convention: `moving_to_fixed` maps moving points (x, y) to fixed points; the centre of the first pixel is
+    (0, 0). Where the map bends, `moving_to_fixed` is its affine; `to_fixed`, `to_moving` and `warped` use the
+    whole map.
     """
 
     moving_to_fixed: np.ndarray | None  # (3, 3) float64, None where the verdict is FAILED
@@ -125,7 +125,7 @@ class Registration:
 
     @cached_property
     def warped(self) -> np.ndarray | None:
-        "The moving image in the frame of the fixed one, same dtype and channels; None where the verdict is FAILED."
+        "The moving image in the frame of the fixed one, same dtype; None where the verdict is FAILED."
         if self.point_map is None or self.moving is None:
             return None
         return warp_to_fixed(self.moving, self.point_map, self.fixed_size)
@@ -178,7 +178,7 @@ def describe_as_html(
 @lru_cache(maxsize=1)
 def shipped_matcher():
     "The matcher with the packaged weights, in evaluation mode."
-    from loftr_curriculum.model.weights import load_matcher
+    from ..model.weights import load_matcher
 
     return load_matcher()
 
@@ -312,9 +312,9 @@ def register(
     """Find the map that brings the moving image onto the fixed one.
 
     Never raises for a hard pair and never guesses: where there is no answer the verdict is FAILED and
-    `moving_to_fixed` is None. Raises ImageError (a ValueError) for files and arrays that are no 8- or 16-bit grey
-    or RGB images, ValueError for masks without guidance and the reverse, and for a matcher in training mode, whose
-    answers depend on the batch.
+    `moving_to_fixed` is None. Raises ImageError (a ValueError) for files and arrays that are no 8- or 16-bit
+    grey or RGB images. Raises ValueError for masks without guidance and the reverse, and for a matcher in
+    training mode, whose answers depend on the batch.
     """
     config, guidance = config or RegistrationConfig(), guidance or UNGUIDED
     check_guidance_and_masks(fixed_mask, moving_mask, guidance)

@@ -32,20 +32,19 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from loftr_curriculum.registration.verdict import (
-    Evidence,
-    distance,
-    gather_evidence,
-    judge,
-    seen_by_both,
-)
-
 from ..geometry import Affine, PointMap, centre, similarity
 from ..model.config import UNGUIDED, Guidance
 from .bend import Refined, refine_by_patches
 from .config import RegistrationConfig, Verdict
 from .frames import Frame, mirrored_frame, plain_view, turned_view, warped_view
 from .passes import Pass, PassRequest, finish_pass, match_views
+from .verdict import (
+    Evidence,
+    distance,
+    gather_evidence,
+    judge,
+    seen_by_both,
+)
 from .verifier import probability, vessel_agreement
 
 
@@ -191,7 +190,7 @@ def look_at_vessels(
     moving: Frame,
     config: RegistrationConfig,
 ) -> Outcome:
-    "The outcome of an attempt: what the matches say, and what the vessels say where the matches have an answer."
+    "The outcome of an attempt: what the matches say and, where they have an answer, what the vessels say."
     verdict, reasons = judge(evidence, last.reasons, config)
     if verdict == Verdict.FAILED or not config.verify:
         return Outcome(last, evidence, verdict, reasons)
@@ -240,7 +239,7 @@ def try_mirrored(
     moving: Frame,
     config: RegistrationConfig,
 ) -> Walk:
-    "The outcome for the mirrored moving image where it is ok and wanted; else the one before, which says what was found."
+    "The outcome for the mirrored image where it is ok and wanted; else the one before, which names it."
     flipped = yield from attempt(fixed, mirrored_frame(moving), config, config.first_long_side)
     if flipped.verdict != Verdict.OK:
         return best

@@ -26,7 +26,10 @@ import numpy as np
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.ticker import MaxNLocator
 
-from loftr_curriculum.report.plots import (
+from ..evaluation.collapse import THRESHOLD, carriers, overlap_fields, thirds
+from ..evaluation.recording import summary
+from ..io.files import atomic_path
+from .plots import (
     add_matches,
     figure_pixels,
     new_figure,
@@ -35,10 +38,6 @@ from loftr_curriculum.report.plots import (
     save_figure,
     shade_phases,
 )
-
-from ..evaluation.collapse import THRESHOLD, carriers, overlap_fields, thirds
-from ..evaluation.recording import summary
-from ..io.files import atomic_path
 
 
 # %% ../../nbs/08_report/02_collapse.ipynb #5a9919d1

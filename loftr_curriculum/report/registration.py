@@ -10,7 +10,12 @@ from pathlib import Path
 
 import numpy as np
 
-from loftr_curriculum.report.plots import (
+from ..geometry import fit_size, resize_image
+from ..io.files import refuse_to_overwrite
+from ..io.images import write_image
+from ..io.transforms import TransformRecord, load_transform, save_transform
+from ..registration.frames import open_image, warp_to_fixed
+from .plots import (
     add_matches,
     checkerboard,
     for_display,
@@ -18,12 +23,6 @@ from loftr_curriculum.report.plots import (
     plot_pair,
     save_figure,
 )
-
-from ..geometry import fit_size, resize_image
-from ..io.files import refuse_to_overwrite
-from ..io.images import write_image
-from ..io.transforms import TransformRecord, load_transform, save_transform
-from ..registration.frames import open_image, warp_to_fixed
 
 
 # %% ../../nbs/08_report/01_registration.ipynb #15e7d553

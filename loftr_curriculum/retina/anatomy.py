@@ -674,7 +674,7 @@ def main() -> None:
     "`python -m loftr_curriculum.retina.anatomy --eyes 500`"
     from jsonargparse import auto_cli
 
-    from loftr_curriculum.retina import anatomy
+    from . import anatomy
 
     try:
         print(table_of(auto_cli(anatomy.measure_eyes)))

@@ -26,7 +26,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from loftr_curriculum.retina.drawing import (
+from .config import EyeConfig
+from .drawing import (
     Canvas,
     clouds,
     draw_vessels,
@@ -36,7 +37,8 @@ from loftr_curriculum.retina.drawing import (
     speckle,
     to_bytes,
 )
-from loftr_curriculum.retina.render import (
+from .lesions import cover_vessels
+from .render import (
     Shown,
     VesselStyle,
     contrast_left,
@@ -45,9 +47,6 @@ from loftr_curriculum.retina.render import (
     gains_shown,
     visibility,
 )
-
-from .config import EyeConfig
-from .lesions import cover_vessels
 from .tree import Anatomy, Vessels
 
 

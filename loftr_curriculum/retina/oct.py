@@ -30,7 +30,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from loftr_curriculum.retina.render import (
+from .config import EyeConfig
+from .drawing import Canvas, clouds, expose, fibres, lighting, mesh, speckle, to_bytes
+from .lesions import cover_vessels
+from .render import (
     Shown,
     VesselStyle,
     blood_column,
@@ -39,10 +42,6 @@ from loftr_curriculum.retina.render import (
     draw_visibility,
     gains_shown,
 )
-
-from .config import EyeConfig
-from .drawing import Canvas, clouds, expose, fibres, lighting, mesh, speckle, to_bytes
-from .lesions import cover_vessels
 from .tree import Anatomy, Vessels
 
 

@@ -38,7 +38,8 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 
-from loftr_curriculum.retina.drawing import (
+from .config import EyeConfig
+from .drawing import (
     Canvas,
     clouds,
     draw_vessels,
@@ -49,8 +50,6 @@ from loftr_curriculum.retina.drawing import (
     speckle,
     to_bytes,
 )
-
-from .config import EyeConfig
 from .lesions import cover_vessels, lesions_shown
 from .render import VesselStyle, blood_column, contrast_left, draw_visibility
 from .tree import Anatomy, Vessels

@@ -721,7 +721,7 @@ def main(
     "`python -m loftr_curriculum.training.ablation --out curriculum_ablation.json --cache runs/ablation`"
     from jsonargparse import auto_cli
 
-    from loftr_curriculum.training import ablation
+    from . import ablation
 
     signal.signal(
         signal.SIGINT,

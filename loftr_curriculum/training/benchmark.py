@@ -648,7 +648,7 @@ def main(
     "`python -m loftr_curriculum.training.benchmark --out benchmark.json`"
     from jsonargparse import auto_cli
 
-    from loftr_curriculum.training import benchmark
+    from . import benchmark
 
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] == ["--serve"]:

@@ -25,16 +25,6 @@ from pathlib import Path
 
 import numpy as np
 
-from loftr_curriculum.report.plots import (
-    add_matches,
-    new_figure,
-    phase_of,
-    plot_curriculum,
-    plot_pair,
-    save_figure,
-    shade_phases,
-)
-
 from ..data.config import DataConfig
 from ..evaluation.metrics import at_512, corner_error
 from ..evaluation.recording import Recording
@@ -45,6 +35,15 @@ from ..model.config import MatcherConfig
 from ..model.weights import load_matcher
 from ..registration import RegistrationConfig, register
 from ..report.collapse import draw_strip
+from ..report.plots import (
+    add_matches,
+    new_figure,
+    phase_of,
+    plot_curriculum,
+    plot_pair,
+    save_figure,
+    shade_phases,
+)
 from ..report.registration import draw_checkerboard, write_registration
 from ..retina.config import SEEDS, EyeConfig
 from ..retina.world import make_world

@@ -430,7 +430,7 @@ def main() -> None:
     "`python -m loftr_curriculum.training.fine_tuning --out fine_tuning.json`"
     from jsonargparse import auto_cli
 
-    from loftr_curriculum.training import fine_tuning
+    from . import fine_tuning
 
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     try:

@@ -27,13 +27,14 @@ import lightning.pytorch as pl
 import numpy as np
 import torch
 
-from loftr_curriculum.evaluation.probes import (
+from ..evaluation.collapse import THRESHOLD
+from ..evaluation.probes import (
     match_probes,
     pseudo_real_probes,
     real_probes,
     validation_probes,
 )
-from loftr_curriculum.evaluation.recording import (
+from ..evaluation.recording import (
     PATIENCE,
     Recording,
     measure,
@@ -41,8 +42,6 @@ from loftr_curriculum.evaluation.recording import (
     write_epoch,
     write_probes,
 )
-
-from ..evaluation.collapse import THRESHOLD
 from ..model.config import UNGUIDED
 from ..report.collapse import draw_lines, first_of_kinds
 from ..report.plots import figure_pixels, new_figure

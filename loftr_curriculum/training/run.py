@@ -41,7 +41,11 @@ import torch
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from loftr_curriculum.training.callbacks import (
+from ..data.module import PairDataModule
+from ..io.files import read_json, write_json
+from ..model.weights import SHIPPED, load_matcher, order_for_cpu, save_matcher
+from ..retina.config import GENERATOR_VERSION
+from .callbacks import (
     BestWhenIndependent,
     EpochTable,
     PatientStopping,
@@ -49,19 +53,14 @@ from loftr_curriculum.training.callbacks import (
     RealPairs,
     Stopwatch,
 )
-from loftr_curriculum.training.history import (
+from .curriculum import CurriculumScheduler, independence_from
+from .history import (
     RunFolder,
     facts_before,
     facts_from,
     read_epochs,
     write_before,
 )
-
-from ..data.module import PairDataModule
-from ..io.files import read_json, write_json
-from ..model.weights import SHIPPED, load_matcher, order_for_cpu, save_matcher
-from ..retina.config import GENERATOR_VERSION
-from .curriculum import CurriculumScheduler, independence_from
 from .module import PL_LoFTR
 from .recorder import MatchRecorder, ProbeSources
 from .resume import AtomicCheckpointIO, LastCheckpoint, polite_stop

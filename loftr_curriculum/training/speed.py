@@ -226,7 +226,7 @@ def main() -> None:
     "`python -m loftr_curriculum.training.speed --out speed.json`"
     from jsonargparse import auto_cli
 
-    from loftr_curriculum.training import speed
+    from . import speed
 
     try:
         print(speed_table(auto_cli(speed.measure_speed)))
