@@ -34,6 +34,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from ..geometry import NEAR, Motion, apply_transform, invert, mild
 from ..retina.config import GENERATOR_VERSION, SEEDS, seeds_of
 from ..retina.world import WorldBank, keep_memory
+from .batch import PairBatch, collate_pairs
 from .config import DataConfig, held_out, shares_of
 from .device import DeviceViews, collate_recipes, draw_recipe
 from .landmarks import PairTableSource
@@ -289,7 +290,7 @@ def _settle(_):
 class PairDataModule(L.LightningDataModule):
     """Training and validation batches of image pairs.
 
-    A batch is a dict: image0, image1 (B, 1, S, S) float32 in [-1, 1]; mask0, mask1 (B, S, S) float32 vessel masks in [0, 1];
+    A batch is a `PairBatch`: image0, image1 (B, 1, S, S) float32 in [-1, 1]; mask0, mask1 (B, S, S) float32 vessel masks in [0, 1];
     fov0, fov1 (B, S, S) bool; fixed_to_moving (B, 3, 3) float32, points of image 0 to points of image 1; mode, id lists of str.
     With `config.deform` above 0 also map_0to1, map_1to0 (B, S/8, S/8, 2) float32: where the centres of the 8-px cells truly lie in the other
     image, px; fixed_to_moving is then the affine part.
@@ -314,7 +315,7 @@ class PairDataModule(L.LightningDataModule):
             train, val = split_sources(self.config)
             self.train_pairs, self.val_pairs = TrainPairs(train, self.config), ValPairs(val, self.config)
 
-    def _loader(self, dataset, sampler=None, collate=None, kind=DataLoader):
+    def _loader(self, dataset, sampler=None, collate=collate_pairs, kind=DataLoader):
         workers = self.config.workers
         if workers:
             cv2.setNumThreads(1)  # before the fork: OpenCV's pool of threads does not survive it
@@ -326,7 +327,7 @@ class PairDataModule(L.LightningDataModule):
     def train_dataloader(self):
         "Batches of the current epoch, divided among the processes of a distributed run."
         rank, replicas = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
-        collate = collate_recipes if self.config.on_device else None
+        collate = collate_recipes if self.config.on_device else collate_pairs
         return self._loader(
             self.train_pairs, EpochSampler(self.config.pairs_per_epoch, rank, replicas), collate, PairLoader
         )
@@ -337,7 +338,7 @@ class PairDataModule(L.LightningDataModule):
 
     def on_after_batch_transfer(self, batch, dataloader_idx):
         "With `config.on_device`, the batch that a recipe describes, made where the recipe now is; other batches as they are."
-        if "image0" in batch:
+        if isinstance(batch, PairBatch):
             return batch
         device = batch["fov"].device
         if self.views is None or self.views.device != device:

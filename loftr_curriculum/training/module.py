@@ -25,7 +25,7 @@ __all__ = [
 
 # %% ../../nbs/09_training/04_module.ipynb #958176cc
 import math
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import lightning.pytorch as pl
 import numpy as np
@@ -33,6 +33,7 @@ import torch
 from torchmetrics import Metric
 from torchmetrics.aggregation import CatMetric
 
+from ..data.batch import PairBatch, batch_of
 from ..evaluation.collapse import collapse_figures
 from ..evaluation.metrics import at_512, auc, corner_error
 from ..geometry import check_transform, invert
@@ -191,35 +192,41 @@ def exchange_mask(
 
 # %% ../../nbs/09_training/04_module.ipynb #c3e8e43f
 def with_masks(
-    batch,  # dict of PairDataModule
+    batch,  # PairBatch
     whose,  # "own", "other" or "uniform", as in CurriculumConfig
-) -> dict:
+) -> PairBatch:
     "The batch with the masks that guide and weight it."
     if whose == "own":
         return batch
-    masks = {name: exchange_mask(batch[name], whose) for name in ("mask0", "mask1")}
-    return {**batch, **masks}
+    mask0, mask1 = exchange_mask(batch.mask0, whose), exchange_mask(batch.mask1, whose)
+    return replace(batch, mask0=mask0, mask1=mask1)
 
 
 # %% ../../nbs/09_training/04_module.ipynb #3d60ab23
 def forward_batch(
     matcher,  # Matcher
-    batch,  # dict of PairDataModule
+    batch,  # PairBatch
     guidance,  # Guidance
 ):
     "The matcher's result on a batch."
     return matcher(
-        *(batch[k] for k in ("image0", "image1", "fov0", "fov1", "mask0", "mask1")), guidance=guidance
+        batch.image0,
+        batch.image1,
+        batch.fov0,
+        batch.fov1,
+        batch.mask0,
+        batch.mask1,
+        guidance=guidance,
     )
 
 
 # %% ../../nbs/09_training/04_module.ipynb #09cfa2bb
 def training_step(
     module,  # PL_LoFTR
-    batch,  # dict of PairDataModule
+    batch,  # PairBatch, or a dict with its fields
 ) -> torch.Tensor:
     "The weighted loss of a batch under the module's guidance."
-    batch = with_masks(batch, module.config.phases.mask)
+    batch = with_masks(batch_of(batch), module.config.phases.mask)
     result = forward_batch(module.matcher, batch, module.guidance)
     truth = cell_frame(batch, result.grid0, result.grid1)
     targets = supervise(
@@ -233,7 +240,7 @@ def training_step(
     )
     draw = torch.Generator().manual_seed(module.config.seed * 1_000_003 + module.global_step)
     loss = matching_loss(module.matcher, result, targets, truth.mask0, truth.mask1, draw, module.guidance)
-    log_loss(module, loss, len(batch["image0"]))
+    log_loss(module, loss, len(batch))
     return loss.total
 
 
@@ -264,17 +271,26 @@ COLLAPSE = (
 
 def validate(
     module,  # PL_LoFTR
-    batch,  # dict of PairDataModule
+    batch,  # PairBatch, or a dict with its fields
     guidance,  # Guidance
 ) -> tuple:
     "Corner errors (B,) at 512 px, and the mean collapse figures of the batch."
+    batch = batch_of(batch)
     shown = with_masks(batch, module.config.phases.mask)
-    given = {name: shown[name] for name in ("image0", "image1", "fov0", "fov1", "mask0", "mask1")}
-    found = module.matcher.match(**given, guidance=guidance, threshold=0.0)
-    truth = batch["fixed_to_moving"].cpu().numpy().astype(float)
-    fov0, fov1 = batch["fov0"].cpu().numpy(), batch["fov1"].cpu().numpy()
+    found = module.matcher.match(
+        shown.image0,
+        shown.image1,
+        shown.fov0,
+        shown.fov1,
+        shown.mask0,
+        shown.mask1,
+        guidance=guidance,
+        threshold=0.0,
+    )
+    truth = batch.fixed_to_moving.cpu().numpy().astype(float)
+    fov0, fov1 = batch.fov0.cpu().numpy(), batch.fov1.cpu().numpy()
     errors = [quick_error(m, fov0[k], truth[k], fov1.shape[1:]) for k, m in enumerate(found)]
-    vessels = batch["mask0"].cpu().numpy()
+    vessels = batch.mask0.cpu().numpy()
     figures = [
         collapse_figures(m.points0, m.points1, fov0[k], fov1[k], truth[k], vessels[k], m.confidence)
         for k, m in enumerate(found)

@@ -152,23 +152,21 @@ def move_map(
 
 # %% ../../nbs/09_training/02_supervision.ipynb #09f4b23b
 def cell_frame(
-    batch,  # a batch of PairDataModule
+    batch,  # PairBatch
     grid0,  # Grid of the coarse cells of image 0
     grid1,  # Grid of the coarse cells of image 1, with the same offset
 ) -> Truth:
     "The truth and the masks of a batch in the frame in which cells stand for their centres."
-    T, mask0, mask1 = batch["fixed_to_moving"], batch["mask0"], batch["mask1"]
-    map_0to1, map_1to0 = batch.get("map_0to1"), batch.get("map_1to0")
-    shift = grid0.to_centre
+    T, shift = batch.fixed_to_moving, grid0.to_centre
     if not shift:
-        return Truth(T, map_0to1, map_1to0, mask0, mask1)
+        return Truth(T, batch.map_0to1, batch.map_1to0, batch.mask0, batch.mask1)
     S = torch.eye(3).to(T)
     S[:2, 2] = shift
     before = int(shift), 0, int(shift), 0  # pixels that are added at the left and above
     return Truth(
         S @ T @ torch.linalg.inv(S),
-        move_map(map_0to1, grid0, T),
-        move_map(map_1to0, grid1, torch.linalg.inv(T)),
-        F.pad(mask0, before),
-        F.pad(mask1, before),
+        move_map(batch.map_0to1, grid0, T),
+        move_map(batch.map_1to0, grid1, torch.linalg.inv(T)),
+        F.pad(batch.mask0, before),
+        F.pad(batch.mask1, before),
     )
