@@ -39,6 +39,7 @@ from torch.utils.data import default_collate
 from ..geometry import Motion, compose, invert, resize_matrix
 from ..retina.config import split_mode
 from ..retina.randomise import Look, draw_look, draw_scan, enlarger, local_mean
+from .batch import PairBatch
 from .pairs import (
     GeneratedSource,
     cell_points,
@@ -487,7 +488,7 @@ class DeviceViews:
     def __call__(
         self,
         recipe: dict,  # from `collate_recipes`, on the device
-    ) -> dict:  # the batch of `PairDataModule`
+    ) -> PairBatch:
         "From recipes to a training batch."
         with torch.autocast(self.device.type, enabled=False):
             gray, mask = self.cut(recipe)
@@ -501,17 +502,16 @@ class DeviceViews:
                     gray, fov, {k: recipe[k].flatten(0, 1) for k in LOOK}, self.grain(recipe["seed"]), self.M
                 )
             image, mask = normalise_batch(gray, fov, self.M)[:, None], mask / 255 * fov
-        out = {
-            "image0": image[::2],
-            "image1": image[1::2],
-            "mask0": mask[::2],
-            "mask1": mask[1::2],
-            "fov0": fov[::2],
-            "fov1": fov[1::2],
-        }
-        return out | {
-            k: recipe[k] for k in ("fixed_to_moving", "map_0to1", "map_1to0", "mode", "id") if k in recipe
-        }
+        given = ("fixed_to_moving", "map_0to1", "map_1to0", "mode", "id")
+        return PairBatch(
+            image0=image[::2],
+            image1=image[1::2],
+            mask0=mask[::2],
+            mask1=mask[1::2],
+            fov0=fov[::2],
+            fov1=fov[1::2],
+            **{name: recipe[name] for name in given if name in recipe},
+        )
 
     def grain(
         self,
