@@ -39,6 +39,8 @@ class PairBatch:
 
     def to(self, device, **options) -> "PairBatch":
         "The batch on another device; options are those of `Tensor.to`."
+        if torch.device(device).type == "cuda":
+            options.setdefault("non_blocking", True)
         return change_tensors(self, lambda tensor: tensor.to(device, **options))
 
     def pin_memory(self) -> "PairBatch":

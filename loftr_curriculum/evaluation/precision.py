@@ -89,7 +89,7 @@ def match_errors(
     "Errors of all matches: of matched cells, after the flow of the shrunk images, of what the matcher returns, and of the affine fitted to that; inf where there is none."
     import torch
 
-    from ..model.matcher import matched_cells, shrink_pair
+    from ..model.stages import matched_cells, shrink_pair
 
     def put(a, *ones):
         return torch.from_numpy(a).reshape(*ones, *a.shape)

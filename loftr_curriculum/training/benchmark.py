@@ -498,7 +498,7 @@ def measure_cuda(
     for compiled in (False, True):
         matcher = load_matcher(settings.weights, "cuda")
         if compiled:
-            matcher._forward = torch.compile(matcher._forward)
+            matcher.compile()
         steps = training_steps(MatcherConfig(), "cuda", compiled)
         for precision in ("32", "bf16"):
 
