@@ -50,7 +50,7 @@ setup(
     python_requires=">=" + settings["min_python"],
     # weights/ holds no module, yet setuptools wants every folder that is shipped among the packages
     packages=find_namespace_packages(include=[name, f"{name}.*"], exclude=["*.__pycache__"]),
-    package_data={f"{name}.weights": ["*.safetensors", "*.json", "*.md"]},
+    package_data={name: ["py.typed"], f"{name}.weights": ["*.safetensors", "*.json", "*.md"]},
     install_requires=lines(settings["requirements"]),
     extras_require={extra: lines(settings[f"{extra}_requirements"]) for extra in ("dev", "browser")},
     entry_points={

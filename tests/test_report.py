@@ -56,7 +56,7 @@ def test_writes_all_four_files(dtype, channels, tmp_path):
     T = similarity(10, 1.1, (5, 3))
     r = a_result(moving, T)
     names = [p.name for p in write_registration(r, fixed, moving, tmp_path / "new" / "folder")]
-    assert names == ["transform.json", "warped.png", "checkerboard.png", "matches.png"]
+    assert names == ["transform.json", "transform.tfm", "warped.png", "checkerboard.png", "matches.png"]
     out = tmp_path / "new" / "folder"
     record = load_transform(out / "transform.json")
     assert (

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from ..geometry import fit_size, resize_image
+from ..io.exports import save_itk
 from ..io.files import refuse_to_overwrite
 from ..io.images import write_image
 from ..io.transforms import TransformRecord, load_transform, save_transform
@@ -78,7 +79,7 @@ def draw_checkerboard(
 
 
 # %% ../../nbs/08_report/01_registration.ipynb #24ca99a6
-FILES = ("transform.json", "warped.png", "checkerboard.png", "matches.png")
+FILES = ("transform.json", "transform.tfm", "warped.png", "checkerboard.png", "matches.png")
 
 
 def outputs_of(
@@ -106,7 +107,7 @@ def write_registration(
     moving,  # file path or (H1, W1[, 3]) array: the moving image
     out_dir,  # folder, made where it is missing
 ) -> list:  # the paths written
-    """Write transform.json, warped.png, checkerboard.png and matches.png; each atomically, the transform last.
+    """Write transform.json, transform.tfm (ITK), warped.png, checkerboard.png and matches.png, each atomically.
 
     FileError, before anything is written, where one of them is an input.
     """
@@ -114,10 +115,11 @@ def write_registration(
     refuse_to_overwrite(outputs_of(out), [p for p in (fixed, moving) if isinstance(p, (str, Path))])
     fixed, moving = open_image(fixed, "fixed"), open_image(moving, "moving")
     out.mkdir(parents=True, exist_ok=True)
-    transform, warped, board, matches = outputs_of(out)
+    transform, itk, warped, board, matches = outputs_of(out)
     remove_earlier(transform)
     save_figure(matches, draw_matches(result, fixed, moving))
     if result.moving_to_fixed is not None:
+        save_itk(itk, result.point_map, result.fixed_size)
         write_image(warped, result.warped)
         write_image(board, draw_checkerboard(result, fixed, moving))
     save_transform(
@@ -130,7 +132,7 @@ def write_registration(
             reasons=result.reasons,
             point_map=result.point_map,
             evidence=dict(result.evidence.to_dict()),
-            files=tuple(p.name for p in (warped, board, matches) if p.exists()),
+            files=tuple(p.name for p in (itk, warped, board, matches) if p.exists()),
         ),
     )
-    return [p for p in (transform, warped, board, matches) if p.exists()]
+    return [p for p in (transform, itk, warped, board, matches) if p.exists()]

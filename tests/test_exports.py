@@ -1,0 +1,52 @@
+"Guards of the exports: other programs read them and resample as this package does."
+
+import numpy as np
+import pytest
+
+from loftr_curriculum.geometry import Affine, Bent, Homography, affine
+from loftr_curriculum.io.exports import save_itk
+
+SIZE = (240, 320)
+T = affine(12, 1.1, (8, -5), center=(160, 120), aspect=1.02, shear=0.02)
+
+
+def a_bend(seed=0, strength=4.0):
+    rng = np.random.default_rng(seed)
+    coefficients = np.zeros((6, 2))
+    coefficients[3:] = strength * rng.uniform(-1, 1, (3, 2))
+    support = np.array([[20, 20], [300, 20], [300, 220], [20, 220]], float)
+    return Bent(T, np.array([160.0, 120]), 160.0, coefficients, np.empty((0, 2)), support, 50.0)
+
+
+def a_homography():
+    matrix = T.copy()
+    matrix[2, :2] = 2e-4, -1e-4
+    return Homography(matrix)
+
+
+@pytest.mark.parametrize(
+    "fixed_to_moving", [Affine(T), a_homography(), a_bend()], ids=["affine", "plane", "bent"]
+)
+def test_itk_maps_points_and_resamples_as_we_do(fixed_to_moving, tmp_path):
+    sitk = pytest.importorskip("SimpleITK")
+    moving_to_fixed = fixed_to_moving.inverse()
+    save_itk(tmp_path / "t.tfm", moving_to_fixed, SIZE)
+    transform = sitk.ReadTransform(str(tmp_path / "t.tfm"))
+    points = np.random.default_rng(0).uniform(0, 1, (200, 2)) * (SIZE[1] - 1, SIZE[0] - 1)
+    theirs = np.array([transform.TransformPoint(point.tolist()) for point in points])
+    assert np.abs(theirs - fixed_to_moving(points)).max() < 0.05
+
+    y, x = np.mgrid[:260, :300]
+    moving = (100 + 50 * np.sin(x / 11) + 50 * np.cos(y / 13)).astype(np.float32)
+    fixed = sitk.GetImageFromArray(np.zeros(SIZE, np.float32))
+    resampled = sitk.GetArrayFromImage(
+        sitk.Resample(sitk.GetImageFromArray(moving), fixed, transform, sitk.sitkLinear)
+    )
+    ours = moving_to_fixed.warp(moving, SIZE)
+    inside = moving_to_fixed.warp(np.ones(moving.shape, bool), SIZE, "nearest")
+    inside[:3], inside[-3:], inside[:, :3], inside[:, -3:] = False, False, False, False
+    both = inside & (resampled > 0) & (ours > 0)
+    assert both.mean() > 0.4
+    assert (
+        np.quantile(np.abs(resampled - ours)[both], 0.99) < 0.5
+    )  # grey values; they change by up to 5 a pixel
