@@ -5,6 +5,7 @@ import subprocess
 import sys
 from dataclasses import asdict
 from functools import cache
+from importlib import import_module
 
 import numpy as np
 import pytest
@@ -14,12 +15,12 @@ import torch.nn.functional as F
 from loftr_curriculum.data.pairs import GeneratedSource
 from loftr_curriculum.geometry import NEAR, Grid, apply_transform, resize_matrix
 from loftr_curriculum.model.coarse import dual_softmax, mutual_maxima
-from loftr_curriculum.model.config import UNGUIDED, Guidance, MatcherConfig
+from loftr_curriculum.model.config import UNGUIDED, VARIANTS, Guidance, MatcherConfig
 from loftr_curriculum.model.fine import AGREE, FlowHead, affine_from_flow, predict_flow
 from loftr_curriculum.model.guidance import mask_to_grid
 from loftr_curriculum.model.matcher import Matcher
 from loftr_curriculum.model.stages import matched_cells, shrink_pair
-from loftr_curriculum.model.weights import PACKAGED, load_matcher, save_matcher
+from loftr_curriculum.model.weights import PACKAGED, load_matcher, make_matcher, save_matcher
 from loftr_curriculum.retina.config import EyeConfig, seeds_of
 from loftr_curriculum.retina.world import WorldBank
 from loftr_curriculum.training.losses import matching_loss
@@ -381,3 +382,39 @@ def test_the_other_variant_is_refused(tmp_path):
     Matcher(MatcherConfig(**TINY)).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="expected a ReferenceMatcher"):
         ReferenceMatcher.from_pretrained(tmp_path)
+
+
+def test_weights_are_read_without_importing_a_network():
+    code = """
+import sys
+import loftr_curriculum.model.weights
+sys.exit(any(f'loftr_curriculum.model.{name}' in sys.modules for name in ('matcher', 'reference')))
+"""
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_result_holds_tensors_and_no_network(variant):
+    net = make_matcher(MatcherConfig(variant)).eval()
+    with torch.no_grad():
+        result = net(smooth((64, 64)), smooth((64, 64), 1))
+    assert {type(value) for value in vars(result).values()} == {torch.Tensor, Grid, int}
+    assert all(isinstance(layer, torch.nn.Module) for layer in net.fine_stage.layers)
+
+
+@pytest.mark.parametrize(
+    "module, old, new",
+    [
+        ("model.fine", "bring_home", "warp_features"),
+        ("model.fine", "settle", "affine_from_flow"),
+        ("model.matcher", "FlowResult", "CoarseResult"),
+        ("model.matcher", "shrink_pair", "shrink_pair"),
+        ("model.reference", "ReferenceResult", "CoarseResult"),
+        ("training.losses", "nearby", "perturb"),
+        ("training.curriculum", "heed_index", "end_teaching_when_calm"),
+    ],
+)
+def test_names_of_before_answer_and_say_so(module, old, new):
+    room = import_module(f"loftr_curriculum.{module}")
+    with pytest.warns(DeprecationWarning, match=f"{old} is now"):
+        assert getattr(room, old).__name__ == new

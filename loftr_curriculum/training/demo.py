@@ -5,14 +5,18 @@
 # %% auto #0
 __all__ = [
     "EYE",
+    "MEASURED",
     "SMALL",
     "NAMES",
+    "SHOWN",
+    "ROW",
     "FILES",
     "demo_config",
     "demo_pair",
     "draw_run",
     "answer",
     "said",
+    "draw_answer",
     "draw_beside",
     "demo",
     "draw_training",
@@ -107,6 +111,15 @@ def demo_pair(
 
 
 # %% ../../nbs/09_training/07_demo.ipynb #3b6fd86c
+# what is drawn of each epoch: logged name -> label
+MEASURED = {
+    "val/auc": "AUC, unguided",
+    "val_guided/auc": "AUC, guided",
+    "val/coverage1": "coverage of the moving field",
+    "val/many_to_one": "many to one",
+}
+
+
 def draw_run(
     rows,  # list of `read_epochs`
 ):
@@ -116,12 +129,7 @@ def draw_run(
     epochs, lam, scaler = (np.array([r[k] for r in rows]) for k in ("epoch", "sched/lambda", "sched/loss_w"))
     plot_curriculum(upper, epochs, lam, scaler)
     shade_phases(lower, epochs, phase_of(lam, scaler))
-    for key, name in (
-        ("val/auc", "AUC, unguided"),
-        ("val_guided/auc", "AUC, guided"),
-        ("val/coverage1", "coverage of the moving field"),
-        ("val/many_to_one", "many to one"),
-    ):
+    for key, name in MEASURED.items():
         known = [(r["epoch"], r[key]) for r in rows if key in r]
         if known:
             lower.plot(*zip(*known), marker=".", label=name)
@@ -169,25 +177,42 @@ def said(
 
 
 # %% ../../nbs/09_training/07_demo.ipynb #dafc24b1
+SHOWN = 160  # match lines at most
+
+
+def draw_answer(
+    lines,  # Axes for the match lines
+    board,  # Axes for the checkerboard
+    registration,  # Registration
+    pair,  # from `demo_pair`
+) -> None:
+    "Some of the match lines over both images, and the checkerboard where there is a transform."
+    fixed, moving, _ = pair
+    matches = registration.matches
+    some = np.linspace(0, max(0, len(matches) - 1), min(len(matches), SHOWN)).astype(int)
+    shown = matches[some]
+    add_matches(plot_pair(lines, fixed, moving, 320), shown.points0, shown.points1, shown.inliers)
+    if registration.moving_to_fixed is not None:
+        board.imshow(draw_checkerboard(registration, fixed, moving))
+    board.set_axis_off()
+
+
+# %% ../../nbs/09_training/07_demo.ipynb #9c8967d8
+ROW = 348  # pixels of the picture for an answer
+
+
 def draw_beside(
     answers,  # name of NAMES -> what `answer` returned
     pair,  # from `demo_pair`
 ):
     "A row for each answer, some of its match lines and its checkerboard: a Figure."
-    fixed, moving, _ = pair
-    figure = new_figure(960, 348 * len(answers))
-    for k, (name, (r, found)) in enumerate(answers.items()):
-        bottom = 1 - (k + 1) / len(answers)
-        lines, board = (
-            figure.add_axes([x / 960, bottom, w / 960, 320 / 348 / len(answers)])
-            for x, w in ((0, 632), (640, 320))
-        )
-        some = r.matches[np.linspace(0, max(0, len(r.matches) - 1), min(len(r.matches), 160)).astype(int)]
-        add_matches(plot_pair(lines, fixed, moving, 320), some.points0, some.points1, some.inliers)
-        if r.moving_to_fixed is not None:
-            board.imshow(draw_checkerboard(r, fixed, moving))
-        board.set_axis_off()
-        figure.text(0.006, bottom + 330 / 348 / len(answers), said(name, found), fontsize=9)
+    figure = new_figure(960, ROW * len(answers))
+    for k, (name, (registration, found)) in enumerate(answers.items()):
+        bottom, height = 1 - (k + 1) / len(answers), 320 / ROW / len(answers)
+        lines = figure.add_axes([0, bottom, 632 / 960, height])
+        board = figure.add_axes([640 / 960, bottom, 320 / 960, height])
+        draw_answer(lines, board, registration, pair)
+        figure.text(0.006, bottom + 330 / ROW / len(answers), said(name, found), fontsize=9)
     return figure
 
 
