@@ -2505,6 +2505,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                 'loftr_curriculum/training/demo.py'),
                                                 'loftr_curriculum.training.demo.demo_pair': ( '09_training/demo.html#demo_pair',
                                                                                               'loftr_curriculum/training/demo.py'),
+                                                'loftr_curriculum.training.demo.draw_answer': ( '09_training/demo.html#draw_answer',
+                                                                                                'loftr_curriculum/training/demo.py'),
                                                 'loftr_curriculum.training.demo.draw_beside': ( '09_training/demo.html#draw_beside',
                                                                                                 'loftr_curriculum/training/demo.py'),
                                                 'loftr_curriculum.training.demo.draw_run': ( '09_training/demo.html#draw_run',
