@@ -76,7 +76,8 @@ def main(record: Path) -> int:
         "Written by `make test-full`; everything that is too slow for `make test`.",
         "",
         f"- {datetime.now(UTC):%Y-%m-%d %H:%M} UTC, commit {commit}{changed}",
-        f"- Python {platform.python_version()}, torch {version('torch')}, {os.cpu_count()} CPU cores, {platform.machine()}",
+        f"- Python {platform.python_version()}, torch {version('torch')}, "
+        f"{os.cpu_count()} CPU cores, {platform.machine()}",
         "",
         "| what | outcome | seconds | figures |",
         "|---|---|---|---|",

@@ -1,8 +1,9 @@
 """The gate: are the notebooks clean, and are the package and the README what the notebooks say?
 
-Works on a copy of the working tree (committed, changed and new files alike, without what git ignores), so that it can
-neither touch nor lose anything. In the copy every generated module is deleted, then notebooks are cleaned and exported
-and the README is made. Whatever differs afterwards is out of step. Run from the repository root (`make instep`).
+Works on a copy of the working tree (committed, changed and new files alike, without what git ignores), so that
+it can neither touch nor lose anything. In the copy every generated module is deleted, then notebooks are cleaned
+and exported and the README is made. Whatever differs afterwards is out of step. Run from the repository root
+(`make instep`).
 """
 
 import difflib
@@ -55,7 +56,7 @@ def regenerate(root: Path) -> None:
 
 
 def explain(name: str, before: bytes | None, after: bytes | None) -> str:
-    """One line on what is wrong with a file, and the first lines of the difference where it is text worth reading."""
+    """One line on what is wrong with a file, and the first lines of the difference where it is text."""
     if after is None:
         return f"  {name}: generated, but no notebook exports it any more (delete it)"
     if before is None:
@@ -85,9 +86,7 @@ def main() -> int:
     wrong = sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name))
     if wrong:
         print("Out of step:", *(explain(name, before.get(name), after.get(name)) for name in wrong), sep="\n")
-        print(
-            "`make prepare` brings notebooks, package and README into step; then look at `git diff` and commit."
-        )
+        print("`make prepare` brings notebooks, package and README into step; then look at `git diff`.")
         return 1
     notebooks = sum(name.endswith(".ipynb") for name in after)
     new = [name for name in git_files("--others") if name.startswith(("nbs/", "loftr_curriculum/"))]
