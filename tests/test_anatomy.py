@@ -1,4 +1,4 @@
-"""Guards of the measurements of the eye: rulers against drawings of known size, faults, one whole eye, the command."""
+"""Guards of measuring the eye: rulers against drawings of known size, faults, one whole eye, the command."""
 
 import json
 import subprocess
@@ -33,7 +33,10 @@ NOWHERE = Disc(np.array([0.0, 256.0]), 20.0)
 
 
 def drawing(lines, size=512):
-    """Lines (x0, y0, x1, y1, width) with soft edges, from their distance to every pixel: OpenCV's thick lines are wider than asked for."""
+    """Lines (x0, y0, x1, y1, width) with soft edges, from their distance to every pixel.
+
+    OpenCV's thick lines are wider than asked for.
+    """
     y, x = np.mgrid[:size, :size].astype(float)
     out = np.zeros((size, size))
     for x0, y0, x1, y1, width in lines:

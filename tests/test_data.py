@@ -1,4 +1,4 @@
-"""Guards of the data room: fields of view, faults in folders and tables, masks that follow the transform, resume."""
+"""Guards of the data: fields of view, faults in folders and tables, masks that follow the map, resume."""
 
 import logging
 import subprocess
@@ -94,9 +94,18 @@ def iou(a, b):
     return (a & b).sum() / (a | b).sum()
 
 
-@pytest.mark.parametrize("options", [
-    {}, {"radius": 190}, {"radius": 80}, {"level": 0.08, "border": 0.01}, {"level": 0.5, "border": 0.08}, {"size": (1000, 1400), "radius": 600}, {"size": (120, 100), "radius": 45},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"radius": 190},
+        {"radius": 80},
+        {"level": 0.08, "border": 0.01},
+        {"level": 0.5, "border": 0.08},
+        {"size": (1000, 1400), "radius": 600},
+        {"size": (120, 100), "radius": 45},
+    ],
+)
 def test_field_of_view_of_discs(options):
     gray, true = eye(**options)
     assert iou(estimate_fov(gray), true) > 0.94
@@ -184,9 +193,16 @@ def test_names_with_underscores_and_modalities_in_the_case(case):
     assert parse_name(f"{case}_octave.png", case) is None and parse_name(f"{case}.png", case) is None
 
 
-@pytest.mark.parametrize("names, chosen", [
-    (("cf", "cf_512"), "cf_512"), (("cf", "cf_64", "cf_512"), "cf_512"), (("cf", "cf_b", "cf_a"), "cf_a"), (("cf_clip", "cf"), "cf"), (("cf",), "cf"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "names, chosen",
+    [
+        (("cf", "cf_512"), "cf_512"),
+        (("cf", "cf_64", "cf_512"), "cf_512"),
+        (("cf", "cf_b", "cf_a"), "cf_a"),
+        (("cf_clip", "cf"), "cf"),
+        (("cf",), "cf"),
+    ],
+)
 def test_precedence(names, chosen):
     for order in (names, names[::-1]):
         files = [parse_name(f"1_N_{n}.png", "1_N") for n in (*order, "fa")]
@@ -291,16 +307,37 @@ def test_a_table_lists_every_fault(table):
     (table.parent / "bad.png").write_text("bad")
     far = " ".join(map(str, similarity(0, 1, (5000, 0)).ravel()))
     mirror = "-1 0 511 0 1 0 0 0 1"
-    table.write_text("\n".join([
-        "fixed,moving,matrix,landmarks", "cf.png,absent.png,m.json,", "bad.png,fa.png,m.json,", "cf.png,fa.png,,points.csv", "cf.png,fa.png,,swapped.csv",
-        "cf.png,fa.png,,words.csv", f"cf.png,fa.png,{far},", f"cf.png,fa.png,{mirror},", "cf.png,fa.png,m.json,points.csv", "cf.png,,m.json,", "cf.png,fa.png,nothing.json,",
-    ]))  # fmt: skip
+    lines = [
+        "fixed,moving,matrix,landmarks",
+        "cf.png,absent.png,m.json,",
+        "bad.png,fa.png,m.json,",
+        "cf.png,fa.png,,points.csv",
+        "cf.png,fa.png,,swapped.csv",
+        "cf.png,fa.png,,words.csv",
+        f"cf.png,fa.png,{far},",
+        f"cf.png,fa.png,{mirror},",
+        "cf.png,fa.png,m.json,points.csv",
+        "cf.png,,m.json,",
+        "cf.png,fa.png,nothing.json,",
+    ]
+    table.write_text("\n".join(lines))
     with pytest.raises(FileError) as e:
         PairTableSource(table)
     text = str(e.value)
     assert "10 faults" in text
-    for part in ("absent.png: no such file", "bad.png: cannot be decoded", "three points", "no affine fits", "words.csv, line 2", "covers 0%", "mirrors", "exactly one of",
-                 "line 10: expected a fixed and a moving", "nothing.json"):  # fmt: skip
+    parts = [
+        "absent.png: no such file",
+        "bad.png: cannot be decoded",
+        "three points",
+        "no affine fits",
+        "words.csv, line 2",
+        "covers 0%",
+        "mirrors",
+        "exactly one of",
+        "line 10: expected a fixed and a moving",
+        "nothing.json",
+    ]
+    for part in parts:
         assert part in text, part
 
 
@@ -625,16 +662,29 @@ def test_processes_share_an_epoch_without_overlap():
         )
 
 
-@pytest.mark.parametrize("wrong, named", [
-    ({"size": 100}, "multiple of 32"), ({"modes": ()}, "modes"), ({"modes": ("fa-cf",)}, "cf-fa"), ({"val_share": 1.0}, "val_share"), ({"share_generated": 0.0}, "no source"),
-    ({"batch_size": 0}, "batch_size"), ({"seed": -1}, "seed"), ({"triplets": "x", "share_triplets": 0.0}, "no source"), ({"patient_pattern": "["}, "regular expression"),
-    ({"deform": -1.0}, "deform"), ({"deform": 7.0}, "fold"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "wrong, named",
+    [
+        ({"size": 100}, "multiple of 32"),
+        ({"modes": ()}, "modes"),
+        ({"modes": ("fa-cf",)}, "cf-fa"),
+        ({"val_share": 1.0}, "val_share"),
+        ({"share_generated": 0.0}, "no source"),
+        ({"batch_size": 0}, "batch_size"),
+        ({"seed": -1}, "seed"),
+        ({"triplets": "x", "share_triplets": 0.0}, "no source"),
+        ({"patient_pattern": "["}, "regular expression"),
+        ({"deform": -1.0}, "deform"),
+        ({"deform": 7.0}, "fold"),
+    ],
+)
 def test_wrong_settings_are_refused(wrong, named):
     with pytest.raises(ValueError, match=named):
         DataConfig(**wrong)
 
 
 def test_configuration_and_files_do_not_import_torch():
-    code = "import sys, loftr_curriculum.data.config, loftr_curriculum.data.landmarks, loftr_curriculum.io.transforms; sys.exit('torch' in sys.modules)"
+    rooms = ("data.config", "data.landmarks", "io.transforms")
+    imports = ", ".join(f"loftr_curriculum.{room}" for room in rooms)
+    code = f"import sys, {imports}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

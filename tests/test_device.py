@@ -1,4 +1,7 @@
-"""Guards of views made in batches: the geometry, the look and the law are those of NumPy, and a pair is a pair in any company."""
+"""Guards of views made in batches.
+
+The geometry, the look and the law are those of NumPy, and a pair is the same in every batch.
+"""
 
 from dataclasses import replace
 

@@ -1,4 +1,7 @@
-"""Guards of the pseudo-real list and of the SIFT baseline: frozen pairs, exact truth, folders, scores, dotted names."""
+"""Guards of the pseudo-real list and of the SIFT baseline.
+
+Frozen pairs, exact truth, folders, scores, dotted names.
+"""
 
 import hashlib
 import json

@@ -74,6 +74,8 @@ def _checks(
 ) -> list:  # (is it right, what was expected) for every field that can be wrong by itself
     "What every single value must satisfy."
     shares = (c.share_triplets, c.share_pairs, c.share_generated or 0)
+    start_size_fits = not c.grow_epochs or (64 <= c.start_size <= c.size and c.start_size % 32 == 0)
+    reads_files = bool(c.triplets or c.pairs)
     return [
         (c.modes and all(m in MODES for m in c.modes), f"modes must be of {', '.join(MODES)}, got {c.modes}"),
         (c.size >= 64 and c.size % 32 == 0, f"size must be a multiple of 32 of at least 64 px, got {c.size}"),
@@ -83,12 +85,14 @@ def _checks(
         (min(c.worlds, c.val_worlds, c.pairs_per_epoch, c.val_pairs, c.batch_size) >= 1,
          "worlds, val_worlds, pairs_per_epoch, val_pairs and batch_size must be at least 1"),
         (0 <= c.deform <= 6, f"deform must be in 0..6 px, beyond that maps would fold, got {c.deform}"),
-        (not c.grow_epochs or (64 <= c.start_size <= c.size and c.start_size % 32 == 0), f"start_size must be a multiple of 32 in 64..{c.size}, got {c.start_size}"),
+        (start_size_fits,
+         f"start_size must be a multiple of 32 in 64..{c.size}, got {c.start_size}"),
         (c.grow_epochs >= 0, f"grow_epochs must not be negative, got {c.grow_epochs}"),
         (0 <= c.near_share <= 1, f"near_share must be in 0..1, got {c.near_share}"),
         (c.widen_epochs >= 0, f"widen_epochs must not be negative, got {c.widen_epochs}"),
         (min(c.workers, c.render_workers) >= 0, "workers and render_workers must not be negative"),
-        (not (c.on_device and (c.triplets or c.pairs)), "on_device makes pairs of generated eyes alone: leave out triplets and pairs"),
+        (not (c.on_device and reads_files),
+         "on_device makes pairs of generated eyes alone: leave out triplets and pairs"),
         (c.seed in SEEDS["train"], f"seed must be in 0..{SEEDS['train'][-1]}, got {c.seed}"),
         (sum(shares_of(c).values()) > 0, "no source has a share above 0"),
     ]  # fmt: skip
@@ -144,7 +148,10 @@ def held_out(
     share,  # share of patients to hold out, in [0, 1)
     pattern=r"^([^_]+)",  # see `patient_of`
 ) -> set:  # names of the cases of the held-out patients
-    "The cases for validation: `share` of the patients, at least one where there are two and `share` is above 0."
+    """The cases for validation: those of `share` of the patients.
+
+    At least one patient where there are two and `share` is above 0.
+    """
     cases = sorted(set(cases))
     patients = sorted(
         {patient_of(c, pattern) for c in cases}, key=lambda p: hashlib.sha256(p.encode()).hexdigest()

@@ -83,8 +83,12 @@ def pad_nodes(
 # %% ../../nbs/04_data/08_device.ipynb #12c269b6
 def pack_look(
     look: Look,  # of one view; its grain is ignored
-) -> dict:  # numbers (12,) in the order of `NUMBERS`, cells (2,), and nodes: gain, patches, veil (5, 5), tilt (16, 16), spots (40, 40)
-    "A look as arrays of fixed shape."
+) -> dict:
+    """A look as arrays of fixed shape.
+
+    It holds numbers (12,) in the order of `NUMBERS`, cells (2,), and nodes: gain, patches, veil (5, 5),
+    tilt (16, 16), spots (40, 40).
+    """
     weak, amount = look.weak or (None, 0.0)
     tilted = weak is not None and len(weak) > FEW
     rim, (veil, level) = look.rim or (0.0, 0.0, 0.0), look.veil or (None, 0.0)
@@ -196,8 +200,11 @@ HOST = ("world", "seed", "ink")
 
 def collate_recipes(
     items: list,  # from `draw_recipe`
-) -> dict:  # tensors (B, ...); world, seed: lists; ink (n, 2, H, W) uint8 and inked (n,), places in the 2 B views, of which few have a stamp
-    "A batch of recipes."
+) -> dict:
+    """A batch of recipes: tensors (B, ...), and the lists world and seed.
+
+    Few of the 2 B views have a stamp: ink (n, 2, H, W) uint8 holds theirs, inked (n,) their places.
+    """
     ink = [(2 * k + view, plane) for k, item in enumerate(items) for view, plane in item["ink"]]
     batch = default_collate([{k: v for k, v in item.items() if k not in HOST} for item in items])
     size = items[0]["fov"].shape[1:]
@@ -447,17 +454,18 @@ class DeviceViews:
     ):  # the same object
         "Ready for views of another size; the worlds stay where they are."
         if size != self.size:
-            self.size, self.M = (
-                size,
-                {k: torch.from_numpy(v).to(self.device) for k, v in smoothers(size).items()},
-            )
+            self.size = size
+            self.M = {k: torch.from_numpy(v).to(self.device) for k, v in smoothers(size).items()}
         return self
 
     def cut(
         self,
         recipe: dict,  # from `collate_recipes`, on the device
     ) -> tuple[torch.Tensor, torch.Tensor]:  # images and masks (2 B, S, S) float32, whole numbers of 0..255
-        "The views and their vessels, each with one interpolation. Saw-teeth of a scanner move where its rows are read, not the vessels of the mask."
+        """The views and their vessels, each with one interpolation.
+
+        Saw-teeth of a scanner move where its rows are read, not the vessels of the mask.
+        """
         self.bank.fetch(recipe["world"])
 
         def flat(key):

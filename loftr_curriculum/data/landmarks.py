@@ -75,7 +75,8 @@ def read_table(
     lacking = [c for c in needed if c not in (reader.fieldnames or ())]
     if lacking:
         raise FileError(
-            f"{path}: expected the columns {', '.join(needed)} in the first line, {', '.join(lacking)} missing"
+            f"{path}: expected the columns {', '.join(needed)} in the first line, "
+            f"{', '.join(lacking)} missing"
         )
     rows = [
         (
@@ -151,7 +152,8 @@ def read_landmark_set(
     tables = sorted((folder / "landmarks").glob("*.csv"), key=lambda p: _natural(p.stem))
     if not tables:
         raise FileError(
-            f"{folder}: expected landmarks/<id>.csv and images/<id>_fixed.png, images/<id>_moving.png; found no landmarks"
+            f"{folder}: expected landmarks/<id>.csv and images/<id>_fixed.png, images/<id>_moving.png; "
+            "found no landmarks"
         )
     for table in tables:
         fixed, moving = (_image_of(folder / "images", f"{table.stem}_{side}") for side in ("fixed", "moving"))
@@ -228,7 +230,8 @@ def _geometry(
         )
         if residual > WORST_FIT * spread:
             raise FileError(
-                f"{base / row['landmarks']}: no affine fits the points, mean residual {residual:.1f} px; are columns swapped?"
+                f"{base / row['landmarks']}: no affine fits the points, "
+                f"mean residual {residual:.1f} px; are columns swapped?"
             )
         return M
     M = parse_matrix(row[given[0]], base)

@@ -64,7 +64,7 @@ def _without_specks(
 def vesselness(
     gray,  # (H, W) float32 in [0, 1]
     fov=None,  # (H, W) bool; None: estimated
-    bright=None,  # True where vessels are bright (angiograms), False where they are dark, None: whichever ridges are stronger
+    bright=None,  # True: vessels are bright (angiograms); False: dark; None: whichever ridges are stronger
 ) -> np.ndarray:  # (H, W) float32 soft vessel mask in [0, 1], 0 outside the field of view
     "Soft vessel mask from multi-scale ridges."
     gray = np.asarray(gray, np.float32)

@@ -46,7 +46,8 @@ from .triplets import TripletSource
 class EpochSampler(DistributedSampler):
     """Global indices `e * n + k` of epoch e, divided among processes.
 
-    It is a DistributedSampler so that Lightning calls `set_epoch` on it and does not wrap it in one of its own."""
+    It is a DistributedSampler so that Lightning calls `set_epoch` on it and adds no sampler of its own.
+    """
 
     def __init__(
         self,
@@ -94,8 +95,12 @@ class PairLoader(DataLoader):
 def to_tensors(
     sample,  # PairSample
     maps=False,  # carry the true maps too
-) -> dict:  # image0, image1 (1, S, S) f32; mask0, mask1 (S, S) f32; fov0, fov1 (S, S) bool; fixed_to_moving (3, 3) f32; mode, id str; with maps map_0to1, map_1to0 (S/8, S/8, 2) f32
-    "One training item."
+) -> dict:
+    """One training item.
+
+    It holds image0, image1 (1, S, S) float32; mask0, mask1 (S, S) float32; fov0, fov1 (S, S) bool;
+    fixed_to_moving (3, 3) float32; mode, id str; with `maps` also map_0to1, map_1to0 (S/8, S/8, 2) float32.
+    """
     item = {
         k: torch.from_numpy(np.ascontiguousarray(getattr(sample, k), np.float32))[None]
         for k in ("image0", "image1")
@@ -133,13 +138,16 @@ def size_at(
     config,  # DataConfig
     g,  # global index of a training pair
 ) -> int:
-    "Side of the views of a training pair, px: one size for a whole epoch, from `start_size` up to `size` after `grow_epochs`."
-    epoch, steps = g // config.pairs_per_epoch, (config.size - config.start_size) // 32 + 1
-    return (
-        min(config.size, config.start_size + 32 * int(epoch * steps / config.grow_epochs))
-        if config.grow_epochs
-        else config.size
-    )
+    """Side of the views of a training pair, px.
+
+    One size for a whole epoch, from `start_size` up to `size` after `grow_epochs`.
+    """
+    if not config.grow_epochs:
+        return config.size
+    epoch = g // config.pairs_per_epoch
+    steps = (config.size - config.start_size) // 32 + 1
+    grown = config.start_size + 32 * int(epoch * steps / config.grow_epochs)
+    return min(config.size, grown)
 
 
 # %% ../../nbs/04_data/06_module.ipynb #e9c00e94
@@ -279,7 +287,10 @@ def split_sources(
 
 # %% ../../nbs/04_data/06_module.ipynb #a20cf0ec
 def _settle(_):
-    "Loader workers do not multiply threads, keep the memory of freed images, and leave it to the training process to stop."
+    """Set up a loader worker.
+
+    It runs one thread, keeps the memory of freed images, and leaves it to the training process to stop.
+    """
     torch.set_num_threads(1)
     keep_memory()
     for s in (signal.SIGINT, signal.SIGTERM):
@@ -290,10 +301,11 @@ def _settle(_):
 class PairDataModule(L.LightningDataModule):
     """Training and validation batches of image pairs.
 
-    A batch is a `PairBatch`: image0, image1 (B, 1, S, S) float32 in [-1, 1]; mask0, mask1 (B, S, S) float32 vessel masks in [0, 1];
-    fov0, fov1 (B, S, S) bool; fixed_to_moving (B, 3, 3) float32, points of image 0 to points of image 1; mode, id lists of str.
-    With `config.deform` above 0 also map_0to1, map_1to0 (B, S/8, S/8, 2) float32: where the centres of the 8-px cells truly lie in the other
-    image, px; fixed_to_moving is then the affine part.
+    A batch is a `PairBatch`: image0, image1 (B, 1, S, S) float32 in [-1, 1]; mask0, mask1 (B, S, S) float32
+    vessel masks in [0, 1]; fov0, fov1 (B, S, S) bool; fixed_to_moving (B, 3, 3) float32, points of image 0 to
+    points of image 1; mode, id lists of str.
+    With `config.deform` above 0 also map_0to1, map_1to0 (B, S/8, S/8, 2) float32: where the centres of the
+    8-px cells truly lie in the other image, px; fixed_to_moving is then the affine part.
     """
 
     def __init__(
@@ -320,9 +332,15 @@ class PairDataModule(L.LightningDataModule):
         if workers:
             cv2.setNumThreads(1)  # before the fork: OpenCV's pool of threads does not survive it
         return kind(
-            dataset, self.config.batch_size, sampler=sampler, num_workers=workers, persistent_workers=workers > 0, collate_fn=collate,
-            worker_init_fn=_settle, pin_memory=torch.cuda.is_available(),
-        )  # fmt: skip
+            dataset,
+            self.config.batch_size,
+            sampler=sampler,
+            num_workers=workers,
+            persistent_workers=workers > 0,
+            collate_fn=collate,
+            worker_init_fn=_settle,
+            pin_memory=torch.cuda.is_available(),
+        )
 
     def train_dataloader(self):
         "Batches of the current epoch, divided among the processes of a distributed run."
@@ -337,7 +355,10 @@ class PairDataModule(L.LightningDataModule):
         return self._loader(self.val_pairs)
 
     def on_after_batch_transfer(self, batch, dataloader_idx):
-        "With `config.on_device`, the batch that a recipe describes, made where the recipe now is; other batches as they are."
+        """With `config.on_device`, the batch that a recipe describes, made where the recipe now is.
+
+        Other batches stay as they are.
+        """
         if isinstance(batch, PairBatch):
             return batch
         device = batch["fov"].device

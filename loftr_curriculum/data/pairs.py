@@ -71,10 +71,9 @@ class PairSample:
     fixed_to_moving: np.ndarray  # (3, 3) float64, points of image 0 -> points of image 1
     mode: str  # 'fixed-moving', such as 'cf-fa'
     id: str  # where it came from
-    # (H/8, W/8, 2) float32: where the cell centres of image 0 lie in image 1; None: where fixed_to_moving says
-    map_0to1: np.ndarray | None = None
-    # (H/8, W/8, 2) float32: where the cell centres of image 1 lie in image 0; None: likewise
-    map_1to0: np.ndarray | None = None
+    # Where the cell centres of one image truly lie in the other, px; None: where fixed_to_moving says.
+    map_0to1: np.ndarray | None = None  # (H/8, W/8, 2) float32: cells of image 0 in image 1
+    map_1to0: np.ndarray | None = None  # (H/8, W/8, 2) float32: cells of image 1 in image 0
 
 
 # %% ../../nbs/04_data/03_pairs.ipynb #77e38dbe
@@ -162,7 +161,10 @@ def draw_fov(
     size,  # (height, width)
     shares=(0.5, 0.25, 0.25, 0.0),  # of full, round, clipped and inset fields
 ) -> np.ndarray:  # size bool
-    "What the optics let through: everything, a disc (now and then with a notch), a disc with flat ends, or a smaller rectangle."
+    """What the optics let through.
+
+    Everything, a disc (now and then with a notch), a disc with flat ends, or a smaller rectangle.
+    """
     kind = rng.choice(4, p=np.asarray(shares) / np.sum(shares))
     x, y, r2 = _grid(tuple(size))
     if kind == 0:
@@ -297,7 +299,10 @@ class Residual:
         self,
         size,  # (height, width) of the view
     ) -> np.ndarray:  # (H, W, 2) float32
-        "Every pixel plus its displacement. Each wave is a product of rows and columns, by cos(a + b), so that no cosine is taken per pixel."
+        """Every pixel plus its displacement.
+
+        Each wave is a product of rows and columns, by cos(a + b), so that no cosine is taken per pixel.
+        """
         y, x = (np.arange(n) for n in size)
         a, b = np.outer(y, self.waves[:, 1]), np.outer(self.waves[:, 0], x) + self.phases[:, None]
         rows, columns = np.hstack([np.cos(a), -np.sin(a)]), np.vstack([np.cos(b), np.sin(b)])
@@ -397,7 +402,7 @@ def cut_views(
     id: str = "",  # kept in the sample
     field: tuple = (0.28, 0.9),  # side of a view as a share of the frame's shorter side
     optics: bool = True,  # draw fields of view and stamps; False leaves the frame's own
-    deform: float = 0.0,  # largest smooth residual of the moving view, rms px at 512; 0: none, and `fixed_to_moving` is exact
+    deform: float = 0.0,  # largest smooth residual of the moving view, rms px at 512; 0: the map is affine
 ) -> PairSample:
     "Two random views of one frame, each cut with one warp, randomised and normalised."
     names = split_mode(mode)

@@ -31,7 +31,10 @@ DEPTHS = (8, 10, 12, 14, 16)  # bits that files of 16-bit containers really use
 def full_scale(
     image,  # array of uint8, uint16, bool or float
 ) -> float:  # the value that stands for white
-    "White: 255 for uint8, `2**depth - 1` of the smallest fitting depth for uint16, 1 for booleans and floats."
+    """White: 255 for uint8, 1 for booleans and floats.
+
+    For uint16 it is `2**depth - 1` of the smallest depth that fits.
+    """
     if image.dtype == np.uint8:
         return 255.0
     if image.dtype == np.uint16:
@@ -46,7 +49,10 @@ def full_scale(
 def to_gray(
     image,  # (H, W) or (H, W, 3) RGB, uint8 or uint16, or float in [0, 1]
 ) -> np.ndarray:  # (H, W) float32 in [0, 1]
-    "The green channel of an RGB image, or the image itself, scaled to [0, 1]; raises ValueError for other shapes."
+    """The green channel of an RGB image, or the image itself, scaled to [0, 1].
+
+    Raises ValueError for other shapes.
+    """
     image = np.asarray(image)
     if image.ndim == 3 and image.shape[2] == 3:
         scale, image = full_scale(image), image[..., 1]
@@ -110,7 +116,7 @@ def _hull(
 def estimate_fov(
     gray,  # (H, W) float32 in [0, 1]
 ) -> np.ndarray:  # (H, W) bool, True where the optics saw something
-    "Field of view of a grey image: everything where there is no flat border, nothing where the image is black."
+    "Field of view of a grey image: everything if there is no flat border, nothing if the image is black."
     size = gray.shape
     small = np.ascontiguousarray(gray, dtype=np.float32)
     if max(size) > SIDE:
@@ -144,7 +150,10 @@ def normalise(
     gray,  # (H, W) float32, any range
     fov=None,  # (H, W) bool, None = the whole image
 ) -> np.ndarray:  # (H, W) float32 in [-1, 1], 0 outside the field of view
-    "Brightness relative to the surroundings, in a third of local deviations; gain and offset of the input cancel."
+    """Brightness relative to the surroundings, in a third of local deviations.
+
+    Gain and offset of the input cancel.
+    """
     gray = np.ascontiguousarray(gray, dtype=np.float32)
     inside = None if fov is None or np.all(fov) else np.asarray(fov).astype(np.uint8)
     (mean,), (deviation,) = cv2.meanStdDev(gray, mask=inside)[:2]

@@ -169,7 +169,10 @@ def pseudo_real_pair(
     number: int,  # 0 .. per_mode - 1
     spec: PseudoReal = SPECIFICATION,  # another one is another list
 ) -> RawPair:
-    "A pair of the list, always the same one: of at most eight draws the first that shows vessels enough, else the best."
+    """A pair of the list, always the same one.
+
+    It is the first of at most eight draws that shows vessels enough, else the best.
+    """
     names, k = split_mode(mode), spec.modes.index(mode) * spec.per_mode + number
     if not 0 <= number < spec.per_mode:
         raise ValueError(f"number must be in 0..{spec.per_mode - 1}, got {number}")

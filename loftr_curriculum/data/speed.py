@@ -55,7 +55,10 @@ def this_machine() -> dict:  # processor, cores, versions
 def worlds_per_minute(
     config,  # DataConfig with a `cache` in which no training eye has been rendered
 ) -> float:
-    "Training eyes rendered per minute by `config.render_workers` processes; ValueError where some are there already."
+    """Training eyes rendered per minute by `config.render_workers` processes.
+
+    Raises ValueError where some are there already.
+    """
     folder = cache_folder(config)
     if folder is None or any(folder.glob("*.npy")):
         raise ValueError(f"cache {config.cache}: expected a folder in which no eye has been rendered")

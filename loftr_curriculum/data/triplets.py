@@ -187,7 +187,10 @@ def find_items(
     folder,  # folder with one sub-folder per case
     modes,  # 'fixed-moving' names
 ) -> list:  # of Item, every case in every mode
-    "All pairs of a folder; raises FileError that lists everything missing, unreadable or of another aspect ratio."
+    """All pairs of a folder.
+
+    Raises a FileError that lists everything missing, unreadable or of another aspect ratio.
+    """
     folder = Path(folder)
     if not folder.is_dir():
         raise FileError(f"{folder}: no such folder, expected one with a sub-folder per case")
@@ -338,7 +341,8 @@ class TripletSource:
             self.estimated = len({i.case for i in self.items if i.mask is None})
             if self.estimated:
                 logging.getLogger(__name__).warning(
-                    "%s: %d of %d cases have no vessel mask for the chosen modes; it is estimated from the fixed image",
+                    "%s: %d of %d cases have no vessel mask for the chosen modes; "
+                    "it is estimated from the fixed image",
                     self.folder.name,
                     self.estimated,
                     len(cases),

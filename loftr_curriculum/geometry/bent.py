@@ -194,7 +194,10 @@ def read_backward(values):
 def affine_of(
     point_map: PointMap,
 ) -> np.ndarray:  # (3, 3)
-    "The matrix of a map, or of the affine that it passes into. Convention: source points to destination points."
+    """The matrix of a map, or of the affine that it passes into.
+
+    Convention: source points to destination points.
+    """
     if point_map.matrix is not None:
         return point_map.matrix
     if isinstance(point_map, Bent):

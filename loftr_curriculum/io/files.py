@@ -34,7 +34,10 @@ class FileError(ValueError):
 def atomic_path(
     path,  # where the finished file shall be; missing folders are made
 ):
-    "Context manager: yields a temporary path beside `path` with the same suffix, renamed to `path` on success, with the mode of an ordinary new file."
+    """Context manager that yields a temporary path beside `path`, with the same suffix.
+
+    On success the file is renamed to `path` and has the mode of an ordinary new file.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.stem}.{uuid.uuid4().hex[:8]}{path.suffix}")

@@ -287,8 +287,8 @@ def junctions(
     nodes: np.ndarray,  # (N, 2) px
     disc: Disc,  # where the disc was found
     px_per_mm: float,  # scale
-) -> np.ndarray:  # (n, 4): calibres of parent and daughters in um, the wider daughter first, and the angle between these in degrees
-    "All simple bifurcations outside the disc."
+) -> np.ndarray:  # (n, 4): calibre of the parent, the wider and the narrower daughter, um; angle, degrees
+    "All simple bifurcations outside the disc; the angle is the one between the two daughters."
     way, at, out = way_to_disc(segments, nodes, disc), {}, []
     first, last = round(0.07 * px_per_mm), round(0.25 * px_per_mm)
     for i, s in enumerate(segments):
@@ -351,7 +351,10 @@ def mass_dimension(
     px_per_mm: float,  # scale
     centres: int = 250,  # points of the skeleton around which circles are laid
 ) -> float:
-    "Fractal dimension by mass and radius, circles of 0.3 to 4.5 mm that lie within the picture; nan where there is too little."
+    """Fractal dimension by mass and radius; nan where there is too little.
+
+    The circles have radii of 0.3 to 4.5 mm and lie within the picture.
+    """
     rng, size = np.random.default_rng(0), np.array(bones.shape[::-1])
     points = np.stack(np.nonzero(bones)[::-1], 1).astype(float)
     inner = points[((points > 4.5 * px_per_mm) & (points < size - 4.5 * px_per_mm)).all(1)]
@@ -423,7 +426,7 @@ def trunk_calibre(
     px_per_mm: float,  # scale
     away: float,  # mm from the disc's rim
 ) -> float:  # um; nan where no vessel is found
-    "Mean calibre of the widest temporal vessel above and the widest below the disc, at a distance from its rim."
+    "Mean calibre of the widest temporal vessels above and below the disc, at a distance from its rim."
     ahead = np.sign(fovea.centre[0] - disc.centre[0])
     widest = {}
     for s in segments:
