@@ -1,6 +1,7 @@
-"""The slider notebook as its reader has it: opened in JupyterLab in a real Chromium, clicked and typed at (slow).
+"""The slider notebook as its reader has it: in JupyterLab in a real Chromium, clicked and typed at (slow).
 
-Needs `pip install -e '.[browser]'` and a Chromium (Debian's package `chromium`, or `playwright install chromium`).
+Needs `pip install -e '.[browser]'` and a Chromium: Debian's package `chromium`, or
+`playwright install chromium`.
 With SCREENSHOT set (`make test-full SCREENSHOT=1`), the picture of the documentation is taken anew.
 """
 
@@ -41,7 +42,8 @@ def chromium():
         path = next(filter(None, map(shutil.which, (*BROWSERS, own))), None)
         if path is None:
             pytest.skip(
-                f"no Chromium: none of {', '.join(BROWSERS)} on the PATH, and Playwright has not installed its own"
+                f"no Chromium: none of {', '.join(BROWSERS)} on the PATH, "
+                "and Playwright has not installed its own"
             )
         browser = playwright.chromium.launch(
             executable_path=path, args=["--no-sandbox", "--disable-dev-shm-usage"]
@@ -52,7 +54,10 @@ def chromium():
 
 @pytest.fixture(scope="module")
 def lab(chromium, tmp_path_factory):
-    """A JupyterLab of our own, deaf to the settings of whoever runs the test: its folder, and the address of a file in it."""
+    """A JupyterLab of our own, deaf to the settings of whoever runs the test.
+
+    Gives its folder and the address of a file in it.
+    """
     folder, home = tmp_path_factory.mktemp("lab"), tmp_path_factory.mktemp("home")
     (home / "labconfig").mkdir()
     quiet = {"disabledExtensions": {"@jupyterlab/apputils-extension:announcements": True}}
@@ -126,7 +131,10 @@ class Notebook:
     def finish(self):
         """Until every cell has run; fails with the traceback of a cell that raised."""
         self.page.wait_for_function(
-            r"() => { const all = [...document.querySelectorAll('.jp-CodeCell .jp-InputPrompt')]; return all.length > 5 && all.every(p => /\d/.test(p.textContent)) }"
+            r"""() => {
+                const all = [...document.querySelectorAll('.jp-CodeCell .jp-InputPrompt')];
+                return all.length > 5 && all.every(p => /\d/.test(p.textContent));
+            }"""
         )
         raised = self.page.locator('.jp-OutputArea-output[data-mime-type="application/vnd.jupyter.error"]')
         assert raised.count() == 0, raised.first.inner_text()
@@ -153,9 +161,9 @@ class Notebook:
             if re.match(title, seen[1] or "") and seen[0] != before:
                 return seen
             time.sleep(0.1)
-        pytest.fail(
-            f"no other picture named {title}: {self.look()[1]}, {'the same' if self.look()[0] == before else 'another'} picture"
-        )
+        picture, name, _ = self.look()
+        which = "the same" if picture == before else "another"
+        pytest.fail(f"no other picture named {title}: {name}, {which} picture")
 
     def press(self, *keys):
         self.handle.focus()

@@ -1,4 +1,7 @@
-"Guards of the collapse laboratory: constructed matches that must score high or low, odd input, the threshold, the recording's files and words."
+"""Guards of the collapse laboratory.
+
+Constructed matches that must score high or low, odd input, the threshold, the recording's files and words.
+"""
 
 import subprocess
 import sys
@@ -127,14 +130,15 @@ def test_disorder_is_no_collapse_even_where_the_overlap_is_small():
     p, rng = starts(250), np.random.default_rng(0)
     c = np.exp(rng.normal(-6, 1, 250))
     for T in (None, np.eye(3), similarity(0, 1.0, (150, 60)), similarity(0, 2.0, center=MIDDLE)):
-        assert (
-            collapse_figures(p, rng.permutation(p), disc(), disc(), T, confidence=c).collapse_index
-            < THRESHOLD
-        )
+        figures = collapse_figures(p, rng.permutation(p), disc(), disc(), T, confidence=c)
+        assert figures.collapse_index < THRESHOLD
 
 
 def test_right_but_uneven_lines_are_no_collapse_and_a_bundle_that_an_affine_fits_is_one():
-    "Where vessels are seen best a good matcher is most confident: two thirds of the area, 70 % of the lines right."
+    """Where vessels are seen best a good matcher is most confident.
+
+    Here that is two thirds of the area, with 70 % of the lines right.
+    """
     p, rng = starts(300), np.random.default_rng(2)
     p = p[p[:, 1] < 165]
     q = apply_transform(similarity(5, 1.05, (4, 3), MIDDLE), p) + rng.normal(0, 0.7, p.shape)
@@ -264,7 +268,10 @@ def test_the_words_fit_the_story(tmp_path, story, begins):
 
 def test_diagnose_prints_says_and_draws_without_torch(tmp_path, capsys):
     a_run(tmp_path / "run" / "recording", [False] * 2 + [True] * 6, guided=range(5))
-    code = "import sys; from loftr_curriculum.cli import main; c = main(sys.argv[1:]); sys.exit(9 if {'torch', 'lightning'} & set(sys.modules) else c)"
+    code = (
+        "import sys; from loftr_curriculum.cli import main; c = main(sys.argv[1:]); "
+        "sys.exit(9 if {'torch', 'lightning'} & set(sys.modules) else c)"
+    )
     done = subprocess.run(
         [sys.executable, "-c", code, "diagnose", str(tmp_path / "run")], capture_output=True, text=True
     )

@@ -510,7 +510,8 @@ def test_an_interrupted_batch_goes_on_where_it_stopped(tmp_path):
         ok=4, doubtful=0, failed=0, unreadable=0
     )
     assert rest.calls == 6
-    rows = list(csv.DictReader(open(out / "results.csv")))
+    with open(out / "results.csv") as table_of_results:
+        rows = list(csv.DictReader(table_of_results))
     assert [r["id"] for r in rows] == ["p0", "p1", "p2", "p3"] and tuple(rows[0]) == FIELDS
     final = json.loads((out / "transforms.json").read_text())
     assert len({json.dumps(m) for m in final.values()}) == 1 and np.allclose(

@@ -180,5 +180,8 @@ def test_phases_follow_the_values_and_not_the_calendar():
 
 
 def test_the_library_never_imports_pyplot():
-    code = "import sys, loftr_curriculum.report.registration as r; sys.exit('matplotlib.pyplot' in sys.modules or 'torch' in sys.modules)"
+    code = (
+        "import sys, loftr_curriculum.report.registration as r; "
+        "sys.exit('matplotlib.pyplot' in sys.modules or 'torch' in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -274,14 +274,20 @@ def vessel_share(
     points,  # (N, 2) start points
     mask,  # (H, W) vessel mask of their image in [0, 1]
     field,  # (H, W) bool: the overlap in their image
-) -> tuple:  # (share of the points on vessels, that share relative to the vessels' share of the overlap or nan where it has none)
-    "How often match points lie on vessels, and how much more often than chance."
+) -> tuple:  # (share, gain)
+    """How often match points lie on vessels, and how much more often than chance.
+
+    `share` is the share of the points that lie on vessels, 0 without points.
+    `gain` is that share divided by the vessels' share of the overlap, nan where the overlap holds none.
+    """
     vessel = np.asarray(mask) >= 0.5
     points = np.asarray(points, float).reshape(-1, 2)
-    column, row = np.clip(np.rint(points).astype(int), 0, np.array(vessel.shape)[::-1] - 1).T
+    last = np.array(vessel.shape)[::-1] - 1  # (column, row) of the last pixel
+    column, row = np.clip(np.rint(points).astype(int), 0, last).T
     on = float(vessel[row, column].mean()) if len(points) else 0.0
     area = float(vessel[field].mean()) if field.any() else 0.0
-    return on, on / area if area > 0 else np.nan
+    gain = on / area if area > 0 else np.nan
+    return on, gain
 
 
 # %% ../../nbs/07_evaluation/01_collapse.ipynb #7519ce72
@@ -335,18 +341,23 @@ def collapse_index(
     fov1,  # (H1, W1) bool
     fixed_to_moving=None,  # (3, 3) fixed -> moving that is true or believed; None where there is none
 ) -> float:  # in [0, 1]; 1 for fewer than four matches
-    "Mean of the two worst symptoms, each against the overlap or the whole fields, whichever is kinder; less what is proven right."
+    """Mean of the two worst symptoms, less what is proven right.
+
+    Each symptom is taken against the overlap or the whole fields, whichever is kinder.
+    """
     if len(points0) < LEAST["affine"]:
         return 1.0
     fov1 = np.asarray(fov1, bool)
-    worst, right = symptoms(points0, points1, overlap_fields(fov0, fov1), fov1, None), 0.0
+    worst = symptoms(points0, points1, overlap_fields(fov0, fov1), fov1, None)
+    right = 0.0
     if fixed_to_moving is not None:
         f = overlap_fields(fov0, fov1, fixed_to_moving)
         worst = np.minimum(worst, symptoms(points0, points1, f, fov1, fixed_to_moving))
-        right = agreeing(fixed_to_moving, points0, points1, np.shape(fov0)).mean() * min(
-            coverage(points0, f.start), coverage(points1, f.end)
-        )
-    return float(np.sort(worst)[-2:].mean() * (1 - right))
+        agree = agreeing(fixed_to_moving, points0, points1, np.shape(fov0)).mean()
+        covered = min(coverage(points0, f.start), coverage(points1, f.end))
+        right = agree * covered
+    two_worst = np.sort(worst)[-2:]
+    return float(two_worst.mean() * (1 - right))
 
 
 # %% ../../nbs/07_evaluation/01_collapse.ipynb #c432096f
@@ -355,22 +366,31 @@ def collapse_figures(
     points1,  # (N, 2) end points, pixels of the moving image
     fov0,  # (H0, W0) bool
     fov1,  # (H1, W1) bool
-    fixed_to_moving=None,  # (3, 3) fixed -> moving where it is known; None: fitted, where a fit can be believed
+    fixed_to_moving=None,  # (3, 3) fixed -> moving; None: fitted, where a fit can be believed
     mask0=None,  # (H0, W0) vessel mask of the fixed image in [0, 1]
     confidence=None,  # (N,) in (0, 1]; all matches count alike when None
 ) -> CollapseFigures:
-    "All figures of one pair. The images are about 256 to 512 px long: the radius of `many_to_one` is a coarse cell of 8 px."
-    fov0, fov1 = np.asarray(fov0, bool), np.asarray(fov1, bool)
-    points0, points1 = np.asarray(points0, float).reshape(-1, 2), np.asarray(points1, float).reshape(-1, 2)
+    """All figures of one pair.
+
+    The images are about 256 to 512 px long: the radius of `many_to_one` is a coarse cell of 8 px.
+    """
+    fov0 = np.asarray(fov0, bool)
+    fov1 = np.asarray(fov1, bool)
+    points0 = np.asarray(points0, float).reshape(-1, 2)
+    points1 = np.asarray(points1, float).reshape(-1, 2)
     if fixed_to_moving is None:
         fixed_to_moving = believed_transform(points0, points1, fov0, fov1.shape, confidence)
-    total, mean = (
-        len(points0),
-        np.nan if confidence is None else float(np.mean(confidence)) if len(points0) else 0.0,
-    )
+    total = len(points0)
+    mean_confidence = np.nan
     if confidence is not None:
-        points0, points1 = (p[carriers(confidence)] for p in (points0, points1))
-    f, n = overlap_fields(fov0, fov1, fixed_to_moving), len(points0)
+        mean_confidence = float(np.mean(confidence)) if total else 0.0
+        carrying = carriers(confidence)
+        points0 = points0[carrying]
+        points1 = points1[carrying]
+    n = len(points0)
+    f = overlap_fields(fov0, fov1, fixed_to_moving)
+    agree = float(agreeing(fixed_to_moving, points0, points1, fov0.shape).mean()) if n else 0.0
+    on_vessels = (np.nan, np.nan) if mask0 is None else vessel_share(points0, mask0, f.start)
     return CollapseFigures(
         total,
         n,
@@ -381,9 +401,9 @@ def collapse_figures(
         *map(float, thirds(points1, f.end, fov1)[0]),
         thirds_excess(points1, f.end, fov1),
         spread(points0, points1, fixed_to_moving, f.scale),
-        mean,
-        float(agreeing(fixed_to_moving, points0, points1, fov0.shape).mean()) if n else 0.0,
-        *((np.nan, np.nan) if mask0 is None else vessel_share(points0, mask0, f.start)),
+        mean_confidence,
+        agree,
+        *on_vessels,
         collapse_index(points0, points1, fov0, fov1, fixed_to_moving),
     )
 
@@ -522,15 +542,23 @@ def calibrate(
     views=3,  # pairs of each eye
     share=CARRIED,  # of the confidence that the matches must carry
 ) -> dict:  # the threshold and the figures of every kind of matches
-    "Index of constructed matches, healthy and sick, with the true transform and with a fitted one; the threshold is in the middle of the gap."
+    """Index of constructed matches, healthy and sick, with the true transform and with a fitted one.
+
+    The threshold is in the middle of the gap between the two groups.
+    """
     index = {kind: [] for kind in ("healthy", "disorder", *SICK)}
-    for k, (rng, T, fov0, fov1, mask0) in enumerate(calibration_pairs(eyes, views)):
+    for rng, T, fov0, fov1, mask0 in calibration_pairs(eyes, views):
         for kind in ("healthy", "healthy", "healthy", "disorder", *SICK):
-            p, q, c = with_background(rng, *constructed_matches(kind, rng, T, fov0, fov1, mask0), fov0, fov1)
-            k, fit = carriers(c, share), believed_transform(p, q, fov0, fov1.shape, c)
-            index[kind] += [collapse_index(p[k], q[k], fov0, fov1, t) for t in (T, fit)]
-    well, ill = (np.concatenate([index[k] for k in kinds]) for kinds in (("healthy", "disorder"), SICK))
-    high, low = np.quantile(well, 0.99), np.quantile(ill, 0.01)
+            matches = constructed_matches(kind, rng, T, fov0, fov1, mask0)
+            p, q, c = with_background(rng, *matches, fov0, fov1)
+            carrying = carriers(c, share)
+            fit = believed_transform(p, q, fov0, fov1.shape, c)
+            for t in (T, fit):
+                index[kind].append(collapse_index(p[carrying], q[carrying], fov0, fov1, t))
+    well = np.concatenate([index["healthy"], index["disorder"]])
+    ill = np.concatenate([index[kind] for kind in SICK])
+    high = np.quantile(well, 0.99)
+    low = np.quantile(ill, 0.01)
     threshold = round(float(high + low) / 2, 2)
     return dict(
         generator=GENERATOR_VERSION,
@@ -581,7 +609,8 @@ def main() -> None:
 
     result = auto_cli(collapse.write_calibration)
     print(
-        f"threshold {result['threshold']}, false alarms {result['false_alarms']:.2%}, missed {result['missed']:.2%}"
+        f"threshold {result['threshold']}, false alarms {result['false_alarms']:.2%}, "
+        f"missed {result['missed']:.2%}"
     )
 
 

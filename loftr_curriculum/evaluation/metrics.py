@@ -154,12 +154,18 @@ def promises(
     verdicts,  # (N,) verdicts or their strings
     good=10.0,  # an answer below is good, pixels
     wrong=20.0,  # an answer above is wrong, pixels
-) -> dict:  # wrong_ok: number of wrong answers that say ok; good_ok: share of the good answers that say ok, None without any
-    "How far the verdict `ok` can be believed."
-    errors, ok = np.asarray(errors, float), np.array([str(v) == "ok" for v in verdicts], bool)
+) -> dict:  # wrong_ok and good_ok
+    """How far the verdict `ok` can be believed.
+
+    `wrong_ok` is the number of wrong answers that say ok.
+    `good_ok` is the share of the good answers that say ok, None where no answer is good.
+    ValueError unless there is one verdict per error.
+    """
+    errors = np.asarray(errors, float)
+    ok = np.array([str(v) == "ok" for v in verdicts], bool)
     if len(errors) != len(ok):
         raise ValueError(f"expected one verdict per error, got {len(ok)} and {len(errors)}")
     fine = errors < good
-    return dict(
-        wrong_ok=int((ok & (errors > wrong)).sum()), good_ok=float(ok[fine].mean()) if fine.any() else None
-    )
+    wrong_ok = int((ok & (errors > wrong)).sum())
+    good_ok = float(ok[fine].mean()) if fine.any() else None
+    return dict(wrong_ok=wrong_ok, good_ok=good_ok)

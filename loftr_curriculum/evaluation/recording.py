@@ -22,6 +22,10 @@ __all__ = [
     "summary",
     "table",
     "spells",
+    "never_collapsed",
+    "still_collapsed",
+    "recovered",
+    "held_up_by_masks",
     "in_words",
 ]
 
@@ -399,6 +403,66 @@ def spells(
 
 
 # %% ../../nbs/07_evaluation/07_recording.ipynb #5a602027
+def never_collapsed(
+    epochs,  # (N,) recorded epochs
+    index,  # (N,) unguided collapse index
+    threshold,  # above is collapsed
+    patience,  # recordings in a row
+) -> str:
+    "The sentence for a run without a collapse."
+    highest = int(index.argmax())
+    said = (
+        f"No collapse: the unguided index was never above {threshold:.2f} in {patience} recordings in a row; "
+        f"highest {index[highest]:.2f} at epoch {epochs[highest]}, {index[-1]:.2f} at the last."
+    )
+    if index[-1] > threshold:
+        said += " The last recordings are above it: look again."
+    return said
+
+
+def still_collapsed(
+    epochs,  # (N,) recorded epochs
+    index,  # (N,) unguided collapse index
+    threshold,  # above is collapsed
+    first,  # number of the recording where the collapse begins
+) -> str:
+    "The sentence for a collapse that lasts to the end."
+    begin = "from the first recording on, epoch" if first == 0 else "since epoch"
+    return (
+        f"Collapsed {begin} {epochs[first]}: the unguided index has been above {threshold:.2f} "
+        f"in all {len(epochs) - first} recordings since, {index[-1]:.2f} at the last (epoch {epochs[-1]})."
+    )
+
+
+def recovered(
+    epochs,  # (N,) recorded epochs
+    index,  # (N,) unguided collapse index
+    threshold,  # above is collapsed
+    first,  # number of the recording where the last collapse begins
+    stop,  # number of the recording where it ends
+) -> str:
+    "The sentence for a collapse that is over."
+    return (
+        f"Collapsed from epoch {epochs[first]} to {epochs[stop]} and recovered: the unguided index is "
+        f"{index[-1]:.2f} at the last recording (epoch {epochs[-1]}), the threshold {threshold:.2f}."
+    )
+
+
+def held_up_by_masks(
+    recording,  # Recording
+    epochs,  # (N,) recorded epochs
+    index,  # (N,) unguided collapse index
+    threshold,  # above is collapsed
+) -> int:
+    "In how many recordings the matches collapse unguided but not guided."
+    guided = {r["epoch"]: r["collapse_index"] for r in summary(recording, guided=True)}
+    count = 0
+    for epoch, unguided in zip(epochs, index):
+        if unguided > threshold and guided.get(epoch, 1) <= threshold:
+            count += 1
+    return count
+
+
 def in_words(
     recording,  # Recording
     threshold=THRESHOLD,  # above is collapsed
@@ -408,26 +472,18 @@ def in_words(
     rows = summary(recording)
     if not rows:
         return "Nothing is recorded yet."
-    epochs, index = [r["epoch"] for r in rows], np.array([r["collapse_index"] for r in rows])
-    found, last = spells(index, threshold, min(patience, len(rows))), len(rows) - 1
+    epochs = [r["epoch"] for r in rows]
+    index = np.array([r["collapse_index"] for r in rows])
+    found = spells(index, threshold, min(patience, len(rows)))
     if not found:
-        late = index[-1] > threshold
-        said = (
-            f"No collapse: the unguided index was never above {threshold:.2f} in {patience} recordings in a row; highest {index.max():.2f} at epoch {epochs[int(index.argmax())]}, {index[-1]:.2f} at the last."
-            + (" The last recordings are above it: look again." if late else "")
-        )
-    elif found[-1][1] == last:
-        first = found[-1][0]
-        said = f"Collapsed since epoch {epochs[first]}: the unguided index has been above {threshold:.2f} in all {last - first + 1} recordings since, {index[-1]:.2f} at the last (epoch {epochs[-1]})."
-        if first == 0:
-            said = said.replace("since epoch", "from the first recording on, epoch")
+        said = never_collapsed(epochs, index, threshold, patience)
     else:
         first, stop = found[-1]
-        said = f"Collapsed from epoch {epochs[first]} to {epochs[stop]} and recovered: the unguided index is {index[-1]:.2f} at the last recording (epoch {epochs[-1]}), the threshold {threshold:.2f}."
-    guided = {r["epoch"]: r["collapse_index"] for r in summary(recording, guided=True)}
-    carried = [e for e, i in zip(epochs, index) if i > threshold and guided.get(e, 1) <= threshold]
-    return said + (
-        f" In {len(carried)} recordings only the masks held it up: collapsed unguided, not guided."
-        if carried
-        else ""
-    )
+        if stop == len(rows) - 1:
+            said = still_collapsed(epochs, index, threshold, first)
+        else:
+            said = recovered(epochs, index, threshold, first, stop)
+    held_up = held_up_by_masks(recording, epochs, index, threshold)
+    if held_up:
+        said += f" In {held_up} recordings only the masks held it up: collapsed unguided, not guided."
+    return said

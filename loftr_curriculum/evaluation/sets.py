@@ -31,7 +31,10 @@ from .metrics import (
 def read_predictions(
     path,  # JSON file {id: 3x3 or null}, or the folder of a batch that holds transforms.json
 ) -> dict:  # {id: 3x3 or None}
-    "Answers from a file, the whole maps of a batch where it has them; FileError where a file holds something else."
+    """Answers from a file, the whole maps of a batch where it has them.
+
+    FileError where a file holds something else.
+    """
     path = Path(path)
     if (path / MAPS).is_file():
         return read_maps(path / MAPS)
@@ -122,19 +125,24 @@ def predict_set(
 # %% ../../nbs/07_evaluation/02_sets.ipynb #d2b1c9c1
 def evaluate_set(
     folder,  # folder of the set
-    predictions=None,  # {id: 3x3 or None}, a JSON file of that, or the folder of a batch, whose verdicts are judged too
+    predictions=None,  # {id: 3x3 or None}, a JSON file of that, or the folder of a batch
     *,
     matcher=None,  # register the set with this matcher instead
     config=None,  # RegistrationConfig of the registrations
     per_pair=False,  # add the landmark error of every pair
     progress=True,  # show a progress bar while registering
 ) -> dict:  # see `score`
-    "Figures of a set of real pairs. Raises ValueError unless exactly one of `predictions` and `matcher` is given, FileError for a faulty set."
+    """Figures of a set of real pairs. The verdicts of a batch's folder are judged too.
+
+    ValueError unless exactly one of `predictions` and `matcher` is given, FileError for a faulty set.
+    """
     if (predictions is None) == (matcher is None):
         raise ValueError("expected either predictions or a matcher")
-    pairs, verdicts = read_landmark_set(folder), None
+    pairs = read_landmark_set(folder)
+    verdicts = None
     if matcher is not None:
         predictions, verdicts = predict_set(pairs, matcher, config, progress)
     elif not isinstance(predictions, dict):
         predictions, verdicts = read_predictions(predictions), read_verdicts(predictions)
-    return score(*set_errors(pairs, predictions), verdicts, per_pair)
+    errors = set_errors(pairs, predictions)
+    return score(*errors, verdicts, per_pair)

@@ -38,11 +38,13 @@ def draw_attention(
     panel,  # AttentionPanel
 ) -> None:
     "The image in grey, the map on it as squares, a cross on the token that asks, a ring around the answer."
-    (H, W), cell = panel.image.shape, panel.cell
+    H, W = panel.image.shape
+    cell = panel.cell
     h, w = -(-H // cell), -(-W // cell)
     if not panel.weights.shape == panel.seen.shape == (h, w):
         raise ValueError(
-            f"expected a map and a field of view of {(h, w)} cells for an image of {(H, W)}, got {panel.weights.shape} and {panel.seen.shape}"
+            f"expected a map and a field of view of {(h, w)} cells for an image of {(H, W)}, "
+            f"got {panel.weights.shape} and {panel.seen.shape}"
         )
     axes.imshow(panel.image, cmap="gray", vmin=-1.6, vmax=1.8)  # pale: the map is the message
     axes.imshow(

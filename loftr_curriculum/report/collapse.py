@@ -53,7 +53,9 @@ def headline(
     if look is None:
         return f"epoch {epoch}: no {'guided ' if guided else ''}look"
     f = {n: v[look] for n, v in r.figures.items()}
-    return f"epoch {epoch}, {'guided' if guided else 'unguided'}: index {f['collapse_index']:.2f}, {f['inlier_ratio']:.0%} of {f['carrying']:.0f} lines agree"
+    kind = "guided" if guided else "unguided"
+    agree = f"{f['inlier_ratio']:.0%} of {f['carrying']:.0f} lines agree"
+    return f"epoch {epoch}, {kind}: index {f['collapse_index']:.2f}, {agree}"
 
 
 # %% ../../nbs/08_report/02_collapse.ipynb #15d2bf8e
@@ -297,7 +299,11 @@ def write_diagnosis(
     out,  # folder
     recording,  # Recording
 ) -> list:  # of the files written
-    "`collapse.png`, the index over the epochs, and `matches.png`, lines of the first probe of every kind in a few epochs."
+    """Write `collapse.png` and `matches.png`.
+
+    The first shows the index over the epochs.
+    The second shows lines of the first probe of every kind in a few epochs.
+    """
     out = Path(out)
     figure = new_figure(900, 420)
     draw_index(figure.add_subplot(), recording)

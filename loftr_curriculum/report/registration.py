@@ -107,8 +107,9 @@ def write_registration(
     moving,  # file path or (H1, W1[, 3]) array: the moving image
     out_dir,  # folder, made where it is missing
 ) -> list:  # the paths written
-    """Write transform.json, transform.tfm (ITK), warped.png, checkerboard.png and matches.png, each atomically.
+    """Write transform.json, transform.tfm (ITK), warped.png, checkerboard.png and matches.png.
 
+    Each file is written atomically.
     FileError, before anything is written, where one of them is an input.
     """
     out = Path(out_dir)
