@@ -26,7 +26,7 @@ import numpy as np
 
 from ..data.pseudo_real import SPECIFICATION, pseudo_real_pairs
 from ..io.files import write_json
-from ..registration.config import RegistrationConfig
+from ..registration.config import MATCHES_ALONE
 from ..registration.pair import register
 from ..retina.config import GENERATOR_VERSION, MODES
 from .metrics import at_512, landmark_error
@@ -95,10 +95,8 @@ def choose_thresholds(
 def collect(
     pairs,  # iterable of RawPair
     matcher=None,  # as in `registration.register`; None: the packaged weights
-    config=RegistrationConfig(),
-) -> list[
-    dict
-]:  # one for every start of every pair: id, mode, first_long_side, error, and what is in `EVIDENCE`, None where it is missing
+    config=MATCHES_ALONE,
+) -> list:  # of dicts, one for every start: id, mode, first_long_side, error, what is in `EVIDENCE` or None
     "Register pairs from every start and keep the evidence beside the truth."
     rows = []
     for pair, side in product(pairs, (config.first_long_side, *config.retry_long_sides)):

@@ -127,7 +127,7 @@ def judged(
     start = time.perf_counter()
     r = register(pair.fixed, pair.moving, matcher=matcher, config=config)
     seconds = time.perf_counter() - start
-    error = at_512(landmark_error(r.moving_to_fixed, pair.fixed_points, pair.moving_points), r.fixed_size)
+    error = at_512(landmark_error(r.point_map, pair.fixed_points, pair.moving_points), r.fixed_size)
     return dict(
         error=round(error, 3) if np.isfinite(error) else None,
         verdict=str(r.verdict),

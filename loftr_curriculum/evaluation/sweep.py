@@ -20,7 +20,7 @@ __all__ = [
 import json
 import platform
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -31,7 +31,7 @@ from ..data.pairs import place_views, view_fov
 from ..data.pseudo_real import RawPair, expose_view, shared_grid
 from ..geometry import centre, similarity
 from ..io.files import FileError, read_json, write_json
-from ..registration.config import RegistrationConfig
+from ..registration.config import MATCHES_ALONE
 from ..registration.many import fingerprint
 from ..registration.pair import register
 from ..retina.config import GENERATOR_VERSION, MODES, EyeConfig, seeds_of, split_mode
@@ -187,7 +187,7 @@ def sweep(
         for v in values
         for m in config.modes
     ]
-    configs = {k: RegistrationConfig(**how) for k, how in VARIANTS.items()}
+    configs = {k: replace(MATCHES_ALONE, **how) for k, how in VARIANTS.items()}
 
     def result():
         return dict(settings=settings, hardware=_hardware(matcher), tried=tried)

@@ -22,6 +22,7 @@ __all__ = [
 
 # %% ../../nbs/09_training/05_callbacks.ipynb #df7cf1b7
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -32,7 +33,8 @@ from ..data.landmarks import read_landmark_set
 from ..data.module import size_at
 from ..evaluation.metrics import at_512, landmark_error
 from ..io.images import image_size
-from ..registration import RegistrationConfig, register
+from ..registration import register
+from ..registration.config import MATCHES_ALONE
 
 
 # %% ../../nbs/09_training/05_callbacks.ipynb #7d59a822
@@ -109,7 +111,7 @@ class PatientStopping(EarlyStopping):
 
 # %% ../../nbs/09_training/05_callbacks.ipynb #b3b5cc29
 # one pass at 256 px: a look at the progress, not the best answer
-QUICK = RegistrationConfig(turn_when_unsure=False, second_long_sides=(256,), retry_long_sides=())
+QUICK = replace(MATCHES_ALONE, turn_when_unsure=False, second_long_sides=(256,), retry_long_sides=())
 
 
 def pair_error(
