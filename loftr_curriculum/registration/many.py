@@ -268,8 +268,8 @@ def register_many(
 
     Writes `transforms.json` {id: 3x3 moving to fixed, or null}, `maps.jsonl` with the whole maps, and
     `results.csv`. Started again with the same arguments it goes on where it stopped. A pair that cannot be
-    read or registered has a row that says why and never stops the batch. Raises FileError (a ValueError), before
-    any work, for a faulty table and for a folder that holds the results of another batch.
+    read or registered has a row that says why and never stops the batch. Raises FileError (a ValueError),
+    before any work, for a faulty table and for a folder that holds the results of another batch.
     """
     pairs, config, out = read_batch(table), config or RegistrationConfig(), Path(out)
     matcher = matcher or shipped_matcher()
