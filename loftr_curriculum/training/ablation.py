@@ -194,8 +194,11 @@ def pseudo_probes(
 LAST = 0.25  # share of the epochs over which the end of a run is averaged
 
 RULE = (
-    "One run of v2.1 for each strength, of a seed and on pseudo-real pairs that the comparison does not use. All figures are unguided means over the last quarter of the epochs. A strength counts where v2.1 still learns: "
-    "where its AUC@20 on generated probes is at least half of the best of all strengths. Of those that count, the one with the highest collapse index on the pseudo-real probes is taken."
+    "One run of v2.1 for each strength, of a seed and on pseudo-real pairs that the comparison does not use. "
+    "All figures are unguided means over the last quarter of the epochs. "
+    "A strength counts where v2.1 still learns: "
+    "where its AUC@20 on generated probes is at least half of the best of all strengths. "
+    "Of those that count, the one with the highest collapse index on the pseudo-real probes is taken."
 )
 
 
@@ -205,7 +208,8 @@ def final(
     figure,  # name in LOOKS
 ) -> float:
     "Mean of a figure over the last quarter of the epochs; nan where it was never known."
-    values = [v for v in run[kind][figure][-max(1, round(LAST * len(run["epochs"]))) :] if v is not None]
+    count = max(1, round(LAST * len(run["epochs"])))
+    values = [v for v in run[kind][figure][-count:] if v is not None]
     return float(np.mean(values)) if values else np.nan
 
 
@@ -233,16 +237,25 @@ def choose(
 LOOKS = ("collapse_index", "coverage0", "coverage1", "vessel_gain", "inlier_ratio", "AUC@20", "median_px")
 
 
+def _mean_known(
+    values,  # numbers, nan where one is not known
+) -> float:
+    "Mean of the numbers that are known; nan where none is."
+    return float(np.nanmean(values)) if np.isfinite(values).any() else np.nan
+
+
 def look_figures(
     looks,  # list of (name -> number) of single probes
 ) -> dict:
-    "What a set of looks says: means, and two summaries of the registration errors; `median_px` is inf where most probes have no answer."
-    mean = {
-        k: float(np.nanmean(v)) if np.isfinite(v := [look[k] for look in looks]).any() else np.nan
-        for k in LOOKS[:5]
-    }
+    """What a set of looks says: means, and two summaries of the registration errors.
+
+    `median_px` is inf where most probes have no answer.
+    """
+    figures = {name: _mean_known([look[name] for look in looks]) for name in LOOKS[:5]}
     errors = np.array([look["error_px"] for look in looks])
-    return mean | {"AUC@20": auc(errors, 20), "median_px": float(np.median(errors))}
+    figures["AUC@20"] = auc(errors, 20)
+    figures["median_px"] = float(np.median(errors))
+    return figures
 
 
 # %% ../../nbs/09_training/13_ablation.ipynb #2afac18d
@@ -401,13 +414,42 @@ def cache_of(
     settings,  # Settings
     cache,  # folder
 ) -> Path:
-    "The folder of runs with these settings; which arms, seeds and strengths are run makes no difference to a run."
-    told = {
-        k: v for k, v in asdict(settings).items() if k not in ("arms", "seeds", "strengths", "choice_seed")
-    }
+    """The folder of runs with these settings.
+
+    Which arms, seeds and strengths are run makes no difference to a single run.
+    """
+    no_matter = ("arms", "seeds", "strengths", "choice_seed")
+    told = {k: v for k, v in asdict(settings).items() if k not in no_matter}
+    text = json.dumps([GENERATOR_VERSION, told], sort_keys=True)
+    return Path(cache) / hashlib.sha256(text.encode()).hexdigest()[:10]
+
+
+# %% ../../nbs/09_training/13_ablation.ipynb #5fc54ad5
+def _prepare(
+    jobs,  # list of Job that are still to be done
+) -> None:
+    "Write what the runs share: the generated eyes, and the probes of each folder of probes."
+    for job in {(job.strength, job.probes): job for job in jobs}.values():
+        PairDataModule(job.config.data).prepare_data()
+        if not (job.probes / "probes.npz").is_file():
+            count = job.settings.pseudo_real if job.choosing else 0
+            write_probes(job.probes, pseudo_probes(job.settings, count))
+
+
+# %% ../../nbs/09_training/13_ablation.ipynb #f6c0945a
+def _run_in_words(
+    run,  # dict of `one_run`
+) -> str:
+    "How a run ended, in one line."
+
+    def ends(figure):
+        return [final(run, kind, figure) for kind in ("generated", "pseudo-real")]
+
+    index, auc20 = ends("collapse_index"), ends("AUC@20")
     return (
-        Path(cache)
-        / hashlib.sha256(json.dumps([GENERATOR_VERSION, told], sort_keys=True).encode()).hexdigest()[:10]
+        f"{run['arm']}, strength {run['strength']:g}, seed {run['seed']}: "
+        f"index {index[0]:.2f} generated, {index[1]:.2f} pseudo-real; "
+        f"AUC@20 {auc20[0]:.2f}, {auc20[1]:.2f}; {run['seconds']} s"
     )
 
 
@@ -419,21 +461,15 @@ def do_runs(
 ):  # generator of dicts of `one_run`, in order
     "Eyes and probes first, then the runs, with the time that is left."
     todo = [not (job.folder / "result.json").is_file() for job in jobs]
-    for job in {(job.strength, job.probes): job for job, new in zip(jobs, todo) if new}.values():
-        PairDataModule(job.config.data).prepare_data()
-        if not (job.probes / "probes.npz").is_file():
-            write_probes(
-                job.probes, pseudo_probes(job.settings, job.settings.pseudo_real if job.choosing else 0)
-            )
+    _prepare([job for job, new in zip(jobs, todo) if new])
     begin, fresh = time.monotonic(), 0
     for k, run in enumerate(run_jobs(one_run, jobs, workers, "")):
         fresh += todo[k]
         spent, left = time.monotonic() - begin, sum(todo[k + 1 :])
-        say(
-            f"[{k + 1}/{len(jobs)}] {run['arm']}, strength {run['strength']:g}, seed {run['seed']}: index {final(run, 'generated', 'collapse_index'):.2f} generated, {final(run, 'pseudo-real', 'collapse_index'):.2f} pseudo-real; "
-            f"AUC@20 {final(run, 'generated', 'AUC@20'):.2f}, {final(run, 'pseudo-real', 'AUC@20'):.2f}; {run['seconds']} s"
-            + (f", about {spent / fresh * left / 60:.0f} min left" if fresh and left else "")
-        )
+        line = f"[{k + 1}/{len(jobs)}] {_run_in_words(run)}"
+        if fresh and left:
+            line += f", about {spent / fresh * left / 60:.0f} min left"
+        say(line)
         yield run
 
 
@@ -441,20 +477,24 @@ def do_runs(
 def run_ablation(
     out: str = "curriculum_ablation.json",  # file to write, again after every run
     cache: str = "runs/ablation",  # folder of the runs; the same command goes on with what it finds there
-    real: str
-    | None = "../shared/real_pairs",  # real pairs with landmarks: looked at every epoch, scored at the end of every run; left out where there is no such folder
+    real: str | None = "../shared/real_pairs",  # real pairs with landmarks; no such folder: none
     workers: int = 2,  # processes of one thread each
     settings: Settings = Settings(),  # what is run
 ) -> dict:  # what was written
-    "Choose the strength of the gap with v2.1, write it down, then run every arm with every seed."
+    """Choose the strength of the gap with v2.1, write it down, then run every arm with every seed.
+
+    Real pairs are looked at every epoch and scored at the end of every run.
+    """
 
     def say(line):
-        return print(line, flush=True)
+        print(line, flush=True)
 
     if real and not Path(real).is_dir():
         say(f"{real}: no such folder, no real pairs are looked at")
         real = None
-    folder, real = cache_of(settings, cache), real and str(Path(real).resolve())
+    folder = cache_of(settings, cache)
+    if real:
+        real = str(Path(real).resolve())
 
     def job(arm, seed, strength, choosing):
         return Job(settings, arm, seed, strength, choosing, str(folder.resolve()), real, os.getpid())
@@ -469,18 +509,15 @@ def run_ablation(
         "rule": RULE,
     }
     say(f"1. strength of the gap: {RULE}")
-    runs = list(
-        do_runs([job("v2.1", settings.choice_seed, s, True) for s in settings.strengths], workers, say)
-    )
+    jobs = [job("v2.1", settings.choice_seed, strength, True) for strength in settings.strengths]
+    runs = list(do_runs(jobs, workers, say))
     result = told | {"choice": choose(runs) | {"runs": runs}, "runs": []}
     write_json(out, result)
     strength = result["choice"]["strength"]
-    say(
-        f"   strength {strength:g} is taken and written to {out}\n2. {len(settings.arms)} arms, {len(settings.seeds)} seeds"
-    )
-    for run in do_runs(
-        [job(arm, seed, strength, False) for seed in settings.seeds for arm in settings.arms], workers, say
-    ):
+    say(f"   strength {strength:g} is taken and written to {out}")
+    say(f"2. {len(settings.arms)} arms, {len(settings.seeds)} seeds")
+    jobs = [job(arm, seed, strength, False) for seed in settings.seeds for arm in settings.arms]
+    for run in do_runs(jobs, workers, say):
         result["runs"].append(run)
         write_json(out, result)
     return read_json(out)
@@ -560,14 +597,18 @@ def in_words(
     d,  # (N,) paired differences
 ) -> str:
     "One contrast in one sentence."
-    numbers = f"{d.mean():+.3f} on average ({', '.join(f'{v:+.3f}' for v in d)})" if len(d) else ""
     if not len(d):
         return f"{name}: {measure} is not known."
+    seeds = ", ".join(f"{v:+.3f}" for v in d)
+    numbers = f"{d.mean():+.3f} on average ({seeds})"
     if len(d) == 1:
         return f"{name}: {measure} {numbers}; a single seed says nothing."
     if not is_clear(d):
         return f"{name}: {measure} {numbers}; within the spread of the seeds, no effect is shown."
-    return f"{name}: {measure} {numbers}; {'better' if d.mean() * MEASURES[measure][2] > 0 else 'worse'} with every seed, by at least twice what the seeds differ."
+    direction = "better" if d.mean() * MEASURES[measure][2] > 0 else "worse"
+    return (
+        f"{name}: {measure} {numbers}; {direction} with every seed, by at least twice what the seeds differ."
+    )
 
 
 # %% ../../nbs/09_training/13_ablation.ipynb #0eb2b6f8
@@ -585,28 +626,34 @@ def conclusions(
     ]
 
 
+# %% ../../nbs/09_training/13_ablation.ipynb #d584e8ec
+def _row(
+    arm,  # preset
+    ends,  # what its runs came to, one number a seed
+    d,  # (N,) paired differences to v2.1
+) -> str:
+    "An arm's line of the table."
+    line = f"  {arm:22}{np.nanmean(ends):8.3f}"
+    if arm == "v2.1" or not len(d):
+        return line
+    seeds = " ".join(f"{x:+.3f}" for x in d)
+    return f"{line}{d.mean():+9.3f}   ({seeds}){'  clear' if is_clear(d) else ''}"
+
+
 # %% ../../nbs/09_training/13_ablation.ipynb #f458d27a
 def table(
     result,  # from `run_ablation`
     measures=tuple(MEASURES)[:2],  # names in MEASURES
 ) -> str:
     "Every arm's end, and its paired difference to v2.1: mean and all seeds."
-    lines, arms = [], list(dict.fromkeys(r["arm"] for r in result["runs"]))
-    for measure in measures:
-        ends = {arm: [value(r, measure) for r in result["runs"] if r["arm"] == arm] for arm in arms}
+    arms = list(dict.fromkeys(r["arm"] for r in result["runs"]))
+    lines = []
+    for name in measures:
+        ends = {arm: [value(r, name) for r in result["runs"] if r["arm"] == arm] for arm in arms}
         if not np.isfinite(np.concatenate(list(ends.values()))).any():
             continue
-        lines += ["", f"{measure:24}{'mean':>8}   minus v2.1"]
-        for arm, v in ends.items():
-            d = differences(result, arm, "v2.1", measure)
-            lines.append(
-                f"  {arm:22}{np.nanmean(v):8.3f}"
-                + (
-                    ""
-                    if arm == "v2.1" or not len(d)
-                    else f"{d.mean():+9.3f}   ({' '.join(f'{x:+.3f}' for x in d)}){'  clear' if is_clear(d) else ''}"
-                )
-            )
+        lines += ["", f"{name:24}{'mean':>8}   minus v2.1"]
+        lines += [_row(arm, ends[arm], differences(result, arm, "v2.1", name)) for arm in arms]
     return "\n".join(lines[1:])
 
 
@@ -626,19 +673,22 @@ def collapsed_in_words(
     kind="pseudo-real",
 ) -> str:
     "Did an arm collapse, at its end or on the way?"
-    index = np.array([r[kind]["collapse_index"] for r in seeds_of_arm(result, arm)], float)
-    ends, t = [final(r, kind, "collapse_index") for r in seeds_of_arm(result, arm)], result["threshold"]
-    over = sum(e > t for e in ends)
-    said = (
-        "collapsed with every seed"
-        if over == len(ends)
-        else "did not collapse with any seed"
-        if not over
-        else f"collapsed with {over} of {len(ends)} seeds"
-    )
+    runs, threshold = seeds_of_arm(result, arm), result["threshold"]
+    index = np.array([r[kind]["collapse_index"] for r in runs], float)
+    ends = [final(r, kind, "collapse_index") for r in runs]
+    over = sum(end > threshold for end in ends)
+    if over == len(ends):
+        said = "collapsed with every seed"
+    elif not over:
+        said = "did not collapse with any seed"
+    else:
+        said = f"collapsed with {over} of {len(ends)} seeds"
+    mean = index.mean(0)
     return (
-        f"{arm} {said}: on {kind} pairs the index ends at {', '.join(f'{e:.2f}' for e in ends)} (threshold {t:.2f}); its mean over the seeds starts at {index.mean(0)[0]:.2f}, "
-        f"is highest in epoch {index.mean(0).argmax()} ({index.mean(0).max():.2f}) and was above the threshold in {(index > t).mean():.0%} of all looks."
+        f"{arm} {said}: on {kind} pairs the index ends at {', '.join(f'{e:.2f}' for e in ends)} "
+        f"(threshold {threshold:.2f}); its mean over the seeds starts at {mean[0]:.2f}, "
+        f"is highest in epoch {mean.argmax()} ({mean.max():.2f}) "
+        f"and was above the threshold in {(index > threshold).mean():.0%} of all looks."
     )
 
 
@@ -655,6 +705,23 @@ def weaning_epochs(
 
 
 # %% ../../nbs/09_training/13_ablation.ipynb #0e1fab18
+def _verdict_on_adaptive(
+    differences_by_measure,  # name in MEASURES -> paired differences of adaptive and calendar
+) -> str:
+    "Who wins, as far as a difference is clear."
+    gain = {
+        name: np.sign(d.mean()) * MEASURES[name][2]
+        for name, d in differences_by_measure.items()
+        if is_clear(d)
+    }
+    if not gain:
+        return "No difference to the calendar is shown."
+    worse = [name for name, sign in gain.items() if sign < 0]
+    if not worse:
+        return "It wins: better in " + " and ".join(gain) + "."
+    return "It loses: worse in " + " and ".join(worse) + "."
+
+
 def adaptive_in_words(
     result,  # from `run_ablation`
     measures=("index, pseudo-real", "AUC@20, pseudo-real"),  # names in MEASURES
@@ -664,17 +731,31 @@ def adaptive_in_words(
     def when(arm):
         return ", ".join(map(str, weaning_epochs(result, arm)))
 
-    d = {m: differences(result, "v2.2-adaptive", "v2.2", m) for m in measures}
-    gain = {m: np.sign(v.mean()) * MEASURES[m][2] for m, v in d.items() if is_clear(v)}
-    won = bool(gain) and all(g > 0 for g in gain.values())
-    verdict = (
-        "It wins: better in " + " and ".join(gain) + "."
-        if won
-        else "It loses: worse in " + " and ".join(m for m, g in gain.items() if g < 0) + "."
-        if gain
-        else "No difference to the calendar is shown."
+    verdict = _verdict_on_adaptive({m: differences(result, "v2.2-adaptive", "v2.2", m) for m in measures})
+    return (
+        f"Lambda first falls in epoch {when('v2.2-adaptive')} where the index decides "
+        f"and in epoch {when('v2.2')} by the calendar. {verdict}"
     )
-    return f"Lambda first falls in epoch {when('v2.2-adaptive')} where the index decides and in epoch {when('v2.2')} by the calendar. {verdict}"
+
+
+# %% ../../nbs/09_training/13_ablation.ipynb #a9675580
+def _draw_panel(
+    axes,  # of matplotlib
+    runs,  # arm -> list of its runs
+    kind,  # of pairs
+    figure,  # name in LOOKS
+) -> None:
+    "One figure against epoch: the arms' means, and their range over the seeds."
+    last = runs[list(runs)[-1]][0]
+    shade_phases(axes, last["epochs"], phase_of(last["lam"], last["scaler"]))
+    for k, (arm, mine) in enumerate(runs.items()):
+        values = np.array([r[kind][figure] for r in mine], float)
+        epochs = mine[0]["epochs"]
+        axes.plot(epochs, values.mean(0), color=f"C{k}", lw=1.5, label=arm)
+        axes.fill_between(epochs, values.min(0), values.max(0), color=f"C{k}", alpha=0.15, lw=0)
+    axes.title.set_size(8)
+    axes.set_xticks(epochs[:: max(1, len(epochs) // 5)])
+    axes.tick_params(labelsize=7)
 
 
 # %% ../../nbs/09_training/13_ablation.ipynb #b40d8b48
@@ -686,29 +767,23 @@ def draw_arms(
     arms,  # presets; those that were not run are left out
     kinds=("generated", "pseudo-real", "real"),  # of pairs; those that no run has are left out
 ):
-    "Index, coverage and registration against epoch, unguided, mean and range over the seeds, the phases of the last arm's first run shaded: a Figure."
+    """Index, coverage and registration against epoch, unguided: a Figure.
+
+    Lines are means and bands are ranges over the seeds; the phases of the last arm's first run are shaded.
+    """
     kinds = [kind for kind in kinds if any(kind in r for r in result["runs"])]
-    runs = {arm: mine for arm in arms if (mine := [r for r in result["runs"] if r["arm"] == arm])}
+    runs = {arm: mine for arm in arms if (mine := seeds_of_arm(result, arm))}
     figure = new_figure(900, 220 * len(kinds), 76)
     for row, kind in enumerate(kinds):
         for column, (name, label) in enumerate(PANELS):
             axes = figure.add_subplot(len(kinds), len(PANELS), row * len(PANELS) + column + 1)
-            last = runs[list(runs)[-1]][0]
-            shade_phases(axes, last["epochs"], phase_of(last["lam"], last["scaler"]))
-            for k, (arm, mine) in enumerate(runs.items()):
-                v, x = np.array([r[kind][name] for r in mine], float), mine[0]["epochs"]
-                axes.plot(x, v.mean(0), color=f"C{k}", lw=1.5, label=arm)
-                axes.fill_between(x, v.min(0), v.max(0), color=f"C{k}", alpha=0.15, lw=0)
+            _draw_panel(axes, runs, kind, name)
             if name == "collapse_index":
                 axes.axhline(result["threshold"], color="k", lw=0.8, ls=":")
-            axes.set(
-                title=f"{label}, {kind}",
-                ylim=(0, None if name == "AUC@20" else 1),
-                xlabel="epoch" if row == len(kinds) - 1 else None,
-            )
-            axes.title.set_size(8)
-            axes.set_xticks(x[:: max(1, len(x) // 5)])
-            axes.tick_params(labelsize=7)
+            top = None if name == "AUC@20" else 1
+            axes.set(title=f"{label}, {kind}", ylim=(0, top))
+            if row == len(kinds) - 1:
+                axes.set_xlabel("epoch")
     figure.axes[-2].legend(fontsize=7, loc="lower center")
     figure.tight_layout()
     return figure

@@ -41,6 +41,7 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
@@ -114,7 +115,10 @@ def draw_pairs(
     settings,  # Settings
     path,  # file to write
 ) -> None:
-    "Fresh pairs of reporting eyes: `mild` and `full`, two (N, H, W) uint8 each, and `batches`, one for every training step."
+    """Fresh pairs of reporting eyes.
+
+    The file holds `mild` and `full`, two (N, H, W) uint8 each, and `batches`, one for every training step.
+    """
     n = settings.repeats + 1
     bank = WorldBank(seeds_of("report", n), EyeConfig(size=settings.eye), workers=1, progress=False)
     source = GeneratedSource(bank)
@@ -319,10 +323,8 @@ class Process:
         folder,  # holds settings.json and pairs.pt
         threads,  # of its libraries
     ):
-        self.name, words = (
-            name,
-            [sys.executable, "-m", "loftr_curriculum.training.benchmark", "--serve", name, str(folder)],
-        )
+        self.name = name
+        words = [sys.executable, "-m", "loftr_curriculum.training.benchmark", "--serve", name, str(folder)]
         env = {**os.environ, **dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(threads))}
         self.process = subprocess.Popen(
             words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env
@@ -341,8 +343,9 @@ class Process:
         self.process.stdin.flush()
         answer = self.process.stdout.readline()
         if not answer:
+            code = self.process.wait()
             raise ValueError(
-                f"the process of {self.name} ended with exit code {self.process.wait()}, its complaint is above"
+                f"the process of {self.name} ended with exit code {code}, its complaint is above"
             )
         return json.loads(answer)
 
@@ -479,6 +482,42 @@ def _rate(f, pairs, repeats):
     return round(pairs / float(np.median([_timed(f)[0] for _ in range(repeats)])), 2)
 
 
+# %% ../../nbs/09_training/10_benchmark.ipynb #20fb3284
+def _inference(
+    matcher,  # on the GPU
+    precision,  # "32" or "bf16"
+):  # function of two images
+    "Matching without gradients, in the given precision."
+
+    @torch.inference_mode()
+    def infer(images):
+        with torch.autocast("cuda", torch.bfloat16, enabled=precision == "bf16"):
+            return matcher.match(*images)
+
+    return infer
+
+
+# %% ../../nbs/09_training/10_benchmark.ipynb #890da206
+def _cuda_jobs(
+    matcher,  # on the GPU
+    steps,  # from `training_steps`
+    precision,  # "32" or "bf16"
+    given,  # what `draw_pairs` wrote
+    settings,  # Settings
+) -> dict:  # name -> (function, its arguments, pairs that one call handles)
+    "What is timed on the GPU: inference with 1 and 16 pairs, and training."
+    large = [2 * (g[:, None].float() / 255) - 1 for g in given["full"]]
+    infer = _inference(matcher, precision)
+    jobs = {}
+    for n in (1, 16):
+        images = [x[torch.arange(n) % len(x)].cuda() for x in large]
+        jobs[f"inference, batch {n}"] = (infer, (images,), n)
+    batch = {k: v.cuda() for k, v in given["batches"][0].items()}
+    name = f"training, batch {settings.batch}, {settings.train_size} px"
+    jobs[name] = (steps, (batch, precision), settings.batch)
+    return jobs
+
+
 # %% ../../nbs/09_training/10_benchmark.ipynb #09f9bbf5
 def measure_cuda(
     given,  # what `draw_pairs` wrote
@@ -487,37 +526,18 @@ def measure_cuda(
     "Pairs per second on the first GPU."
     if not torch.cuda.is_available():
         return None
-    out, large = (
-        {"gpu": torch.cuda.get_device_name()},
-        [2 * (g[:, None].float() / 255) - 1 for g in given["full"]],
-    )
-
-    def pick(x, n):
-        return x[torch.arange(n) % len(x)].cuda()
-
+    out = {"gpu": torch.cuda.get_device_name()}
     for compiled in (False, True):
         matcher = load_matcher(settings.weights, "cuda")
         if compiled:
             matcher.compile()
         steps = training_steps(MatcherConfig(), "cuda", compiled)
         for precision in ("32", "bf16"):
-
-            @torch.inference_mode()
-            def infer(images):
-                with torch.autocast("cuda", torch.bfloat16, enabled=precision == "bf16"):
-                    return matcher.match(*images)
-
-            jobs = {f"inference, batch {n}": (infer, ([pick(x, n) for x in large],), n) for n in (1, 16)}
-            train = {k: v.cuda() for k, v in given["batches"][0].items()}
-            jobs[f"training, batch {settings.batch}, {settings.train_size} px"] = (
-                steps,
-                (train, precision),
-                settings.batch,
-            )
-            for name, (f, args, n) in jobs.items():
+            jobs = _cuda_jobs(matcher, steps, precision, given, settings)
+            for name, (function, arguments, pairs) in jobs.items():
                 key = f"{name}, {precision}" + (", compiled" if compiled else "")
                 try:
-                    out[key] = _rate(lambda: f(*args), n, settings.repeats)
+                    out[key] = _rate(partial(function, *arguments), pairs, settings.repeats)
                 except (RuntimeError, torch._dynamo.exc.TorchDynamoException) as e:
                     out[key] = f"failed: {str(e).splitlines()[0][:200]}"
     return out
@@ -569,48 +589,91 @@ def run_benchmark(
     return result
 
 
+# %% ../../nbs/09_training/10_benchmark.ipynb #61d3ddc8
+def _registration_lines(
+    measured,  # `registration` of the result
+    settings,  # `settings` of the result
+) -> list:
+    "Registration beside one forward pass of kornia's LoFTR: time, passes, memory."
+    lines = []
+    for motion in MOTIONS:
+        ours = measured[motion]["ours"]
+        kornia = measured[motion]["kornia"]
+        passes = ", ".join(map(str, ours["passes"]))
+        lines.append(
+            f"registration, {settings['size']} px, {motion} motion: {ours['median_s']:.3f} s; "
+            f"one forward pass of kornia's LoFTR: {kornia['median_s']:.3f} s: "
+            f"{measured[motion]['times_faster']:.1f} times faster"
+        )
+        lines.append(f"  passes {passes}; verdicts {', '.join(ours['verdict'])}")
+    mine, theirs = measured["memory_mb"]
+    lines.append(
+        f"memory above imports: {mine:.0f} MB and {theirs:.0f} MB, a share of {measured['memory_share']:.2f}"
+    )
+    return lines
+
+
+# %% ../../nbs/09_training/10_benchmark.ipynb #f46d9a1a
+def _training_lines(
+    measured,  # `training` of the result
+    settings,  # `settings` of the result
+) -> list:
+    "A training step of the fast matcher beside one of the reference, in every type of number."
+    fast, reference, times = measured["fast"], measured["reference"], measured["times_faster"]
+    lines = []
+    for precision in times:
+        lines.append(
+            f"training step, {settings['batch']} pairs of {settings['train_size']} px, {precision}: "
+            f"{fast[precision]['median_s']:.3f} s, reference {reference[precision]['median_s']:.3f} s: "
+            f"{times[precision]:.1f} times faster"
+        )
+    best = min(fast[p]["median_s"] for p in fast if p != "operations")
+    best_reference = min(reference[p]["median_s"] for p in times)
+    lines.append(f"  the faster type of each: {best_reference / best:.1f} times faster")
+    return lines
+
+
+# %% ../../nbs/09_training/10_benchmark.ipynb #1b8efe08
+def _work_lines(
+    result,  # from `run_benchmark`
+) -> list:
+    "Operations against what the machine can do, and time and memory against the side of an image."
+    lines = []
+    if product := result.get("product"):
+        rates = [f"{rate:.0f} GFLOP/s in {precision}" for precision, rate in product.items()]
+        lines.append("matrix product: " + ", ".join(rates))
+    for name, work in result.get("work", {}).items():
+        lines.append(
+            f"  {name:34}{work['gflop']:10.1f} GFLOP {work['gflop_per_s']:9.1f} GFLOP/s "
+            f"{work['share']:7.1%} of the product"
+        )
+    for row in result.get("sides", []):
+        registration = row["registration"]
+        lines.append(
+            f"{row['side']:5} px: a pass {row['pass']['median_s']:.3f} s, "
+            f"a registration {registration['median_s']:.3f} s, {registration['memory_mb']:.0f} MB"
+        )
+    return lines
+
+
 # %% ../../nbs/09_training/10_benchmark.ipynb #225aac5b
 def benchmark_table(
     result,  # from `run_benchmark`
 ) -> str:
     "The figures as lines of text."
-    s, lines = result["settings"], []
-    if r := result.get("registration"):
-        for motion in MOTIONS:
-            ours, kornia = r[motion]["ours"], r[motion]["kornia"]
-            lines.append(
-                f"registration, {s['size']} px, {motion} motion: {ours['median_s']:.3f} s; one forward pass of kornia's LoFTR: {kornia['median_s']:.3f} s: {r[motion]['times_faster']:.1f} times faster"
-            )
-            lines.append(
-                f"  passes {', '.join(map(str, ours['passes']))}; verdicts {', '.join(ours['verdict'])}"
-            )
-        lines.append(
-            f"memory above imports: {r['memory_mb'][0]:.0f} MB and {r['memory_mb'][1]:.0f} MB, a share of {r['memory_share']:.2f}"
-        )
-    if t := result.get("training"):
-        for p in t["times_faster"]:
-            lines.append(
-                f"training step, {s['batch']} pairs of {s['train_size']} px, {p}: {t['fast'][p]['median_s']:.3f} s, reference {t['reference'][p]['median_s']:.3f} s: {t['times_faster'][p]:.1f} times faster"
-            )
-        best = min(t["fast"], key=lambda p: t["fast"][p]["median_s"] if p != "operations" else np.inf)
-        lines.append(
-            f"  the faster type of each: {min(t['reference'][p]['median_s'] for p in t['times_faster']) / t['fast'][best]['median_s']:.1f} times faster"
-        )
-    if p := result.get("product"):
-        lines.append("matrix product: " + ", ".join(f"{v:.0f} GFLOP/s in {k}" for k, v in p.items()))
-    for name, w in result.get("work", {}).items():
-        lines.append(
-            f"  {name:34}{w['gflop']:10.1f} GFLOP {w['gflop_per_s']:9.1f} GFLOP/s {w['share']:7.1%} of the product"
-        )
-    for row in result.get("sides", []):
-        lines.append(
-            f"{row['side']:5} px: a pass {row['pass']['median_s']:.3f} s, a registration {row['registration']['median_s']:.3f} s, {row['registration']['memory_mb']:.0f} MB"
-        )
-    for name, v in (result.get("cuda") or {}).items():
-        lines.append(f"{name}: {v}" + (" pairs/s" if isinstance(v, float) else ""))
-    m = result["machine"]
+    settings, machine = result["settings"], result["machine"]
+    lines = []
+    if registration := result.get("registration"):
+        lines += _registration_lines(registration, settings)
+    if training := result.get("training"):
+        lines += _training_lines(training, settings)
+    lines += _work_lines(result)
+    for name, value in (result.get("cuda") or {}).items():
+        lines.append(f"{name}: {value}" + (" pairs/s" if isinstance(value, float) else ""))
     lines.append(
-        f"medians of {s['repeats']}, {result['seeds']}; {s['threads']} threads on {m['cores']} cores of {m['processor']}, torch {m['torch']}, kornia {m['kornia']}"
+        f"medians of {settings['repeats']}, {result['seeds']}; "
+        f"{settings['threads']} threads on {machine['cores']} cores of {machine['processor']}, "
+        f"torch {machine['torch']}, kornia {machine['kornia']}"
     )
     return "\n".join(lines)
 

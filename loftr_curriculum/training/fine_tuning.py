@@ -375,20 +375,33 @@ def fine_tuning_table(
 
 
 # %% ../../nbs/09_training/12_fine_tuning.ipynb #a4d0cdf9
+def _change_in_words(
+    by,  # mean change
+    low,  # of its interval
+    high,  # of its interval
+) -> str:
+    "A change, its interval, and whether that is more than chance."
+    if low > 0:
+        verdict = "better"
+    elif high < 0:
+        verdict = "worse"
+    else:
+        verdict = "not more than chance"
+    return f"{by:+.3f} ({low:+.3f} to {high:+.3f}), {verdict}"
+
+
 def in_words(
     result,  # of `run_fine_tuning`
 ) -> str:
     "One sentence for each run: what was won, what was lost, and whether that is more than chance."
-
-    def said(by, low, high):
-        return f"{by:+.3f} ({low:+.3f} to {high:+.3f}), " + (
-            "better" if low > 0 else "worse" if high < 0 else "not more than chance"
+    sentences = []
+    for name, change in changes_in(result).items():
+        new = _change_in_words(*change["new"]["mean AUC"])
+        old = _change_in_words(*change["old"]["mean AUC"])
+        sentences.append(
+            f"{LABELS[name]}: mean AUC changes on the new camera by {new}; on the old domain by {old}."
         )
-
-    return "\n".join(
-        f"{LABELS[name]}: mean AUC changes on the new camera by {said(*c['new']['mean AUC'])}; on the old domain by {said(*c['old']['mean AUC'])}."
-        for name, c in changes_in(result).items()
-    )
+    return "\n".join(sentences)
 
 
 # %% ../../nbs/09_training/12_fine_tuning.ipynb #98ef1fd1

@@ -173,30 +173,45 @@ def _rates(result):
     return {title: np.atleast_1d(result[key]) for title, key in ROWS.items() if key in result}
 
 
+# %% ../../nbs/09_training/08_speed.ipynb #33464769
+def _rate_line(
+    title,  # what was measured
+    values,  # rates, one for every block
+) -> str:
+    "A median; with the range where there are several blocks."
+    line = f"{title:40}{np.median(values):8.1f}"
+    if len(values) == 1:
+        return line
+    return f"{line}   ({values.min():.0f} to {values.max():.0f}, {len(values)} blocks)"
+
+
+def _waiting_line(
+    name,  # key of the result
+    measured,  # what stands there: seconds of every step
+) -> str:
+    "The share of the time in which training waits for its data."
+    title = "waiting, " + name.replace("_", " ")
+    return f"{title:40}{waiting_share(measured):8.2%}   ({len(measured['step_seconds'])} steps)"
+
+
 # %% ../../nbs/09_training/08_speed.ipynb #a3b60844
 def speed_table(
     result: dict,  # from `measure_speed`
 ) -> str:
     "The figures as lines of text: medians, with the range of the blocks."
-    machine, data, lines = result["machine"], result["config"]["data"], []
-    for title, values in _rates(result).items():
-        lines.append(
-            f"{title:40}{np.median(values):8.1f}"
-            + (
-                f"   ({values.min():.0f} to {values.max():.0f}, {len(values)} blocks)"
-                if len(values) > 1
-                else ""
-            )
-        )
-    for key in (k for k in result if k.startswith("training_")):
-        lines.append(
-            f"{'waiting, ' + key.replace('_', ' '):40}{waiting_share(result[key]):8.2%}   ({len(result[key]['step_seconds'])} steps)"
-        )
+    machine = result["machine"]
+    data = result["config"]["data"]
+    lines = [_rate_line(title, values) for title, values in _rates(result).items()]
+    for name, measured in result.items():
+        if name.startswith("training_"):
+            lines.append(_waiting_line(name, measured))
     lines.append(
-        f"{data['size']} px, batches of {data['batch_size']}, {result['precision']}, {result['processes']} processes, seed {result['seed']}"
+        f"{data['size']} px, batches of {data['batch_size']}, {result['precision']}, "
+        f"{result['processes']} processes, seed {result['seed']}"
     )
     lines.append(
-        f"{machine['cores']} cores of {machine['processor']}, {machine['gpu'] or 'no GPU'}, torch {machine['torch']} on {machine['torch_threads']} threads"
+        f"{machine['cores']} cores of {machine['processor']}, {machine['gpu'] or 'no GPU'}, "
+        f"torch {machine['torch']} on {machine['torch_threads']} threads"
     )
     return "\n".join(lines)
 
