@@ -13,6 +13,7 @@ from loftr_curriculum.data.config import DataConfig
 from loftr_curriculum.data.pseudo_real import SPECIFICATION, pseudo_real_pair
 from loftr_curriculum.evaluation import card
 from loftr_curriculum.evaluation.metrics import at_512, landmark_error
+from loftr_curriculum.geometry import Affine
 from loftr_curriculum.io.files import FileError, read_json
 from loftr_curriculum.model.config import MatcherConfig
 from loftr_curriculum.model.matcher import Matcher
@@ -52,7 +53,7 @@ def stays(monkeypatch):
         if seen.count == seen.stop:
             raise KeyboardInterrupt
         seen.count += 1
-        return SimpleNamespace(moving_to_fixed=np.eye(3), verdict="ok", fixed_size=fixed.shape[:2])
+        return SimpleNamespace(point_map=Affine(np.eye(3)), verdict="ok", fixed_size=fixed.shape[:2])
 
     monkeypatch.setattr(card, "register", register)
     return seen

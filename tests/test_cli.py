@@ -249,19 +249,21 @@ def untrained(tmp_path_factory):
 QUICK = ("--long-side", "256", "--first-long-side", "256")
 
 
-def test_register_writes_four_files_and_warp_repeats_the_picture(pair, sees, tmp_path, capsys):
+def test_register_writes_five_files_and_warp_repeats_the_picture(pair, sees, tmp_path, capsys):
     fixed, moving, M = pair
     out = tmp_path / "out"
     assert run("register", fixed, moving, "--out", out, *QUICK) == 0
     said = capsys.readouterr().out
     assert (
         said.startswith("ok: ")
-        and f"look at {out}: transform.json, warped.png, checkerboard.png, matches.png\n" in said
+        and f"look at {out}: transform.json, transform.tfm, warped.png, checkerboard.png, matches.png\n"
+        in said
     )
     assert sorted(p.name for p in out.iterdir()) == [
         "checkerboard.png",
         "matches.png",
         "transform.json",
+        "transform.tfm",
         "warped.png",
     ]
     found = np.array(read_json(out / "transform.json")["moving_to_fixed"])

@@ -57,6 +57,11 @@ class PointMap(ABC):
     def to_dict(self) -> dict:
         "Plain numbers and lists that `map_from_dict` reads."
 
+    def __eq__(self, other):
+        return isinstance(other, PointMap) and self.to_dict() == other.to_dict()
+
+    __hash__ = None
+
     def then(self, other: "PointMap") -> "PointMap":
         "This map first, `other` after it."
         return Chain((*parts_of(self), *parts_of(other)))
@@ -167,7 +172,7 @@ def map_from_matrix(
 
 
 # %% ../../nbs/01_geometry/03_maps.ipynb #a65412d7
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Chain(PointMap):
     "Maps that act one after the other."
 
