@@ -1,4 +1,7 @@
-"""Guards of the calibration of `ok`: which thresholds are chosen, what missing evidence means, and that the defaults are the calibrated ones."""
+"""Guards of the calibration of `ok`.
+
+Which thresholds are chosen, what missing evidence means, and that the defaults are the calibrated ones.
+"""
 
 import json
 from dataclasses import asdict

@@ -1,4 +1,8 @@
-"""Guards of the model card: intervals over eyes, resuming, whose scores are shown, histories of several runs, and that the committed card belongs to the committed weights."""
+"""Guards of the model card.
+
+Intervals over eyes, resuming, whose scores are shown, histories of several runs, and that the committed card
+belongs to the committed weights.
+"""
 
 import configparser
 from dataclasses import replace

@@ -1,4 +1,7 @@
-"Guards of the sweep over rotation, scale and shift: true pairs, honest curves, a sweep that goes on where it stopped, the command."
+"""Guards of the sweep over rotation, scale and shift.
+
+True pairs, honest curves, a sweep that goes on where it stopped, the command.
+"""
 
 import json
 import sys
@@ -113,7 +116,10 @@ def test_a_stopped_sweep_goes_on_and_ends_like_an_uninterrupted_one(oracle, tmp_
 
 def test_the_command(tmp_path, monkeypatch, capsys):
     out = tmp_path / "s.json"
-    words = "sweep --progress false --settings.rotations [60] --settings.scales [] --settings.shifts [] --settings.pairs 1 --settings.side 96 --settings.eye.size 256"
+    words = (
+        "sweep --progress false --settings.rotations [60] --settings.scales [] --settings.shifts []"
+        " --settings.pairs 1 --settings.side 96 --settings.eye.size 256"
+    )
     monkeypatch.setattr(sys, "argv", [*words.split(), "--settings.modes", "[cf-fa]", "--out", str(out)])
     main()
     curve = json.loads(out.read_text())["curves"]["rotation"]

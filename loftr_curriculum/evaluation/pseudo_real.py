@@ -34,15 +34,19 @@ def evaluate_pseudo_real(
     spec=SPECIFICATION,  # another one is another list, and its scores compare with nothing
 ) -> dict:  # mode -> figures as in `metrics.summarise`; 'all' over all modes
     "Score a system on the pseudo-real list."
-    errors = {m: {} for m in modes}
+    errors = {mode: {} for mode in modes}
     for pair in pseudo_real_pairs(modes, limit, folder, workers, progress, spec):
         answer = matrix_of(register_function(pair.fixed, pair.moving))
-        errors[pair.mode][pair.id] = at_512(
-            landmark_error(answer, pair.fixed_points, pair.moving_points), pair.fixed.shape[:2]
-        )
-    out = {mode: summarise(list(e.values())) for mode, e in errors.items()}
-    out["all"] = summarise([v for e in errors.values() for v in e.values()])
-    return out | ({"errors": {i: v for e in errors.values() for i, v in e.items()}} if per_pair else {})
+        error = landmark_error(answer, pair.fixed_points, pair.moving_points)
+        errors[pair.mode][pair.id] = at_512(error, pair.fixed.shape[:2])
+    every = {}
+    for of_mode in errors.values():
+        every |= of_mode
+    result = {mode: summarise(list(of_mode.values())) for mode, of_mode in errors.items()}
+    result["all"] = summarise(list(every.values()))
+    if per_pair:
+        result["errors"] = every
+    return result
 
 
 # %% ../../nbs/07_evaluation/03_pseudo_real.ipynb #a7c18add
@@ -55,13 +59,14 @@ def system_named(
         return getattr(import_module(module), function)
     except (ImportError, AttributeError, ValueError) as error:
         raise ValueError(
-            f"{name}: expected the dotted name of a function of two images, such as package.module.function ({error})"
+            f"{name}: expected the dotted name of a function of two images, "
+            f"such as package.module.function ({error})"
         ) from None
 
 
 # %% ../../nbs/07_evaluation/03_pseudo_real.ipynb #81bee977
 def score_system(
-    system: str = "loftr_curriculum.registration.register",  # dotted name of a function (fixed, moving) -> moving_to_fixed or None
+    system: str = "loftr_curriculum.registration.register",  # (fixed, moving) -> moving_to_fixed or None
     modes: tuple[str, ...] = MODES,  # modes to score
     limit: int | None = None,  # pairs of each mode; None: all
     folder: str | None = None,  # where the pairs are kept, or will be
@@ -69,7 +74,7 @@ def score_system(
     workers: int = 2,  # processes that make pairs
     progress: bool = True,  # show a progress bar
 ) -> dict:  # what was written
-    "Score a system on the pseudo-real list and write the figures and the error of every pair."
+    "Score a system, given by its dotted name, and write the figures and the error of every pair."
     scores = evaluate_pseudo_real(
         system_named(system), modes, limit, folder, workers, progress, per_pair=True
     )
@@ -85,15 +90,20 @@ def lines_of(
 ) -> str:
     "The figures of every mode as lines of text."
 
-    def show(v):
-        return "-" if v is None else f"{v:.3f}" if isinstance(v, float) else str(v)
+    def show(value):
+        if value is None:
+            return "-"
+        if isinstance(value, float):
+            return f"{value:.3f}"
+        return str(value)
 
-    modes = [k for k, v in result.items() if isinstance(v, dict) and "SR@10" in v]
+    modes = [name for name, value in result.items() if isinstance(value, dict) and "SR@10" in value]
     columns = list(result[modes[0]])
-    return "\n".join(
-        [f"{'':8}" + "".join(f"{c:>11}" for c in columns)]
-        + [f"{m:8}" + "".join(f"{show(result[m][c]):>11}" for c in columns) for m in modes]
-    )
+    lines = [f"{'':8}" + "".join(f"{column:>11}" for column in columns)]
+    for mode in modes:
+        figures = [show(result[mode][column]) for column in columns]
+        lines.append(f"{mode:8}" + "".join(f"{figure:>11}" for figure in figures))
+    return "\n".join(lines)
 
 
 # %% ../../nbs/07_evaluation/03_pseudo_real.ipynb #9faf78b3

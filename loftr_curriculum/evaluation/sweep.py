@@ -22,6 +22,7 @@ import platform
 import time
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -69,11 +70,12 @@ def swept_transform(
     rng,  # np.random.Generator: the mild rest, the same draws for every axis and value
 ) -> np.ndarray:
     "A similarity `fixed_to_moving` (3, 3) that has exactly `value` on the axis."
-    sign, phi = rng.choice([-1, 1]), rng.uniform(0, 2 * np.pi)
+    sign = rng.choice([-1, 1])
+    direction = rng.uniform(0, 2 * np.pi)  # of the shift, radians
     motion = dict(rotation=rng.uniform(-5, 5), scale=np.exp(rng.uniform(-0.05, 0.05)), shift=0.05)
     motion[axis] = value * sign if axis == "rotation" else value
-    way = side * motion["shift"] * np.array([np.cos(phi), np.sin(phi)])
-    return similarity(motion["rotation"], motion["scale"], way, centre((side, side)))
+    shift_px = side * motion["shift"] * np.array([np.cos(direction), np.sin(direction)])
+    return similarity(motion["rotation"], motion["scale"], shift_px, centre((side, side)))
 
 
 # %% ../../nbs/07_evaluation/04_sweep.ipynb #ec768646
@@ -91,8 +93,11 @@ def sweep_pair(
     config,  # SweepConfig
 ) -> RawPair:
     "The pair of an axis, a value, a mode and an eye; always the same one."
-    (seed,), names, size = seeds_of("report", 1, number), split_mode(mode), (config.side,) * 2
-    world = _world(seed, config.eye, tuple(sorted({n for m in config.modes for n in split_mode(m)})))
+    (seed,) = seeds_of("report", 1, number)
+    names = split_mode(mode)
+    size = (config.side, config.side)
+    every_name = {name for swept in config.modes for name in split_mode(swept)}
+    world = _world(seed, config.eye, tuple(sorted(every_name)))
     rng = np.random.default_rng([seed, MODES.index(mode)])
     T = swept_transform(axis, value, config.side, rng)
     A = place_views(T, world.vessels.shape, size, rng, config.field)
@@ -131,22 +136,24 @@ def curves_of(
     config,  # SweepConfig
     tried,  # {axis: {value: {pair: {variant: (error or None, seconds)}}}}
 ) -> dict:
-    "For each axis its values, and for each variant SR@10, median error in px and mean seconds, one number a value."
+    "Values of each axis; SR@10, median error (px) and mean seconds of each variant at each value."
 
     def curve(axis, values, variant):
-        runs = [[r[variant] for r in tried[axis][f"{v:g}"].values()] for v in values]
-        errors = [[np.inf if e is None else e for e, _ in some] for some in runs]
+        runs = [[tries[variant] for tries in tried[axis][f"{value:g}"].values()] for value in values]
+        errors = [[np.inf if error is None else error for error, _ in some] for some in runs]
+        seconds = [[taken for _, taken in some] for some in runs]
         return {
-            "SR@10": [success_rate(e, 10) for e in errors],
-            "median": [float(np.median(e)) for e in errors],
-            "seconds": [float(np.mean([s for _, s in some])) for some in runs],
+            "SR@10": [success_rate(some, 10) for some in errors],
+            "median": [float(np.median(some)) for some in errors],
+            "seconds": [float(np.mean(some)) for some in seconds],
         }
 
-    return {
-        axis: dict(values=list(values), **{v: curve(axis, values, v) for v in VARIANTS})
-        for axis, values in config.axes.items()
-        if values
-    }
+    curves = {}
+    for axis, values in config.axes.items():
+        if values:
+            of_variants = {variant: curve(axis, values, variant) for variant in VARIANTS}
+            curves[axis] = {"values": list(values), **of_variants}
+    return curves
 
 
 # %% ../../nbs/07_evaluation/04_sweep.ipynb #afea96a8
@@ -156,51 +163,50 @@ def _tried_before(out, settings):
     found = read_json(out)
     if not isinstance(found, dict) or found.get("settings") != settings:
         raise FileError(
-            f"{out}: holds a sweep with other settings or weights; choose another file, or remove it to start again"
+            f"{out}: holds a sweep with other settings or weights; "
+            "choose another file, or remove it to start again"
         )
     return found["tried"]
 
 
 # %% ../../nbs/07_evaluation/04_sweep.ipynb #5c3e081b
+def _jobs(config):
+    "What is tried, eye after eye: (axis, value, mode, number of the eye)."
+    points = [(axis, value) for axis, values in config.axes.items() for value in values]
+    eyes = range(config.pairs)
+    return [(*point, mode, number) for number, point, mode in product(eyes, points, config.modes)]
+
+
 def sweep(
     matcher,  # as in `registration.register`, in evaluation mode
     config=SweepConfig(),  # what is tried
     out=None,  # JSON file, written after every pair; one that is there is gone on with
     progress=True,  # show a progress bar
 ) -> dict:
-    "Curves of success, error and seconds, and what they were made from. Errors are deterministic; FileError for a file of another sweep."
-    settings = json.loads(
-        json.dumps(
-            dict(
-                sweep=asdict(config),
-                variants=VARIANTS,
-                generator=GENERATOR_VERSION,
-                matcher=fingerprint(matcher),
-            )
-        )
+    """Curves of success, error and seconds, and what they were made from.
+
+    Errors are deterministic. Raises FileError for a file of another sweep."""
+    made_from = dict(
+        sweep=asdict(config), variants=VARIANTS, generator=GENERATOR_VERSION, matcher=fingerprint(matcher)
     )
+    settings = json.loads(json.dumps(made_from))  # as a file gives it back
     tried = _tried_before(out, settings)
-    jobs = [
-        (a, v, m, n)
-        for n in range(config.pairs)
-        for a, values in config.axes.items()
-        for v in values
-        for m in config.modes
-    ]
-    configs = {k: replace(MATCHES_ALONE, **how) for k, how in VARIANTS.items()}
+    configs = {name: replace(MATCHES_ALONE, **changes) for name, changes in VARIANTS.items()}
 
     def result():
         return dict(settings=settings, hardware=_hardware(matcher), tried=tried)
 
     warm = False
-    for axis, value, mode, number in tqdm(jobs, desc="sweeping", unit="pair", disable=not progress):
-        here, key = tried.setdefault(axis, {}).setdefault(f"{value:g}", {}), f"{mode}_{number}"
+    for axis, value, mode, number in tqdm(_jobs(config), desc="sweeping", unit="pair", disable=not progress):
+        here = tried.setdefault(axis, {}).setdefault(f"{value:g}", {})
+        key = f"{mode}_{number}"
         if key in here:
             continue
         pair = sweep_pair(axis, value, mode, number, config)
-        if not warm:
-            warm = try_variant(pair, matcher, configs["single"]) is not None
-        here[key] = {k: try_variant(pair, matcher, c) for k, c in configs.items()}
+        if not warm:  # the first call takes longer: its seconds are not kept
+            try_variant(pair, matcher, configs["single"])
+            warm = True
+        here[key] = {name: try_variant(pair, matcher, variant) for name, variant in configs.items()}
         if out is not None:
             write_json(out, result())
     done = result() | dict(curves=curves_of(config, tried))
@@ -224,17 +230,17 @@ def lines_of(
     result,  # of `sweep`
 ) -> str:
     "A table for each axis: success of every variant, and seconds."
-    out = []
-    for axis, c in result["curves"].items():
-        out.append(f"{axis:10}" + "".join(f"{k:>26}" for k in VARIANTS))
 
-        def show(k, i):
-            return f"{c[k]['SR@10'][i]:.2f} SR@10 {c[k]['seconds'][i]:7.2f} s"
+    def show(curve, i):
+        return f"{curve['SR@10'][i]:.2f} SR@10 {curve['seconds'][i]:7.2f} s"
 
-        out += [
-            f"{v:<10g}" + "".join(f"{show(k, i):>26}" for k in VARIANTS) for i, v in enumerate(c["values"])
-        ]
-    return "\n".join(out)
+    lines = []
+    for axis, curves in result["curves"].items():
+        lines.append(f"{axis:10}" + "".join(f"{variant:>26}" for variant in VARIANTS))
+        for i, value in enumerate(curves["values"]):
+            columns = [show(curves[variant], i) for variant in VARIANTS]
+            lines.append(f"{value:<10g}" + "".join(f"{column:>26}" for column in columns))
+    return "\n".join(lines)
 
 
 # %% ../../nbs/07_evaluation/04_sweep.ipynb #6b20436c
