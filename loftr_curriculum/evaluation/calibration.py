@@ -67,28 +67,39 @@ GRID = (
 MARGIN = 0.05  # share of the ok answers that may be given up for stricter thresholds
 
 
+def _strictness(at, grid):
+    "Of the values at these places of the grid: 0 where all are the loosest, 4 where all are the strictest."
+    shares = []
+    for place, values, sign in zip(at, grid, SIGNS):
+        share = place / (len(values) - 1)
+        shares.append(share if sign > 0 else 1 - share)
+    return sum(shares)
+
+
 def choose_thresholds(
-    evidence: np.ndarray,  # (N, 4), columns as in `EVIDENCE`; nan, which passes no threshold, where there is no answer
+    evidence: np.ndarray,  # (N, 4), columns as in `EVIDENCE`; nan, which passes nothing, for no answer
     errors: np.ndarray,  # (N,) px at 512 px, inf for no answer
     grid=GRID,  # values tried of each threshold, from loose to strict, the last from strict to loose
     margin=MARGIN,  # share of the most ok answers that stricter thresholds may lose
 ) -> Thresholds:
-    "Of the combinations that promise nothing false and nearly as much that is right as any, the strictest. Raises ValueError where no combination is free of false promises."
-    passes = [
-        np.stack([(evidence[:, k] - v) * s >= 0 for v in values])
-        for k, (values, s) in enumerate(zip(grid, SIGNS))
-    ]
-    right, found = errors < RIGHT_PX, []
-    for at in product(*(range(len(v)) for v in grid)):
+    """The strictest combination that promises nothing false and nearly as much that is right as any.
+
+    Raises ValueError where no combination is free of false promises."""
+    passes = []  # of each threshold: (values, N), which answers pass
+    for k, (values, sign) in enumerate(zip(grid, SIGNS)):
+        passes.append(np.stack([(evidence[:, k] - value) * sign >= 0 for value in values]))
+    right = errors < RIGHT_PX
+    honest = []  # (answers that are ok, strictness, places in the grid)
+    for at in product(*(range(len(values)) for values in grid)):
         ok = passes[0][at[0]] & passes[1][at[1]] & passes[2][at[2]] & passes[3][at[3]]
-        strict = sum(i / (len(v) - 1) if s > 0 else 1 - i / (len(v) - 1) for i, v, s in zip(at, grid, SIGNS))
         if not (ok & ~right).any():
-            found.append((int(ok.sum()), strict, at))
-    if not found:
+            honest.append((int(ok.sum()), _strictness(at, grid), at))
+    if not honest:
         raise ValueError("every combination of thresholds calls a false answer ok")
-    least = (1 - margin) * max(ok for ok, *_ in found)
-    _, _, at = max((f for f in found if f[0] >= least), key=lambda f: (f[1], f[0]))
-    return Thresholds(*(v[i] for v, i in zip(grid, at)))
+    most = max(count for count, _, _ in honest)
+    enough = [found for found in honest if found[0] >= (1 - margin) * most]
+    _, _, at = max(enough, key=lambda found: (found[1], found[0]))
+    return Thresholds(*(values[place] for values, place in zip(grid, at)))
 
 
 # %% ../../nbs/07_evaluation/06_calibration.ipynb #f433b999
@@ -100,25 +111,20 @@ def collect(
     "Register pairs from every start and keep the evidence beside the truth."
     rows = []
     for pair, side in product(pairs, (config.first_long_side, *config.retry_long_sides)):
-        r = register(
-            pair.fixed,
-            pair.moving,
-            matcher=matcher,
-            config=replace(config, first_long_side=side, retry_long_sides=()),
-        )
-        error = at_512(
-            landmark_error(r.moving_to_fixed, pair.fixed_points, pair.moving_points), pair.fixed.shape[:2]
-        )
-        told = {k: getattr(r.evidence, k) for k in EVIDENCE}
-        rows.append(
-            {
-                "id": pair.id,
-                "mode": pair.mode,
-                "first_long_side": side,
-                "error": error if np.isfinite(error) else None,
-            }
-            | {k: v if v is not None and np.isfinite(v) else None for k, v in told.items()}
-        )
+        one_start = replace(config, first_long_side=side, retry_long_sides=())
+        found = register(pair.fixed, pair.moving, matcher=matcher, config=one_start)
+        error = landmark_error(found.moving_to_fixed, pair.fixed_points, pair.moving_points)
+        error = at_512(error, pair.fixed.shape[:2])
+        row = {
+            "id": pair.id,
+            "mode": pair.mode,
+            "first_long_side": side,
+            "error": error if np.isfinite(error) else None,
+        }
+        for name in EVIDENCE:
+            value = getattr(found.evidence, name)
+            row[name] = value if value is not None and np.isfinite(value) else None
+        rows.append(row)
     return rows
 
 
@@ -127,30 +133,36 @@ def table_of(
     rows: list[dict],  # from `collect`
 ) -> tuple[np.ndarray, np.ndarray]:  # evidence (N, 4), errors (N,)
     "Rows as arrays; what is missing is nan, no answer has an infinite error."
-    evidence = np.array([[np.nan if r[k] is None else r[k] for k in EVIDENCE] for r in rows], float).reshape(
-        -1, len(EVIDENCE)
-    )
-    return evidence, np.array([np.inf if r["error"] is None else r["error"] for r in rows], float)
+    evidence = [[np.nan if row[name] is None else row[name] for name in EVIDENCE] for row in rows]
+    errors = [np.inf if row["error"] is None else row["error"] for row in rows]
+    return np.array(evidence, float).reshape(-1, len(EVIDENCE)), np.array(errors, float)
 
 
 # %% ../../nbs/07_evaluation/06_calibration.ipynb #c0b3c6b5
+def _start_that_answers(starts):
+    "The first start that is ok, or the one with the most inliers, an answer before none."
+    for start in starts:
+        if start[0]:
+            return start
+    return max(starts, key=lambda start: start[:3])
+
+
 def promises_kept(
     rows: list[dict],  # from `collect`, starts of a pair in their order
     thresholds: Thresholds,  # judged
 ) -> dict:  # pairs, answers, right, ok, ok_of_right, false_ok
-    "How far the `ok` of a registration can be believed with these thresholds: the first start that is ok answers, or the one with the most inliers."
+    """How far the `ok` of a registration can be believed with these thresholds.
+
+    The first start that is ok answers, or the one with the most inliers."""
     evidence, errors = table_of(rows)
-    starts = {}
-    for row, ok, error in zip(rows, thresholds.says_ok(evidence) & np.isfinite(errors), errors):
-        starts.setdefault(row["id"], []).append(
-            (bool(ok), bool(np.isfinite(error)), row["inliers"] or 0, error)
-        )
-    ok, _, _, errors = (
-        np.array(column)
-        for column in zip(
-            *(next((a for a in s if a[0]), max(s, key=lambda a: a[:3])) for s in starts.values())
-        )
-    )
+    answered = np.isfinite(errors)
+    ok = thresholds.says_ok(evidence) & answered
+    starts = {}  # pair -> [(ok, answered, inliers, error)]
+    for k, row in enumerate(rows):
+        start = (bool(ok[k]), bool(answered[k]), row["inliers"] or 0, errors[k])
+        starts.setdefault(row["id"], []).append(start)
+    chosen = [_start_that_answers(some) for some in starts.values()]
+    ok, _, _, errors = (np.array(column) for column in zip(*chosen))
     right = errors < RIGHT_PX
     return {
         "pairs": len(errors),
@@ -175,8 +187,10 @@ def calibrate(
     matcher = load_matcher(weights)
     spec = replace(SPECIFICATION, split="calibration", per_mode=per_mode)
     rows = collect(pseudo_real_pairs(MODES, workers=workers, spec=spec), matcher)
-    half = set(list(dict.fromkeys(r["id"] for r in rows))[::2])
-    first, second = ([r for r in rows if (r["id"] in half) == taken] for taken in (True, False))
+    pairs = list(dict.fromkeys(row["id"] for row in rows))
+    taken = set(pairs[::2])
+    first = [row for row in rows if row["id"] in taken]
+    second = [row for row in rows if row["id"] not in taken]
     found = choose_thresholds(*table_of(first))
     result = {
         "generator": GENERATOR_VERSION,

@@ -48,32 +48,36 @@ class PrecisionConfig:
 
 
 # %% ../../nbs/07_evaluation/10_precision.ipynb #29bcf5a4
+def _motion_of(name, config):
+    "How far the images of a bin may be apart."
+    if name == "near":
+        return NEAR
+    level = name == "level"
+    return Motion(
+        rotation_deg=config.rotation_deg,
+        scale=1.25 if level else 2.0,
+        same_scale=0.0,
+        shift=0.3,
+        min_overlap=0.5 if level else 0.2,
+    )
+
+
 def draw_bin(
     source,  # GeneratedSource
     name,  # one of BINS
     config,  # PrecisionConfig
 ) -> list:  # of PairSample
     "Pairs whose scale ratio lies in a bin, always the same ones."
-    lo, hi = BINS[name]
-    level = name == "level"
-    motion = (
-        NEAR
-        if name == "near"
-        else Motion(
-            rotation_deg=config.rotation_deg,
-            scale=1.25 if level else 2.0,
-            same_scale=0.0,
-            shift=0.3,
-            min_overlap=0.5 if level else 0.2,
-        )
-    )
-    found, k = [], 0
+    lowest, highest = BINS[name]
+    motion = _motion_of(name, config)
+    number = list(BINS).index(name)
+    size = (config.size, config.size)
+    found = []
+    k = 0
     while len(found) < config.pairs:
-        sample, k = (
-            source.draw(k, np.random.default_rng((list(BINS).index(name), k)), (config.size,) * 2, motion),
-            k + 1,
-        )
-        if lo <= decompose(sample.fixed_to_moving, sample.fov0.shape)["scale"] <= hi:
+        sample = source.draw(k, np.random.default_rng((number, k)), size, motion)
+        k += 1
+        if lowest <= decompose(sample.fixed_to_moving, sample.fov0.shape)["scale"] <= highest:
             found.append(sample)
     return found
 
@@ -82,46 +86,54 @@ def draw_bin(
 STAGES = ("cells alone", "flow, shrunk", "flow, full", "their affine")
 
 
+def _affine_through(matches):
+    "The fixed points of all matches, carried by the affine fitted to them; inf where there is none."
+    first = estimate_transform(matches.points0, matches.points1)
+    if first is None:
+        return np.full_like(matches.points0, np.inf)
+    affine = refit(first.fixed_to_moving, matches.points0, matches.points1)
+    return apply_transform(affine, matches.points0)
+
+
 def match_errors(
     matcher,  # Matcher in evaluation mode
     sample,  # PairSample
 ) -> dict:  # name in STAGES -> (N,) px of the moving image
-    "Errors of all matches: of matched cells, after the flow of the shrunk images, of what the matcher returns, and of the affine fitted to that; inf where there is none."
+    """Errors of all matches at every stage.
+
+    Of matched cells, after the flow of the shrunk images, of what the matcher returns, and of the affine
+    fitted to that; inf where there is none."""
     import torch
 
     from ..model.stages import matched_cells, shrink_pair
 
-    def put(a, *ones):
-        return torch.from_numpy(a).reshape(*ones, *a.shape)
+    def batch(array, *ones):
+        return torch.from_numpy(array).reshape(*ones, *array.shape)
 
-    given = put(sample.image0, 1, 1), put(sample.image1, 1, 1), put(sample.fov0, 1), put(sample.fov1, 1)
-    sizes, small = shrink_pair(matcher.config.coarse_side, given[:2], given[2:])
+    images = batch(sample.image0, 1, 1), batch(sample.image1, 1, 1)
+    fovs = batch(sample.fov0, 1), batch(sample.fov1, 1)
+    sizes, small = shrink_pair(matcher.config.coarse_side, images, fovs)
     with torch.inference_mode():
-        _, *cells, _ = matched_cells(matcher(*small), matcher.config.threshold)
-    shrunk, m = matcher.match(*small)[0], matcher.match(*given)[0]
+        _, cells0, cells1, _ = matched_cells(matcher(*small), matcher.config.threshold)
+    shrunk = matcher.match(*small)[0]
+    full = matcher.match(*images, *fovs)[0]
 
-    def back(*points):
-        return [
-            apply_transform(resize_matrix(size, image.shape), p)
-            for size, image, p in zip(sizes, (sample.image0, sample.image1), points)
-        ]
+    def to_whole(points0, points1):
+        return (
+            apply_transform(resize_matrix(sizes[0], sample.image0.shape), points0),
+            apply_transform(resize_matrix(sizes[1], sample.image1.shape), points1),
+        )
 
-    first = estimate_transform(m.points0, m.points1)
-    fitted = (
-        np.full_like(m.points0, np.inf)
-        if first is None
-        else apply_transform(refit(first.fixed_to_moving, m.points0, m.points1), m.points0)
-    )
     placed = (
-        back(*(c.double().numpy() for c in cells)),
-        back(shrunk.points0, shrunk.points1),
-        (m.points0, m.points1),
-        (m.points0, fitted),
+        to_whole(cells0.double().numpy(), cells1.double().numpy()),
+        to_whole(shrunk.points0, shrunk.points1),
+        (full.points0, full.points1),
+        (full.points0, _affine_through(full)),
     )
-    return {
-        name: np.linalg.norm(apply_transform(sample.fixed_to_moving, p0) - p1, axis=1)
-        for name, (p0, p1) in zip(STAGES, placed)
-    }
+    errors = {}
+    for name, (points0, points1) in zip(STAGES, placed):
+        errors[name] = np.linalg.norm(apply_transform(sample.fixed_to_moving, points0) - points1, axis=1)
+    return errors
 
 
 # %% ../../nbs/07_evaluation/10_precision.ipynb #a5ac640b
@@ -129,9 +141,12 @@ def figures(
     errors,  # list of (N,) px, one array a pair
 ) -> dict:
     "What the errors of many pairs say."
-    every, counts = np.concatenate(errors), [len(e) for e in errors]
-    share = {f"precision@{t}": float((every < t).mean()) if len(every) else 0.0 for t in (1, 3, 5)}
-    return share | {
+    every = np.concatenate(errors)
+    counts = [len(of_pair) for of_pair in errors]
+    precision = {}
+    for reach in (1, 3, 5):
+        precision[f"precision@{reach}"] = float((every < reach).mean()) if len(every) else 0.0
+    return precision | {
         "median_px": float(np.median(every)) if len(every) else float("inf"),
         "matches": float(np.median(counts)),
         "fewest": min(counts),
@@ -152,11 +167,11 @@ def measure_precision(
         config.strength,
         field=(0.3, 0.5),
     )
-    out = {}
+    result = {}
     for name in BINS:
-        errors = [match_errors(matcher, s) for s in draw_bin(source, name, config)]
-        out[name] = {n: figures([e[n] for e in errors]) for n in STAGES}
-    return out
+        errors = [match_errors(matcher, sample) for sample in draw_bin(source, name, config)]
+        result[name] = {stage: figures([of_pair[stage] for of_pair in errors]) for stage in STAGES}
+    return result
 
 
 # %% ../../nbs/07_evaluation/10_precision.ipynb #24634d27
@@ -165,21 +180,18 @@ def lines_of(
 ) -> str:
     "One line for every bin and stage."
 
-    def line(name, n, f):
-        return (
-            f"{name:8}{n:14}"
-            + "".join(f"{f[k]:13.3f}" for k in ("precision@1", "precision@3", "precision@5", "median_px"))
-            + f"{f['matches']:10.0f}{f['fewest']:8d}{f['pairs@100']:11.2f}"
-        )
+    decimals = ("precision@1", "precision@3", "precision@5", "median_px")
 
-    head = (
-        f"{'scale':8}{'':14}"
-        + "".join(f"{k:>13}" for k in ("precision@1", "precision@3", "precision@5", "median_px"))
-        + f"{'matches':>10}{'fewest':>8}{'pairs@100':>11}"
-    )
-    return "\n".join(
-        [head] + [line(name, n, f) for name, rows in result["bins"].items() for n, f in rows.items()]
-    )
+    def line(name, stage, found):
+        shares = "".join(f"{found[key]:13.3f}" for key in decimals)
+        counts = f"{found['matches']:10.0f}{found['fewest']:8d}{found['pairs@100']:11.2f}"
+        return f"{name:8}{stage:14}{shares}{counts}"
+
+    names = "".join(f"{key:>13}" for key in decimals)
+    lines = [f"{'scale':8}{'':14}{names}{'matches':>10}{'fewest':>8}{'pairs@100':>11}"]
+    for name, stages in result["bins"].items():
+        lines += [line(name, stage, found) for stage, found in stages.items()]
+    return "\n".join(lines)
 
 
 # %% ../../nbs/07_evaluation/10_precision.ipynb #3f3cabb3
