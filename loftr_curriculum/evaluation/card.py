@@ -87,9 +87,11 @@ def resample(
 ):  # generator of (M,) int: which pairs a sample holds
     "Samples of eyes with replacement, each with all its pairs."
     _, eye = np.unique(np.asarray(eyes), return_inverse=True)
-    members, rng = [np.flatnonzero(eye == k) for k in range(eye.max() + 1)], np.random.default_rng(seed)
+    members = [np.flatnonzero(eye == k) for k in range(eye.max() + 1)]
+    rng = np.random.default_rng(seed)
     for _ in range(draws):
-        yield np.concatenate([members[k] for k in rng.integers(len(members), size=len(members))])
+        drawn = rng.integers(len(members), size=len(members))
+        yield np.concatenate([members[k] for k in drawn])
 
 
 # %% ../../nbs/07_evaluation/09_card.ipynb #e319064c
@@ -104,15 +106,14 @@ def figures_of(
     errors = np.asarray(errors, float)
     if not len(errors):
         return {"pairs": 0, **{name: [None] * 3 for name in FIGURES}}
-    samples = [errors[take] for take in resample(range(len(errors)) if eyes is None else eyes, draws, seed)]
+    eyes = range(len(errors)) if eyes is None else eyes
+    samples = [errors[taken] for taken in resample(eyes, draws, seed)]
+    quantiles = [(1 - level) / 2, (1 + level) / 2]
     out = {"pairs": len(errors)}
     for name, figure in FIGURES.items():
-        drawn = np.array([figure(s) for s in samples])
-        ends = (
-            np.quantile(drawn[~np.isnan(drawn)], [(1 - level) / 2, (1 + level) / 2])
-            if not np.isnan(drawn).all()
-            else [np.nan] * 2
-        )
+        drawn = np.array([figure(sample) for sample in samples])
+        known = drawn[~np.isnan(drawn)]
+        ends = np.quantile(known, quantiles) if len(known) else [np.nan, np.nan]
         out[name] = [None if np.isnan(v) else round(float(v), 4) for v in (figure(errors), *ends)]
     return out
 
@@ -138,13 +139,15 @@ def judged(
 # %% ../../nbs/07_evaluation/09_card.ipynb #563705af
 def hardness(
     pair,  # RawPair
-) -> dict:  # angle_deg in [0, 180], scale (moving px per fixed px), shift (share of the side), shared (share of the fixed field)
-    "How far the two images of a pair are from each other."
+) -> dict:  # angle_deg, scale, shift, shared
+    """How far the two images of a pair are from each other.
+
+    `angle_deg` in [0, 180], `scale` in moving px per fixed px, `shift` as a share of the side, `shared` as a
+    share of the fixed field."""
     size0, size1 = pair.fixed.shape[:2], pair.moving.shape[:2]
     found = decompose(pair.fixed_to_moving, size0)
-    shared = overlap(
-        pair.fixed_to_moving, size0, size1, *(estimate_fov(to_gray(i)) for i in (pair.fixed, pair.moving))
-    )
+    fovs = [estimate_fov(to_gray(image)) for image in (pair.fixed, pair.moving)]
+    shared = overlap(pair.fixed_to_moving, size0, size1, *fovs)
     return dict(
         angle_deg=round(abs(found["angle_deg"]), 1),
         scale=round(found["scale"], 3),
@@ -219,11 +222,12 @@ def judge_list(
     spec=SPECIFICATION,  # another one is another list
 ):
     "Register the pairs of the pseudo-real list that have no row yet."
-    names = [f"{m}_{k:03d}" for m in spec.modes for k in range(min(limit or spec.per_mode, spec.per_mode))]
-    missing = [m for m in spec.modes if any(n.startswith(f"{m}_") and n not in rows for n in names)]
-    with tqdm(
-        total=sum(n not in rows for n in names), desc="registering", unit="pair", disable=not progress
-    ) as bar:
+    count = min(limit or spec.per_mode, spec.per_mode)
+    names = {mode: [f"{mode}_{k:03d}" for k in range(count)] for mode in spec.modes}
+    unknown = {mode: [name for name in some if name not in rows] for mode, some in names.items()}
+    missing = [mode for mode in spec.modes if unknown[mode]]
+    total = sum(len(some) for some in unknown.values())
+    with tqdm(total=total, desc="registering", unit="pair", disable=not progress) as bar:
         for pair in pseudo_real_pairs(missing, limit, folder, workers, progress, spec):
             if pair.id in rows:
                 continue
@@ -234,16 +238,13 @@ def judge_list(
 
 # %% ../../nbs/07_evaluation/09_card.ipynb #721188e5
 def _settings(**more):
-    return json.loads(
-        json.dumps(
-            dict(
-                list=PSEUDO_REAL_VERSION,
-                generator=GENERATOR_VERSION,
-                config=asdict(RegistrationConfig()),
-                **more,
-            )
-        )
+    settings = dict(
+        list=PSEUDO_REAL_VERSION,
+        generator=GENERATOR_VERSION,
+        config=asdict(RegistrationConfig()),
+        **more,
     )
+    return json.loads(json.dumps(settings))  # as a file gives it back
 
 
 # %% ../../nbs/07_evaluation/09_card.ipynb #fd168a72
@@ -253,7 +254,8 @@ def _same(path, settings):
     found = read_json(path)
     if not isinstance(found, dict) or {k: found.get(k) for k in settings} != settings:
         raise FileError(
-            f"{path}: was measured with other weights, another list or another configuration; choose another file, or remove it to start again"
+            f"{path}: was measured with other weights, another list or another configuration; "
+            "choose another file, or remove it to start again"
         )
     return found
 
@@ -265,9 +267,8 @@ def summary(
     "What the rows of a list say."
     by_mode = {m: [r for i, r in rows.items() if i.startswith(f"{m}_")] for m in MODES}
     every = list(rows.values())
-    scores = {m: figures_of(errors_of(some)) for m, some in by_mode.items() if some} | {
-        "all": figures_of(errors_of(every))
-    }
+    scores = {mode: figures_of(errors_of(some)) for mode, some in by_mode.items() if some}
+    scores["all"] = figures_of(errors_of(every))
     return dict(
         scores=scores,
         verdicts=verdict_table(every),
@@ -289,24 +290,23 @@ def score_weights(
     weights: str | None = None,  # weights file; None: the packaged weights
     limit: int | None = None,  # pairs of each mode; None: all 100
     real: str | None = None,  # folder of real pairs with landmarks; only their scores are kept
-    out: str
-    | None = None,  # JSON file to write, or to go on with; None: card.json beside the packaged weights
+    out: str | None = None,  # JSON file, new or to go on with; None: card.json beside the packaged weights
     folder: str | None = "runs/pseudo_real",  # where the pairs of the list are kept, or will be
     device: str = "cpu",  # torch device
     workers: int = 2,  # processes that make pairs
     progress: bool = True,  # show a progress bar
     spec=SPECIFICATION,  # another one is another list, and its card none of the package
 ) -> dict:  # what was written
-    "Measure a card: `register` with default settings on the pseudo-real list, and on real pairs where there are some."
+    """Measure a card.
+
+    `register` with default settings on the pseudo-real list, and on real pairs where there are some."""
     from ..model.weights import PACKAGED, load_matcher
 
     if weights is not None and out is None:
         raise ValueError(f"{weights}: name a file with --out, the packaged card is for the packaged weights")
-    path, out, matcher = (
-        Path(weights or PACKAGED),
-        Path(out or packaged_card()),
-        load_matcher(weights, device),
-    )
+    path = Path(weights or PACKAGED)
+    out = Path(out or packaged_card())
+    matcher = load_matcher(weights, device)
     settings = _settings(weights=sha256_of(path))
     card = {**_same(out, settings), **settings, "hardware": _hardware(matcher)}
     rows = card.setdefault("pairs", {})
@@ -329,13 +329,10 @@ def score_real(
     progress=True,  # show a progress bar
 ) -> dict:  # figures, verdicts and median seconds, nothing about single pairs
     "Scores on real pairs; the interval is over pairs, since a set does not say which of them share an eye."
-    rows = [
-        judged(p, matcher)
-        for p in tqdm(read_landmark_set(folder), desc="real pairs", unit="pair", disable=not progress)
-    ]
-    return figures_of(errors_of(rows)) | dict(
-        verdicts=verdict_table(rows), seconds=round(float(np.median([r["seconds"] for r in rows])), 3)
-    )
+    pairs = tqdm(read_landmark_set(folder), desc="real pairs", unit="pair", disable=not progress)
+    rows = [judged(pair, matcher) for pair in pairs]
+    seconds = float(np.median([row["seconds"] for row in rows]))
+    return figures_of(errors_of(rows)) | dict(verdicts=verdict_table(rows), seconds=round(seconds, 3))
 
 
 # %% ../../nbs/07_evaluation/09_card.ipynb #e2c1daad
@@ -353,10 +350,10 @@ def totals(
 ) -> dict:  # steps, pairs, seconds; complete: is every run behind the weights told?
     "What all runs together took."
     runs = runs_of(facts)
-    complete = all("pairs" in r for r in runs) and not (runs[0].get("config") or {}).get("init")
-    return {k: sum(r.get(k, 0) for r in runs) for k in ("steps", "pairs", "seconds")} | dict(
-        complete=complete
-    )
+    told = all("pairs" in run for run in runs)
+    first_config = runs[0].get("config") or {}
+    sums = {key: sum(run.get(key, 0) for run in runs) for key in ("steps", "pairs", "seconds")}
+    return sums | dict(complete=told and not first_config.get("init"))
 
 
 # %% ../../nbs/07_evaluation/09_card.ipynb #ad35892b
@@ -364,13 +361,16 @@ def facts_from(
     path,  # weights file or checkpoint
     facts,  # `matcher.facts` as loaded
 ) -> dict:  # with pairs, steps, seconds, where these are told
-    "The facts of a weights file; those of a checkpoint are read from what it carries, and from `before.json` in the folder of its run."
+    """The facts of a weights file.
+
+    Those of a checkpoint are read from what it carries, and from `before.json` in the folder of its run."""
     if "global_step" not in facts:
         return facts
     import torch
 
     saved = torch.load(path, map_location="cpu", weights_only=True)
-    config, watch = saved["hyper_parameters"]["train"], (saved.get("callbacks") or {}).get("Stopwatch", {})
+    config = saved["hyper_parameters"]["train"]
+    watch = (saved.get("callbacks") or {}).get("Stopwatch", {})
     told = dict(
         config=config,
         steps=facts["global_step"],
@@ -379,47 +379,65 @@ def facts_from(
         epochs=facts["epoch"] + 1,
     )
     before = Path(path).with_name("before.json")
-    return told | (dict(before=read_json(before)) if before.is_file() else {})
+    if before.is_file():
+        told["before"] = read_json(before)
+    return told
 
 
 # %% ../../nbs/07_evaluation/09_card.ipynb #394c2e5d
 def _hours(seconds):
-    return f"{seconds / 3600:,.1f} hours" if seconds >= 5400 else f"{seconds / 60:.0f} minutes"
+    if seconds >= 5400:
+        return f"{seconds / 3600:,.1f} hours"
+    return f"{seconds / 60:.0f} minutes"
 
 
 # %% ../../nbs/07_evaluation/09_card.ipynb #e6c786c8
 def _source(data):
-    own = [n for n in ("triplets", "pairs") if data.get(n)]
-    made = data["share_generated"] if data.get("share_generated") is not None else float(not own)
-    return " and ".join([f"the {n} of a folder" for n in own] + (["generated eyes"] if made else []))
+    sources = [f"the {name} of a folder" for name in ("triplets", "pairs") if data.get(name)]
+    share = data.get("share_generated")  # None: all, unless there is a folder
+    generated = not sources if share is None else share
+    if generated:
+        sources.append("generated eyes")
+    return " and ".join(sources)
 
 
 # %% ../../nbs/07_evaluation/09_card.ipynb #9298b74f
+def _start_of(config, facts):
+    if not config.get("init"):
+        return "random weights"
+    if facts.get("before"):
+        return "the weights of the run before"
+    return f"other weights, {Path(config['init']).name}"
+
+
 def _run_lines(number, facts):
-    c = facts.get("config") or {}
-    if "data" not in c or "pairs" not in facts:
-        return [f"  {number}. not told by the file" + (f" ({facts['source']})" if "source" in facts else "")]
-    d = c["data"]
-    sizes = f"{d['start_size']} to {d['size']} px" if d.get("start_size") else f"{d['size']} px"
-    start = (
-        "random weights"
-        if not c.get("init")
-        else "the weights of the run before"
-        if facts.get("before")
-        else f"other weights, {Path(c['init']).name}"
+    config = facts.get("config") or {}
+    if "data" not in config or "pairs" not in facts:
+        source = f" ({facts['source']})" if "source" in facts else ""
+        return [f"  {number}. not told by the file{source}"]
+    data, motion = config["data"], config["data"]["motion"]
+    took = f"{facts['steps']:,} steps, {facts['pairs']:,} pairs, {_hours(facts['seconds'])}"
+    hardware = ""
+    if "hardware" in facts:
+        hardware = f" on {facts['hardware']} ({facts['precision']}, torch {facts['torch']})"
+    course = (
+        f"curriculum {config['curriculum']} over {facts['epochs']} epochs, peak rate {config['lr']:g}, "
+        f"batches of {data['batch_size']}, seed {config['seed']}, data seed {data['seed']}"
     )
     version = f", generator version {facts['generator']}" if "generator" in facts else ""
-    return [
-        f"  {number}. from {start}: {facts['steps']:,} steps, {facts['pairs']:,} pairs, {_hours(facts['seconds'])}"
-        + (
-            f" on {facts['hardware']} ({facts['precision']}, torch {facts['torch']})"
-            if "hardware" in facts
-            else ""
-        ),
-        f"     curriculum {c['curriculum']} over {facts['epochs']} epochs, peak rate {c['lr']:g}, batches of {d['batch_size']}, seed {c['seed']}, data seed {d['seed']}",
-        f"     data: {_source(d)}{version}; modes {', '.join(d['modes'])}; {d['worlds']} eyes, views of {sizes}, rotation to {d['motion']['rotation_deg']:g} degrees, scale to {d['motion']['scale']:g}",
-        *([f"     {facts['note']}"] if "note" in facts else []),
+    sizes = f"{data['start_size']} to {data['size']} px" if data.get("start_size") else f"{data['size']} px"
+    views = (
+        f"{data['worlds']} eyes, views of {sizes}, "
+        f"rotation to {motion['rotation_deg']:g} degrees, scale to {motion['scale']:g}"
+    )
+    lines = [
+        f"  {number}. from {_start_of(config, facts)}: {took}{hardware}",
+        f"     {course}",
+        f"     data: {_source(data)}{version}; modes {', '.join(data['modes'])}; {views}",
     ]
+    if "note" in facts:
+        lines.append(f"     {facts['note']}")
+    return lines
 
 
 # %% ../../nbs/07_evaluation/09_card.ipynb #f6599167
@@ -427,14 +445,18 @@ def training_text(
     facts,  # of a weights file
 ) -> str:
     "Data, steps, hours, hardware and seeds of every run, and all of them together."
-    runs, t = runs_of(facts), totals(facts)
-    lines = [line for k, r in enumerate(runs) for line in _run_lines(k + 1, r)]
-    if t["pairs"]:
-        lines.append(
-            f"  {'together' if t['complete'] else 'together at least'} {t['steps']:,} steps, {t['pairs']:,} pairs, {_hours(t['seconds'])}"
-        )
-    sources = [_source(r["config"]["data"]) if "data" in (r.get("config") or {}) else None for r in runs]
-    if t["complete"] and set(sources) == {"generated eyes"}:
+    runs = runs_of(facts)
+    every = totals(facts)
+    lines = []
+    for k, run in enumerate(runs):
+        lines += _run_lines(k + 1, run)
+    if every["pairs"]:
+        together = "together" if every["complete"] else "together at least"
+        took = f"{every['steps']:,} steps, {every['pairs']:,} pairs, {_hours(every['seconds'])}"
+        lines.append(f"  {together} {took}")
+    configs = [run.get("config") or {} for run in runs]
+    sources = {_source(config["data"]) if "data" in config else None for config in configs}
+    if every["complete"] and sources == {"generated eyes"}:
         lines.append("  No real image was used.")
     return "\n".join(lines)
 
@@ -443,15 +465,25 @@ def training_text(
 def _interval(figure, digits):
     if figure[0] is None:
         return "-"
-    return (
-        f"{figure[0]:.{digits}f} ["
-        + ", ".join("-" if v is None else f"{v:.{digits}f}" for v in figure[1:])
-        + "]"
-    )
+    value, *ends = ["-" if number is None else f"{number:.{digits}f}" for number in figure]
+    return f"{value} [{', '.join(ends)}]"
 
 
 # %% ../../nbs/07_evaluation/09_card.ipynb #2a1b3a6e
 COLUMNS = {"SR@10": 2, "AUC@10": 2, "median_px": 1, "no_answer": 2}  # figure -> digits
+
+
+def _score_line(name, figures):
+    columns = [_interval(figures[column], digits) for column, digits in COLUMNS.items()]
+    return f"  {name:10}{figures['pairs']:6}" + "".join(f"{column:>20}" for column in columns)
+
+
+def _verdict_lines(kind, verdicts):
+    names = [*CLASSES, "no answer"]
+    lines = [f"  {'verdict, ' + kind:20}" + "".join(f"{name:>14}" for name in names)]
+    for verdict, counts in verdicts.items():
+        lines.append(f"  {verdict:20}" + "".join(f"{count:14}" for count in counts.values()))
+    return lines
 
 
 def scores_text(
@@ -459,64 +491,72 @@ def scores_text(
 ) -> str:
     "Scores with their intervals, verdicts, what hard pairs cost, and seconds."
     if "scores" not in card:
-        return f"  The measurement was interrupted after {len(card.get('pairs', {}))} pairs; the same command goes on."
-
-    def row(name, f):
-        return f"  {name:10}{f['pairs']:6}" + "".join(f"{_interval(f[c], d):>20}" for c, d in COLUMNS.items())
-
-    lines = [
-        f"  {'':10}{'pairs':>6}" + "".join(f"{c.replace('_', ' '):>20}" for c in COLUMNS),
-        *(row(m, f) for m, f in card["scores"].items()),
-    ]
+        known = len(card.get("pairs", {}))
+        return f"  The measurement was interrupted after {known} pairs; the same command goes on."
+    titles = [column.replace("_", " ") for column in COLUMNS]
+    lines = [f"  {'':10}{'pairs':>6}" + "".join(f"{title:>20}" for title in titles)]
+    lines += [_score_line(mode, figures) for mode, figures in card["scores"].items()]
     if "real" in card:
-        lines.append(row("real", card["real"]))
-    for name, verdicts in (("generated", card["verdicts"]), ("real", card.get("real", {}).get("verdicts"))):
-        if not verdicts:
-            continue
-        lines += ["", f"  {'verdict, ' + name:20}" + "".join(f"{c:>14}" for c in [*CLASSES, "no answer"])]
-        lines += [f"  {v:20}" + "".join(f"{n:14}" for n in counts.values()) for v, counts in verdicts.items()]
-    lines += [
-        "",
-        *(
-            f"  SR@10 of pairs {name}: {_interval(a['SR@10'], 2)} ({a['pairs']} pairs), of the others {_interval(b['SR@10'], 2)}"
-            for name, (a, b) in card["hard"].items()
-        ),
-    ]
-    return "\n".join([*lines, f"  a pair takes {card['seconds']:.2f} s (median), {card['hardware']}"])
+        lines.append(_score_line("real", card["real"]))
+    verdicts_of = {"generated": card["verdicts"], "real": card.get("real", {}).get("verdicts")}
+    for kind, verdicts in verdicts_of.items():
+        if verdicts:
+            lines += ["", *_verdict_lines(kind, verdicts)]
+    lines.append("")
+    for name, (inside, outside) in card["hard"].items():
+        lines.append(
+            f"  SR@10 of pairs {name}: {_interval(inside['SR@10'], 2)} ({inside['pairs']} pairs), "
+            f"of the others {_interval(outside['SR@10'], 2)}"
+        )
+    lines.append(f"  a pair takes {card['seconds']:.2f} s (median), {card['hardware']}")
+    return "\n".join(lines)
 
 
 # %% ../../nbs/07_evaluation/09_card.ipynb #cf07b31b
 LICENCE = "Apache-2.0"
-USE = """  Research: bringing two images of one eye into one frame, CF with FA, OCT or OCTA en face, OCT with FA.
-  How far the verdict `ok` can be believed stands in the table of verdicts. Look at every answer that says `doubtful`, and at samples of the others.
-  Not a medical device. Not for diagnosis, treatment, or telling persons apart."""
-LIMITS = """  One affine transform for the whole image: no local deformation, no depth.
-  Training saw generated eyes only. Where a real picture differs from them in kind (a rare disease, an unusual camera), nothing is known.
-  Range of motion: any rotation, scale ratio 0.5 to 2, at least a fifth of the fixed field shared."""
+USE = (
+    "  Research: bringing two images of one eye into one frame, "
+    "CF with FA, OCT or OCTA en face, OCT with FA.\n"
+    "  How far the verdict `ok` can be believed stands in the table of verdicts. "
+    "Look at every answer that says `doubtful`, and at samples of the others.\n"
+    "  Not a medical device. Not for diagnosis, treatment, or telling persons apart."
+)
+LIMITS = (
+    "  One affine transform for the whole image: no local deformation, no depth.\n"
+    "  Training saw generated eyes only. Where a real picture differs from them in kind "
+    "(a rare disease, an unusual camera), nothing is known.\n"
+    "  Range of motion: any rotation, scale ratio 0.5 to 2, at least a fifth of the fixed field shared."
+)
+
+
+def _difference(found, weights):
+    "What a card was measured with that is another thing now, or None."
+    if found.get("weights") != sha256_of(weights):
+        return "weights"
+    now = _settings()["config"]
+    then = found.get("config", {})
+    if any(now.get(name) != value for name, value in then.items()):
+        return "settings of `register`"
+    return None
 
 
 def card_of(
     path=None,  # weights file; None: the packaged weights
     card=None,  # card.json; None: the packaged one
 ):  # (dict or None, sentence why there is none)
-    "The card that belongs to a weights file by its SHA-256, and to the settings by which `register` works now; a setting that is newer than the card does not matter."
+    """The card that belongs to a weights file by its SHA-256 and to the settings of `register` now.
+
+    A setting that is newer than the card does not matter."""
     from ..model.weights import PACKAGED
 
-    mine, file = Path(path or PACKAGED), Path(card or packaged_card())
-    again = "measure them with python -m loftr_curriculum.evaluation.card" + (
-        "" if path is None else f" --weights {path} --out FILE"
-    )
+    file = Path(card or packaged_card())
+    again = "measure them with python -m loftr_curriculum.evaluation.card"
+    if path is not None:
+        again += f" --weights {path} --out FILE"
     if not file.is_file():
         return None, f"  Not measured; {again}"
     found = read_json(file)
-    now, then = _settings()["config"], found.get("config", {})
-    other = (
-        "weights"
-        if found.get("weights") != sha256_of(mine)
-        else "settings of `register`"
-        if any(now.get(k) != v for k, v in then.items())
-        else None
-    )
+    other = _difference(found, Path(path or PACKAGED))
     if other:
         return None, f"  {file.name} was measured with other {other}, its scores are not shown; {again}"
     return found, ""
@@ -527,42 +567,52 @@ def describe_matcher(
     matcher,  # Matcher or ReferenceMatcher
 ) -> str:
     "Architecture and size in a line."
-    c, count = matcher.config, sum(p.numel() for p in matcher.parameters())
-    if c.variant != "fast":
-        return f"{c.variant}, LoFTR as published; {count / 1e6:.1f} M parameters"
+    config = matcher.config
+    count = sum(p.numel() for p in matcher.parameters())
+    size = f"{count / 1e6:.1f} M parameters"
+    if config.variant != "fast":
+        return f"{config.variant}, LoFTR as published; {size}"
+    channels = "/".join(map(str, config.dims))
     return (
-        f"fast, LoFTR-style: convolutions with {'/'.join(map(str, c.dims))} channels, {c.layers} pairs of self- and cross-attention layers "
-        f"({c.attention}, {c.heads} heads) at 1/16, matches at 1/8, refined at 1/4; {count / 1e6:.1f} M parameters"
+        f"fast, LoFTR-style: convolutions with {channels} channels, "
+        f"{config.layers} pairs of self- and cross-attention layers "
+        f"({config.attention}, {config.heads} heads) at 1/16, matches at 1/8, refined at 1/4; {size}"
     )
 
 
 # %% ../../nbs/07_evaluation/09_card.ipynb #c91faa4b
+def _scores_heading(found):
+    if not found:
+        return "Scores"
+    real = ", over pairs where real" if "real" in found else ""
+    return (
+        f"Scores (pseudo-real list, version {found['list']}: generated pairs of eyes of their own; "
+        f"px at 512 px; 95 % bootstrap intervals over eyes{real})"
+    )
+
+
 def card_text(
     path=None,  # weights file; None: the packaged weights
     card=None,  # card.json; None: the packaged one
 ) -> str:
-    "The model card; use, limits and licence are those of the packaged weights. Raises FileNotFoundError or ValueError for a file that is no weights file."
+    """The model card; use, limits and licence are those of the packaged weights.
+
+    Raises FileNotFoundError or ValueError for a file that is no weights file."""
     from ..model.weights import PACKAGED, load_matcher
 
-    matcher, file = load_matcher(path), Path(path or PACKAGED)
-    found, why = card_of(path, card)
-    scored = (
-        (
-            f"Scores (pseudo-real list, version {found['list']}: generated pairs of eyes of their own; px at 512 px; 95 % bootstrap intervals over eyes"
-            + (", over pairs where real" if "real" in found else "")
-            + ")"
-        )
-        if found
-        else "Scores"
-    )
+    matcher = load_matcher(path)
+    file = Path(path or PACKAGED)
+    found, why_not = card_of(path, card)
+    title = f"{file.name}, {'the packaged weights' if path is None else file}"
+    size = f"{file.stat().st_size / 1e6:.1f} MB, SHA-256 {sha256_of(file)[:16]}..."
     parts = {
-        f"{file.name}, {'the packaged weights' if path is None else file}": f"  {describe_matcher(matcher)}\n  {file.stat().st_size / 1e6:.1f} MB, SHA-256 {sha256_of(file)[:16]}...",
+        title: f"  {describe_matcher(matcher)}\n  {size}",
         "Training": training_text(facts_from(file, matcher.facts)),
-        scored: scores_text(found) if found else why,
+        _scores_heading(found): scores_text(found) if found else why_not,
     }
     if path is None:
         parts |= {"Use": USE, "Known limits": LIMITS, "Licence": f"  {LICENCE}, as the package"}
-    return "\n\n".join(f"{head}\n{body}" for head, body in parts.items())
+    return "\n\n".join(f"{heading}\n{body}" for heading, body in parts.items())
 
 
 # %% ../../nbs/07_evaluation/09_card.ipynb #4f946790
@@ -571,16 +621,19 @@ def worst(
     count=3,  # pairs, of different modes as far as there are any
 ) -> list:  # of ids
     "The worst answers."
-    error = {i: e for i, e in zip(rows, errors_of(rows.values())) if e >= 10}
-    wrong = sorted(
-        error, key=lambda i: (rows[i]["verdict"] != "ok" or error[i] < 20, np.isinf(error[i]), -error[i])
-    )
+    known = dict(zip(rows, errors_of(rows.values())))
+    error = {name: px for name, px in known.items() if px >= 10}
 
-    def mode(i):
-        return i.partition("_")[0]
+    def order(name):
+        misleading = rows[name]["verdict"] == "ok" and error[name] >= 20
+        return not misleading, np.isinf(error[name]), -error[name]
 
-    first = [i for k, i in enumerate(wrong) if mode(i) not in map(mode, wrong[:k])]
-    return [*first, *(i for i in wrong if i not in first)][:count]
+    wrong = sorted(error, key=order)
+    first_of_mode = {}
+    for name in wrong:
+        first_of_mode.setdefault(name.partition("_")[0], name)
+    first = list(first_of_mode.values())
+    return [*first, *(name for name in wrong if name not in first)][:count]
 
 
 # %% ../../nbs/07_evaluation/09_card.ipynb #ca28b420
@@ -589,15 +642,26 @@ def why(
     rows,  # dict of rows by pair
 ) -> str:
     "One sentence about a failure: what was asked, and what such pairs cost."
-    r, groups = rows[name], hard_groups(list(rows.values()))
-    off = "no answer" if r["error"] is None else f"{r['error']:.1f} px off"
-    asked = f"{name}: {off}, said {r['verdict']}. Turned by {r['angle_deg']:.0f} degrees, scale ratio {r['scale']:.2f}, centre displaced by {r['shift']:.0%} of the side, {r['shared']:.0%} of the fixed field shared"
-    success = {g: [f["SR@10"][0] for f in both] for g, both in groups.items() if HARD[g](r)}
-    cost = {g: (a, b) for g, (a, b) in success.items() if None not in (a, b) and a < b}
+    row = rows[name]
+    off = "no answer" if row["error"] is None else f"{row['error']:.1f} px off"
+    asked = (
+        f"{name}: {off}, said {row['verdict']}. "
+        f"Turned by {row['angle_deg']:.0f} degrees, scale ratio {row['scale']:.2f}, "
+        f"centre displaced by {row['shift']:.0%} of the side, {row['shared']:.0%} of the fixed field shared"
+    )
+    cost = {}  # group the pair belongs to -> SR@10 in it and outside, where it is lower in it
+    for group, figures in hard_groups(list(rows.values())).items():
+        inside, outside = (half["SR@10"][0] for half in figures)
+        if HARD[group](row) and None not in (inside, outside) and inside < outside:
+            cost[group] = (inside, outside)
     if not cost:
-        return f"{asked}: none of this costs success over the list, so the look of the two images is the likelier reason."
-    worst_of, (inside, outside) = min(cost.items(), key=lambda item: item[1][0] - item[1][1])
-    return f"{asked}. Of the pairs {worst_of}, {inside:.0%} succeed, of the others {outside:.0%}."
+        return (
+            f"{asked}: none of this costs success over the list, "
+            "so the look of the two images is the likelier reason."
+        )
+    dearest = min(cost, key=lambda group: cost[group][0] - cost[group][1])
+    inside, outside = cost[dearest]
+    return f"{asked}. Of the pairs {dearest}, {inside:.0%} succeed, of the others {outside:.0%}."
 
 
 # %% ../../nbs/07_evaluation/09_card.ipynb #0683bbba
@@ -616,24 +680,18 @@ def curve(
 
     settings = _settings()
     result = {**_same(out, settings), **settings}
+
+    def keep():
+        write_json(out, result)
+
     for path in files:
         matcher = load_matcher(path, device)
         seen = totals(facts_from(path, matcher.facts))
         if not seen.pop("complete"):
             raise ValueError(f"{path}: does not tell how many training pairs it saw, runs before it included")
-        point = result.setdefault("points", {}).setdefault(
-            fingerprint(matcher), {"name": Path(path).name, **seen, "rows": {}}
-        )
-        judge_list(
-            matcher,
-            point["rows"],
-            limit,
-            folder,
-            lambda: write_json(out, result),
-            workers,
-            progress,
-            spec=spec,
-        )
+        points = result.setdefault("points", {})
+        point = points.setdefault(fingerprint(matcher), {"name": Path(path).name, **seen, "rows": {}})
+        judge_list(matcher, point["rows"], limit, folder, keep, workers, progress, spec=spec)
     write_json(out, result)
     return result
 
@@ -662,34 +720,35 @@ def extrapolate(
     target=0.95,  # SR@10
     draws=1000,  # bootstrap samples of eyes
     seed=0,  # of the samples
-) -> dict:  # per_doubling: gain of SR@10; needed: pairs at the target, inf where the line does not rise; both [value, low, high]
-    "A straight line of SR@10 in the logarithm of the pairs, and where it reaches the target."
-    success, x = errors < 10, np.log2(pairs)
-    lines = np.array(
-        [
-            np.polyfit(x, success[:, take].mean(1), 1)
-            for take in [np.arange(errors.shape[1]), *resample(range(errors.shape[1]), draws, seed)]
-        ]
-    )
-    slope, start = lines.T
+) -> dict:  # per_doubling, needed: both [value, low, high]
+    """A straight line of SR@10 in the logarithm of the pairs, and where it reaches the target.
+
+    `per_doubling` is the gain of SR@10; `needed` are the pairs at the target, inf where the line does not
+    rise."""
+    success = errors < 10
+    doublings = np.log2(pairs)
+    eyes = range(errors.shape[1])
+    samples = [np.arange(errors.shape[1]), *resample(eyes, draws, seed)]  # all eyes first
+    lines = [np.polyfit(doublings, success[:, taken].mean(1), 1) for taken in samples]
+    slope, start = np.array(lines).T
     with np.errstate(over="ignore", divide="ignore"):
-        needed = np.where(slope > 1e-6, np.exp2((target - start) / np.maximum(slope, 1e-6)), np.inf)
+        reached = np.exp2((target - start) / np.maximum(slope, 1e-6))
+        needed = np.where(slope > 1e-6, reached, np.inf)
 
-    def ends(v):
-        return [float(v[0]), *(float(np.quantile(v[1:], q, method="nearest")) for q in (0.025, 0.975))]
+    def with_interval(values):
+        ends = [np.quantile(values[1:], q, method="nearest") for q in (0.025, 0.975)]
+        return [float(value) for value in (values[0], *ends)]
 
-    return dict(per_doubling=ends(slope), needed=ends(needed))
+    return dict(per_doubling=with_interval(slope), needed=with_interval(needed))
 
 
 # %% ../../nbs/07_evaluation/09_card.ipynb #8dd8c6f1
 def _count(n):
-    return (
-        "no number"
-        if not np.isfinite(n) or n > 1e12
-        else f"{n:,.0f}"
-        if n < 1e6
-        else f"{n / 1e6:,.1f} million"
-    )
+    if not np.isfinite(n) or n > 1e12:
+        return "no number"
+    if n < 1e6:
+        return f"{n:,.0f}"
+    return f"{n / 1e6:,.1f} million"
 
 
 # %% ../../nbs/07_evaluation/09_card.ipynb #758dd66d
@@ -703,11 +762,21 @@ def in_words(
         return "A curve needs weights that saw at least two different numbers of pairs."
     found = extrapolate(pairs, errors, target)
     gain, need = found["per_doubling"], found["needed"]
-    said = f"SR@10 on {errors.shape[1]} pairs went from {success_rate(errors[0], 10):.2f} at {_count(pairs[0])} training pairs to {success_rate(errors[-1], 10):.2f} at {_count(pairs[-1])}; a straight line in the logarithm gains {gain[0]:+.3f} [{gain[1]:+.3f}, {gain[2]:+.3f}] with each doubling"
+    said = (
+        f"SR@10 on {errors.shape[1]} pairs went from {success_rate(errors[0], 10):.2f} "
+        f"at {_count(pairs[0])} training pairs to {success_rate(errors[-1], 10):.2f} at {_count(pairs[-1])}; "
+        f"a straight line in the logarithm gains {gain[0]:+.3f} [{gain[1]:+.3f}, {gain[2]:+.3f}] "
+        "with each doubling"
+    )
     if _count(need[0]) == "no number":
         return f"{said}, so it never reaches {target:g}: more of the same training is not what is missing."
     hours = f", {_hours(need[0] * seconds[-1] / pairs[-1])} at the rate so far" if seconds[-1] else ""
-    return f"{said} and reaches {target:g} at {_count(need[0])} pairs{hours} (95 % interval over eyes {_count(need[1])} to {_count(need[2])}). This extrapolates {need[0] / pairs[-1]:.1f} times beyond what was seen: an order of magnitude at best, and rather too few."
+    interval = f"95 % interval over eyes {_count(need[1])} to {_count(need[2])}"
+    return (
+        f"{said} and reaches {target:g} at {_count(need[0])} pairs{hours} ({interval}). "
+        f"This extrapolates {need[0] / pairs[-1]:.1f} times beyond what was seen: "
+        "an order of magnitude at best, and rather too few."
+    )
 
 
 # %% ../../nbs/07_evaluation/09_card.ipynb #d940bc9f
