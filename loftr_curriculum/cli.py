@@ -12,9 +12,11 @@ __all__ = [
     "settings",
     "nearest",
     "explain",
+    "refuse_classes",
     "parse",
     "read_settings",
     "Command",
+    "worst_status",
     "overview",
     "make_parser",
     "main",
@@ -35,6 +37,7 @@ from argparse import ArgumentError
 from collections.abc import Callable
 from dataclasses import dataclass, fields, is_dataclass
 from operator import attrgetter
+from pathlib import Path
 
 from jsonargparse import ActionConfigFile, ArgumentParser
 
@@ -153,6 +156,18 @@ def explain(
     )
 
 
+# %% ../nbs/11_cli/00_cli.ipynb #515a3d5e
+def refuse_classes(
+    argv: list,  # of str
+) -> None:
+    "ValueError where a configuration file names a class to import."
+    named = [b for a, b in zip(argv, argv[1:]) if a == "--config"]
+    named += [word.partition("=")[2] for word in argv if word.startswith("--config=")]
+    for path in map(Path, named):
+        if path.is_file() and "class_path" in path.read_text(encoding="utf-8", errors="replace"):
+            raise ValueError(f"{path}: class_path: nothing that a file names is imported")
+
+
 # %% ../nbs/11_cli/00_cli.ipynb #fb4b0179
 def parse(
     parser,  # ArgumentParser made with exit_on_error=False
@@ -164,6 +179,7 @@ def parse(
     strange = [
         w.partition("=")[0][2:] for w in argv if w.startswith("--") and w.partition("=")[0][2:] not in known
     ]
+    refuse_classes(argv)
     if strange:
         raise ValueError(
             "; ".join(f"unknown flag --{f}, the nearest is --{nearest(f, known)}" for f in strange)
@@ -444,6 +460,17 @@ def _add_many(parser):
     add_settings(parser, RegistrationConfig)
 
 
+# %% ../nbs/11_cli/00_cli.ipynb #4fd0024d
+def worst_status(
+    count: dict,  # number of pairs by verdict
+) -> int:
+    "Exit status of a batch: that of its worst verdict."
+    for verdict in ("failed", "doubtful"):
+        if count[verdict]:
+            return EXIT[verdict]
+    return 0
+
+
 # %% ../nbs/11_cli/00_cli.ipynb #25ffcbed
 def _many(a):
     from .registration.config import RegistrationConfig
@@ -454,7 +481,7 @@ def _many(a):
         ", ".join(f"{n} {what}" for what, n in count.items())
         + f"\nlook at {a.out}: results.csv, transforms.json"
     )
-    return 0
+    return worst_status(count)
 
 
 # %% ../nbs/11_cli/00_cli.ipynb #be27b8aa

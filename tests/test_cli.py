@@ -408,7 +408,7 @@ def test_register_many_goes_on_after_a_bad_pair_and_after_an_interruption(
     )
     monkeypatch.setattr(tired, "match", look)
     tired.calls = 0
-    assert run(*words) == 0
+    assert run(*words) == 4  # one pair has no answer
     assert tired.calls == 2, "the first pair was registered twice"
     assert capsys.readouterr().out.startswith("2 ok, 0 doubtful, 1 failed, 1 unreadable\nlook at ")
     answers = read_json(tmp_path / "many/transforms.json")

@@ -8,6 +8,7 @@ __all__ = [
     "GEOMETRY_COLUMNS",
     "WORST_FIT",
     "LEAST_OVERLAP",
+    "delimiter_of",
     "read_table",
     "read_landmarks",
     "LandmarkPair",
@@ -61,6 +62,14 @@ from .triplets import (
 )
 
 
+# %% ../../nbs/04_data/05_landmarks.ipynb #a61a5049
+def delimiter_of(
+    header: str,  # first line of a table
+) -> str:
+    "What separates the columns: the comma, semicolon or tab that the header holds most of."
+    return max((",", ";", "\t"), key=header.count)
+
+
 # %% ../../nbs/04_data/05_landmarks.ipynb #cb7350b7
 def read_table(
     path,  # CSV file with a header line
@@ -71,12 +80,14 @@ def read_table(
         text = read_bytes(path).decode("utf-8-sig")
     except UnicodeDecodeError:
         raise FileError(f"{path}: expected a CSV in UTF-8") from None
-    reader = csv.DictReader(io.StringIO(text, newline=""), skipinitialspace=True)
+    header = text.partition("\n")[0].strip()
+    delimiter = delimiter_of(header)
+    reader = csv.DictReader(io.StringIO(text, newline=""), skipinitialspace=True, delimiter=delimiter)
     lacking = [c for c in needed if c not in (reader.fieldnames or ())]
     if lacking:
         raise FileError(
             f"{path}: expected the columns {', '.join(needed)} in the first line, "
-            f"{', '.join(lacking)} missing"
+            f"{', '.join(lacking)} missing; found {header[:80]!r}"
         )
     rows = [
         (

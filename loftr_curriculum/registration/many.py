@@ -10,6 +10,7 @@ __all__ = [
     "FIELDS",
     "NEEDED",
     "MAPS",
+    "in_folder",
     "Pair",
     "read_batch",
     "result_row",
@@ -43,6 +44,15 @@ from .verdict import columns_of
 COLUMNS = ("id", "fixed", "moving")
 
 
+def in_folder(
+    folder: Path,  # of a table
+    name: str,  # path as it stands there
+) -> Path:
+    "A path of a table; backslashes are those of another system where no file has them in its name."
+    path = folder / name
+    return path if "\\" not in name or path.exists() else folder / name.replace("\\", "/")
+
+
 @dataclass(frozen=True)
 class Pair:
     "One line of a table of pairs."
@@ -54,7 +64,7 @@ class Pair:
 
     @property
     def files(self) -> tuple:
-        return self.folder / self.fixed, self.folder / self.moving
+        return in_folder(self.folder, self.fixed), in_folder(self.folder, self.moving)
 
 
 # %% ../../nbs/06_registration/11_many.ipynb #01b1ebe6
