@@ -1,4 +1,6 @@
-"""Hand the metadata of settings.ini to setuptools; the version is the one that the package states about itself."""
+"""Hand the metadata of settings.ini to setuptools; the version is the one that the package states
+about itself.
+"""
 
 import configparser
 import re

@@ -1,4 +1,6 @@
-"""Guards of the ablation: adaptive weaning inside a run, masks of the controls, runs that are not repeated, and what is paired with what."""
+"""Guards of the ablation: adaptive weaning inside a run, masks of the controls, runs that are not
+repeated, and what is paired with what.
+"""
 
 from dataclasses import replace
 

@@ -1,4 +1,6 @@
-"Guards of the benchmark: systems are asked in turn, the warm-up does not count, a dead process is named, shares follow from the figures."
+"""Guards of the benchmark: systems are asked in turn, the warm-up does not count, a dead process is
+named, shares follow from the figures.
+"""
 
 import json
 from dataclasses import asdict, replace

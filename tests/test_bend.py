@@ -1,4 +1,6 @@
-"Guards of maps that bend and of the look at the vessels: extremes, mirrors, strangers, no bend that runs away."
+"""Guards of maps that bend and of the look at the vessels: extremes, mirrors, strangers, no bend that
+runs away.
+"""
 
 import pickle
 from dataclasses import replace

@@ -1,4 +1,6 @@
-"""Guards of the command line: what help costs, exit codes, one line for bad input, interruptions, and every command end to end."""
+"""Guards of the command line: what help costs, exit codes, one line for bad input, interruptions, and
+every command end to end.
+"""
 
 import json
 import os

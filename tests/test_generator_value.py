@@ -1,4 +1,6 @@
-"""Guards of tools/generator_value.py: turns, resume, what counts as another run, which package is asked, and refusals."""
+"""Guards of tools/generator_value.py: turns, resume, what counts as another run, which package is
+asked, and refusals.
+"""
 
 import json
 import runpy

@@ -1,4 +1,6 @@
-"""The house itself: do the files at the top agree, do the rooms keep their order, are the pages as they should be?"""
+"""The house itself: do the files at the top agree, do the rooms keep their order, are the pages as
+they should be?
+"""
 
 import ast
 import configparser

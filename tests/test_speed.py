@@ -1,4 +1,6 @@
-"""Guards of the speed room: what is charged to the data, and that the committed figures meet what is promised."""
+"""Guards of the speed room: what is charged to the data, and that the committed figures meet what is
+promised.
+"""
 
 import json
 import time

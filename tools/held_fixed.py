@@ -1,9 +1,10 @@
 """Does this tree answer as a revision of before does?
 
-The package of the revision and that of this tree each run the same program in processes of their own: `register`
-on pseudo-real pairs and on a folder of real pairs, `synth`, and 20 steps of training with both variants. Then the
-answers are compared: matrices within 1e-6, verdicts equal, pixels and losses bit for bit. Times are taken in
-turns, A B A B. What came later (maps that bend, the look at the vessels) is switched off.
+The package of the revision and that of this tree each run the same program in processes of their own:
+`register` on pseudo-real pairs and on a folder of real pairs, `synth`, and 20 steps of training with
+both variants. Then the answers are compared: matrices within 1e-6, verdicts equal, pixels and losses bit
+for bit. Times are taken in turns, A B A B. What came later (maps that bend, the look at the vessels) is
+switched off.
 
     python tools/held_fixed.py --before REVISION [--real ../shared/real_pairs] [--rounds 5]
 """

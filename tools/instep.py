@@ -1,9 +1,9 @@
 """The gate: are the notebooks clean, and are the package and the README what the notebooks say?
 
-Works on a copy of the working tree (committed, changed and new files alike, without what git ignores), so that
-it can neither touch nor lose anything. In the copy every generated module is deleted, then notebooks are cleaned
-and exported and the README is made. Whatever differs afterwards is out of step. Run from the repository root
-(`make instep`).
+Works on a copy of the working tree (committed, changed and new files alike, without what git ignores),
+so that it can neither touch nor lose anything. In the copy every generated module is deleted, then
+notebooks are cleaned and exported and the README is made. Whatever differs afterwards is out of step.
+Run from the repository root (`make instep`).
 """
 
 import difflib

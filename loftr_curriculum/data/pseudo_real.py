@@ -21,7 +21,7 @@ __all__ = [
 ]
 
 # %% ../../nbs/04_data/07_pseudo_real.ipynb #2480c1f0
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import cv2

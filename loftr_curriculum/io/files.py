@@ -84,7 +84,7 @@ def write_json(
 def read_bytes(
     path,  # file to read
 ) -> bytes:
-    "The file's content; raises FileError that names the file where it is no file, cannot be read or is empty."
+    "The file's content; FileError that names it where it is no file, cannot be read or is empty."
     path = Path(path)
     if path.exists() and not (path.is_file() or path.is_dir()):
         raise FileError(f"{path}: expected a regular file, not a pipe, a socket or a device")

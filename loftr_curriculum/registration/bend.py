@@ -48,7 +48,6 @@ from ..geometry import (
     Affine,
     Bent,
     PointMap,
-    apply_transform,
     centre,
     folds,
     local_scale,

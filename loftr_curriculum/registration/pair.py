@@ -36,7 +36,6 @@ from ..geometry import (
     affine_of,
     fit_similarity,
     fit_size,
-    invert,
     map_from_matrix,
     resize_image,
 )

@@ -25,7 +25,6 @@ from pathlib import Path
 
 import lightning.pytorch as pl
 import numpy as np
-import torch
 
 from ..evaluation.collapse import THRESHOLD
 from ..evaluation.probes import (

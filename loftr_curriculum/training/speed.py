@@ -19,7 +19,6 @@ import json
 import tempfile
 import time
 from dataclasses import asdict, replace
-from pathlib import Path
 
 import lightning.pytorch as pl
 import numpy as np
