@@ -753,7 +753,6 @@ def _draw_panel(
         epochs = mine[0]["epochs"]
         axes.plot(epochs, values.mean(0), color=f"C{k}", lw=1.5, label=arm)
         axes.fill_between(epochs, values.min(0), values.max(0), color=f"C{k}", alpha=0.15, lw=0)
-    axes.title.set_size(8)
     axes.set_xticks(epochs[:: max(1, len(epochs) // 5)])
     axes.tick_params(labelsize=7)
 
@@ -781,7 +780,8 @@ def draw_arms(
             if name == "collapse_index":
                 axes.axhline(result["threshold"], color="k", lw=0.8, ls=":")
             top = None if name == "AUC@20" else 1
-            axes.set(title=f"{label}, {kind}", ylim=(0, top))
+            axes.set_title(f"{label}, {kind}", fontsize=8)
+            axes.set_ylim(0, top)
             if row == len(kinds) - 1:
                 axes.set_xlabel("epoch")
     figure.axes[-2].legend(fontsize=7, loc="lower center")
