@@ -10,6 +10,7 @@ from setuptools import find_namespace_packages, setup
 
 ROOT = Path(__file__).resolve().parent
 LICENSES = {"apache2": "Apache-2.0"}
+EXTRAS = ("dev", "browser", "dicom", "cluster")
 
 
 def read_settings() -> configparser.SectionProxy:
@@ -54,7 +55,7 @@ setup(
     packages=find_namespace_packages(include=[name, f"{name}.*"], exclude=["*.__pycache__"]),
     package_data={name: ["py.typed"], f"{name}.weights": ["*.safetensors", "*.json", "*.md"]},
     install_requires=lines(settings["requirements"]),
-    extras_require={extra: lines(settings[f"{extra}_requirements"]) for extra in ("dev", "browser")},
+    extras_require={extra: lines(settings[f"{extra}_requirements"]) for extra in EXTRAS},
     entry_points={
         "console_scripts": lines(settings["console_scripts"]),
         "nbdev": [f"{name} = {name}._modidx:d"],
