@@ -8,8 +8,6 @@ __all__ = [
     "GEOMETRY_COLUMNS",
     "WORST_FIT",
     "LEAST_OVERLAP",
-    "delimiter_of",
-    "read_table",
     "read_landmarks",
     "LandmarkPair",
     "read_landmark_set",
@@ -22,8 +20,6 @@ __all__ = [
 ]
 
 # %% ../../nbs/04_data/05_landmarks.ipynb #b8d375d9
-import csv
-import io
 import logging
 import re
 from dataclasses import dataclass, replace
@@ -44,8 +40,9 @@ from ..geometry import (
     resize_matrix,
     warp_image,
 )
-from ..io.files import FileError, read_bytes
+from ..io.files import FileError
 from ..io.images import image_size, read_image
+from ..io.tables import read_table
 from ..io.transforms import as_matrix, load_transform
 from ..retina.config import split_mode
 from .pairs import cut_views, make_frame
@@ -60,44 +57,6 @@ from .triplets import (
     raise_faults,
     same_shape,
 )
-
-
-# %% ../../nbs/04_data/05_landmarks.ipynb #a61a5049
-def delimiter_of(
-    header: str,  # first line of a table
-) -> str:
-    "What separates the columns: the comma, semicolon or tab that the header holds most of."
-    return max((",", ";", "\t"), key=header.count)
-
-
-# %% ../../nbs/04_data/05_landmarks.ipynb #cb7350b7
-def read_table(
-    path,  # CSV file with a header line
-    needed,  # column names that must exist
-) -> list:  # of (line number, dict)
-    "The rows of a CSV; raises FileError where it is missing or lacks a column."
-    try:
-        text = read_bytes(path).decode("utf-8-sig")
-    except UnicodeDecodeError:
-        raise FileError(f"{path}: expected a CSV in UTF-8") from None
-    header = text.partition("\n")[0].strip()
-    delimiter = delimiter_of(header)
-    reader = csv.DictReader(io.StringIO(text, newline=""), skipinitialspace=True, delimiter=delimiter)
-    lacking = [c for c in needed if c not in (reader.fieldnames or ())]
-    if lacking:
-        raise FileError(
-            f"{path}: expected the columns {', '.join(needed)} in the first line, "
-            f"{', '.join(lacking)} missing; found {header[:80]!r}"
-        )
-    rows = [
-        (
-            reader.line_num,
-            {k: (v or "").strip() for k, v in row.items() if isinstance(k, str) and not isinstance(v, list)},
-        )
-        for row in reader
-    ]
-    return [(line, row) for line, row in rows if any(row.values())]
-
 
 # %% ../../nbs/04_data/05_landmarks.ipynb #2085510c
 LANDMARK_COLUMNS = ("fixed_x", "fixed_y", "moving_x", "moving_y")
