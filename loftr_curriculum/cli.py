@@ -464,11 +464,11 @@ def _add_many(parser):
 def worst_status(
     count: dict,  # number of pairs by verdict
 ) -> int:
-    "Exit status of a batch: that of its worst verdict."
-    for verdict in ("failed", "doubtful"):
-        if count[verdict]:
-            return EXIT[verdict]
-    return 0
+    "Exit status of a batch: that of its worst pair, 0 only where every pair has an answer that is ok."
+    unanswered = sum(count.get(kind, 0) for kind in ("failed", "unreadable", "missing"))
+    if unanswered:
+        return EXIT["failed"]
+    return EXIT["doubtful"] if count["doubtful"] else EXIT["ok"]
 
 
 # %% ../nbs/11_cli/00_cli.ipynb #25ffcbed

@@ -1,7 +1,5 @@
-"""Guards of the registration room: poses, sizes, hard input, liars, interrupted batches."""
+"""Guards of the registration room: poses, sizes, hard input, liars."""
 
-import csv
-import json
 from dataclasses import replace
 
 import cv2
@@ -21,10 +19,9 @@ from loftr_curriculum.geometry import (
 )
 from loftr_curriculum.io.images import ImageError, write_image
 from loftr_curriculum.model.config import Guidance, Matches
-from loftr_curriculum.registration import RegistrationConfig, Verdict, register, register_many, warp_to_fixed
+from loftr_curriculum.registration import RegistrationConfig, Verdict, register, warp_to_fixed
 from loftr_curriculum.registration.binning import best_per_cell, bin_matches
 from loftr_curriculum.registration.estimate import estimate_transform
-from loftr_curriculum.registration.many import FIELDS, read_results
 from loftr_curriculum.registration.registrar import nudge
 
 
@@ -474,145 +471,3 @@ def test_estimates_survive_outliers(ratio, kind):
             ).mean()
         )
     assert np.median(errors) < {"affine": 2.5, "similarity": 2.0, "homography": 5.0}[kind]
-
-
-def write_batch(folder, n=4):
-    fixed, moving, truth = a_pair(7)
-    write_image(folder / "img" / "f.png", fixed), write_image(folder / "img" / "m.png", moving)
-    lines = ["id,fixed,moving"] + [f"p{k},img/f.png,img/m.png" for k in range(n)]
-    (folder / "pairs.csv").write_text("\n".join(lines) + "\n")
-    return truth
-
-
-class Interrupted(UprightSift):
-    def match(self, *args, **rest):
-        if self.calls == 7:
-            raise KeyboardInterrupt
-        return super().match(*args, **rest)
-
-
-def test_an_interrupted_batch_goes_on_where_it_stopped(tmp_path):
-    truth = write_batch(tmp_path)
-    table, out = tmp_path / "pairs.csv", tmp_path / "out"
-    with pytest.raises(KeyboardInterrupt):
-        register_many(table, out, matcher=Interrupted(), config=QUICK, progress=False)
-    so_far = json.loads((out / "transforms.json").read_text())
-    assert [so_far[f"p{k}"] is not None for k in range(4)] == [True, True, False, False]
-    with open(out / "results.csv", "a") as f:
-        f.write("p2,img/f.png,im")  # the power failed in the middle of a line
-
-    class Same(UprightSift):
-        pass
-
-    Same.__name__ = "Interrupted"  # the same matcher as far as the batch can know
-    rest = Same()
-    assert register_many(table, out, matcher=rest, config=QUICK, progress=False) == dict(
-        ok=4, doubtful=0, failed=0, unreadable=0
-    )
-    assert rest.calls == 6
-    with open(out / "results.csv") as table_of_results:
-        rows = list(csv.DictReader(table_of_results))
-    assert [r["id"] for r in rows] == ["p0", "p1", "p2", "p3"] and tuple(rows[0]) == FIELDS
-    final = json.loads((out / "transforms.json").read_text())
-    assert len({json.dumps(m) for m in final.values()}) == 1 and np.allclose(
-        np.array(final["p3"])[:2, :2], truth[:2, :2], atol=0.01
-    )
-    assert sorted(p.name for p in out.iterdir()) == [
-        "maps.jsonl",
-        "results.csv",
-        "settings.json",
-        "transforms.json",
-    ]
-
-
-def test_one_bad_pair_never_stops_a_batch(tmp_path):
-    write_batch(tmp_path, 1)
-    (tmp_path / "img" / "torn.png").write_bytes((tmp_path / "img" / "f.png").read_bytes()[:300])
-    write_image(tmp_path / "img" / "black.png", np.zeros((99, 99), np.uint8))
-
-    class Moody(UprightSift):
-        def match(self, image0, image1, **rest):
-            if image1.shape[2] < 150:
-                raise RuntimeError("out of\nmemory")
-            return super().match(image0, image1, **rest)
-
-    write_image(tmp_path / "img" / "wide.png", a_pair()[0][:200])
-    (tmp_path / "pairs.csv").write_text(
-        '\ufeffid,fixed,moving,note\ntorn,img/torn.png,img/m.png,\nlost,img/f.png,"img/lo,st.png",x\nblack,img/f.png,img/black.png,\nmoody,img/f.png,img/wide.png,\nfine,img/f.png,img/m.png,\n',
-        encoding="utf-8",
-    )
-    count = register_many(
-        tmp_path / "pairs.csv", tmp_path / "out", matcher=Moody(), config=QUICK, progress=False
-    )
-    assert count == dict(ok=1, doubtful=0, failed=4, unreadable=3)
-    rows = read_results(tmp_path / "out" / "results.csv")
-    assert (
-        "torn.png" in rows["torn"]["error"]
-        and "lo,st.png" in rows["lost"]["error"]
-        and rows["moody"]["error"] == "RuntimeError: out of memory"
-    )
-    assert (
-        rows["black"]["error"] == ""
-        and "black" in rows["black"]["reasons"]
-        and rows["fine"]["verdict"] == "ok"
-    )
-
-
-@pytest.mark.parametrize(
-    "text, says",
-    [
-        ("id,fixed\na,b\n", "moving missing"),
-        ("", "empty"),
-        ("id,fixed,moving\n", "no pairs"),
-        (
-            "id,fixed,moving\na,f.png,m.png\na,f.png,m.png\n,f.png,m.png\n",
-            "line 3: id a was used in line 2; line 4: id is empty",
-        ),
-    ],
-)
-def test_a_faulty_table_is_refused_before_any_work(text, says, tmp_path):
-    (tmp_path / "pairs.csv").write_text(text)
-    matcher = UprightSift()
-    with pytest.raises(ValueError, match=says):
-        register_many(tmp_path / "pairs.csv", tmp_path / "out", matcher=matcher, progress=False)
-    assert matcher.calls == 0 and not (tmp_path / "out").exists()
-
-
-def test_a_folder_with_other_results_is_refused(tmp_path):
-    write_batch(tmp_path, 1)
-    matcher = UprightSift()
-    register_many(tmp_path / "pairs.csv", tmp_path / "out", matcher=matcher, progress=False)
-    before = (tmp_path / "out" / "results.csv").read_bytes()
-    with pytest.raises(ValueError, match="other settings"):
-        register_many(
-            tmp_path / "pairs.csv",
-            tmp_path / "out",
-            matcher=matcher,
-            config=RegistrationConfig(transform="similarity"),
-            progress=False,
-        )
-    (tmp_path / "pairs.csv").write_text("id,fixed,moving\np0,img/m.png,img/f.png\n")
-    with pytest.raises(ValueError, match="another table.*p0"):
-        register_many(tmp_path / "pairs.csv", tmp_path / "out", matcher=matcher, progress=False)
-    assert (tmp_path / "out" / "results.csv").read_bytes() == before
-
-
-def test_a_large_table_costs_little_beside_the_registrations(tmp_path, monkeypatch):
-    "Two thousand pairs whose registration is free: the bookkeeping is far under a millisecond a pair."
-    import time
-
-    import loftr_curriculum.registration.many as many
-
-    result = register(*a_pair()[:2], matcher=UprightSift())
-    monkeypatch.setattr(many, "register", lambda *a, **k: result)
-    (tmp_path / "pairs.csv").write_text(
-        "id,fixed,moving\n" + "".join(f"{k},f{k}.png,m{k}.png\n" for k in range(2000))
-    )
-    start = time.perf_counter()
-    assert (
-        register_many(tmp_path / "pairs.csv", tmp_path / "out", matcher=UprightSift(), progress=False)["ok"]
-        == 2000
-    )
-    assert time.perf_counter() - start < 4
-    again = json.loads((tmp_path / "out" / "transforms.json").read_text())
-    assert np.array_equal(np.array(again["1999"]), result.moving_to_fixed)  # not a digit is lost

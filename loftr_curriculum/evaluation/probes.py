@@ -28,7 +28,7 @@ from ..data.pseudo_real import PseudoReal, pseudo_real_pair
 from ..geometry import compose, fit_affine, invert, resize_image
 from ..io.images import read_image
 from ..model.config import UNGUIDED
-from ..registration.many import read_batch
+from ..registration.table import read_batch
 from ..retina.config import MODES, EyeConfig
 from .recording import Probe, make_probe
 

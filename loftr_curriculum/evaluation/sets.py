@@ -15,8 +15,9 @@ from tqdm.auto import tqdm
 from ..data.landmarks import read_landmark_set
 from ..io.files import FileError, read_json
 from ..io.images import image_size
-from ..registration.many import MAPS, read_maps, read_results
+from ..registration.journal import MAPS, RESULTS, TRANSFORMS, read_maps, read_results
 from ..registration.pair import register
+from ..registration.table import RESERVED
 from .metrics import (
     auc,
     corner_error,
@@ -38,10 +39,11 @@ def read_predictions(
     path = Path(path)
     if (path / MAPS).is_file():
         return read_maps(path / MAPS)
-    path = path / "transforms.json" if path.is_dir() else path
+    path = path / TRANSFORMS if path.is_dir() else path
     predictions = read_json(path)
     if not isinstance(predictions, dict):
         raise FileError(f"{path}: expected a JSON object {{id: 3x3 matrix or null}}")
+    predictions.pop(RESERVED, None)
     return predictions
 
 
@@ -50,7 +52,7 @@ def read_verdicts(
     path,  # folder of a batch that holds results.csv
 ) -> dict:  # {id: verdict}, empty where there is no such table
     "The verdicts of a batch."
-    table = Path(path) / "results.csv"
+    table = Path(path) / RESULTS
     return {i: row["verdict"] for i, row in read_results(table).items()} if table.is_file() else {}
 
 

@@ -1,0 +1,435 @@
+"""Guards of batches: tables, interruptions, several processes, a cluster, shards, files of before."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from test_registration import QUICK, UprightSift, a_pair
+
+from loftr_curriculum.io.files import FileError
+from loftr_curriculum.io.images import write_image
+from loftr_curriculum.registration import RegistrationConfig, register, register_many
+from loftr_curriculum.registration.journal import (
+    FIELDS,
+    MATRIX,
+    load_batch_transform,
+    read_maps,
+    read_results,
+)
+from loftr_curriculum.registration.many import Shard, merge_shards
+from loftr_curriculum.registration.table import find_pairs, read_batch
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+class Sent(UprightSift):
+    "A matcher that can be sent to other processes."
+
+    def __reduce__(self):
+        return type(self), ()
+
+
+class Slow(Sent):
+    "Half a second a pair, at least."
+
+    def match(self, *images, **rest):
+        time.sleep(0.2)
+        return super().match(*images, **rest)
+
+
+class Deadly(Sent):
+    "Takes its process down when it sees an image of the size of wide.png."
+
+    def match(self, image0, image1, **rest):
+        if image1.shape[2] < 150:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().match(image0, image1, **rest)
+
+
+def answers(out):
+    "The rows of a batch without what differs from run to run."
+    rows = read_results(out / "results.csv").values()
+    return [{name: row[name] for name in FIELDS if name not in ("seconds", "memory_mb")} for row in rows]
+
+
+def write_batch(folder, n=4):
+    fixed, moving, truth = a_pair(7)
+    write_image(folder / "img" / "f.png", fixed), write_image(folder / "img" / "m.png", moving)
+    lines = ["id,fixed,moving"] + [f"p{k},img/f.png,img/m.png" for k in range(n)]
+    (folder / "pairs.csv").write_text("\n".join(lines) + "\n")
+    return truth
+
+
+class Interrupted(UprightSift):
+    def match(self, *args, **rest):
+        if self.calls == 7:
+            raise KeyboardInterrupt
+        return super().match(*args, **rest)
+
+
+def test_an_interrupted_batch_goes_on_where_it_stopped(tmp_path):
+    truth = write_batch(tmp_path)
+    table, out = tmp_path / "pairs.csv", tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt):
+        register_many(table, out, matcher=Interrupted(), config=QUICK, progress=False)
+    so_far = json.loads((out / "transforms.json").read_text())
+    assert [so_far[f"p{k}"] is not None for k in range(4)] == [True, True, False, False]
+    with open(out / "results.csv", "a") as f:
+        f.write("p2,img/f.png,im")  # the power failed in the middle of a line
+
+    class Same(UprightSift):
+        pass
+
+    Same.__name__ = "Interrupted"  # the same matcher as far as the batch can know
+    rest = Same()
+    assert register_many(table, out, matcher=rest, config=QUICK, progress=False) == dict(
+        ok=4, doubtful=0, failed=0, unreadable=0
+    )
+    assert rest.calls == 6
+    with open(out / "results.csv") as table_of_results:
+        rows = list(csv.DictReader(table_of_results))
+    assert [r["id"] for r in rows] == ["p0", "p1", "p2", "p3"] and tuple(rows[0]) == FIELDS
+    final = json.loads((out / "transforms.json").read_text())
+    assert len({json.dumps(final[f"p{k}"]) for k in range(4)}) == 1 and np.allclose(
+        np.array(final["p3"])[:2, :2], truth[:2, :2], atol=0.01
+    )
+    assert sorted(p.name for p in out.iterdir()) == [
+        "maps.jsonl",
+        "results.csv",
+        "settings.json",
+        "transforms.json",
+    ]
+
+
+def test_one_bad_pair_never_stops_a_batch(tmp_path):
+    write_batch(tmp_path, 1)
+    (tmp_path / "img" / "torn.png").write_bytes((tmp_path / "img" / "f.png").read_bytes()[:300])
+    write_image(tmp_path / "img" / "black.png", np.zeros((99, 99), np.uint8))
+
+    class Moody(UprightSift):
+        def match(self, image0, image1, **rest):
+            if image1.shape[2] < 150:
+                raise RuntimeError("out of\nmemory")
+            return super().match(image0, image1, **rest)
+
+    write_image(tmp_path / "img" / "wide.png", a_pair()[0][:200])
+    (tmp_path / "pairs.csv").write_text(
+        '\ufeffid,fixed,moving,note\ntorn,img/torn.png,img/m.png,\nlost,img/f.png,"img/lo,st.png",x\nblack,img/f.png,img/black.png,\nmoody,img/f.png,img/wide.png,\nfine,img/f.png,img/m.png,\n',
+        encoding="utf-8",
+    )
+    count = register_many(
+        tmp_path / "pairs.csv", tmp_path / "out", matcher=Moody(), config=QUICK, progress=False
+    )
+    assert count == dict(ok=1, doubtful=0, failed=1, unreadable=3)
+    rows = read_results(tmp_path / "out" / "results.csv")
+    assert (
+        "torn.png" in rows["torn"]["error"]
+        and "lo,st.png" in rows["lost"]["error"]
+        and rows["moody"]["error"] == "RuntimeError: out of memory"
+    )
+    assert (
+        rows["black"]["error"] == ""
+        and "black" in rows["black"]["reasons"]
+        and rows["fine"]["verdict"] == "ok"
+    )
+
+
+@pytest.mark.parametrize(
+    "text, says",
+    [
+        ("id,fixed\na,b\n", "moving missing"),
+        ("", "empty"),
+        ("id,fixed,moving\n", "no pairs"),
+        (
+            "id,fixed,moving\na,f.png,m.png\na,f.png,m.png\n,f.png,m.png\n",
+            "line 3: id a was used in line 2; line 4: id is empty",
+        ),
+    ],
+)
+def test_a_faulty_table_is_refused_before_any_work(text, says, tmp_path):
+    (tmp_path / "pairs.csv").write_text(text)
+    matcher = UprightSift()
+    with pytest.raises(ValueError, match=says):
+        register_many(tmp_path / "pairs.csv", tmp_path / "out", matcher=matcher, progress=False)
+    assert matcher.calls == 0 and not (tmp_path / "out").exists()
+
+
+def test_a_folder_with_other_results_is_refused(tmp_path):
+    write_batch(tmp_path, 1)
+    matcher = UprightSift()
+    register_many(tmp_path / "pairs.csv", tmp_path / "out", matcher=matcher, progress=False)
+    before = (tmp_path / "out" / "results.csv").read_bytes()
+    with pytest.raises(ValueError, match="other settings"):
+        register_many(
+            tmp_path / "pairs.csv",
+            tmp_path / "out",
+            matcher=matcher,
+            config=RegistrationConfig(transform="similarity"),
+            progress=False,
+        )
+    (tmp_path / "pairs.csv").write_text("id,fixed,moving\np0,img/m.png,img/f.png\n")
+    with pytest.raises(ValueError, match="another table.*p0"):
+        register_many(tmp_path / "pairs.csv", tmp_path / "out", matcher=matcher, progress=False)
+    assert (tmp_path / "out" / "results.csv").read_bytes() == before
+
+
+def test_a_large_table_costs_little_beside_the_registrations(tmp_path, monkeypatch):
+    "Two thousand pairs whose registration is free: the bookkeeping is far under a millisecond a pair."
+    import loftr_curriculum.registration.workers as workers
+
+    result = register(*a_pair()[:2], matcher=UprightSift())
+    monkeypatch.setattr(workers, "register", lambda *a, **k: result)
+    (tmp_path / "pairs.csv").write_text(
+        "id,fixed,moving\n" + "".join(f"{k},f{k}.png,m{k}.png\n" for k in range(2000))
+    )
+    start = time.perf_counter()
+    assert (
+        register_many(tmp_path / "pairs.csv", tmp_path / "out", matcher=UprightSift(), progress=False)["ok"]
+        == 2000
+    )
+    assert time.perf_counter() - start < 4
+    again = json.loads((tmp_path / "out" / "transforms.json").read_text())
+    assert np.array_equal(np.array(again["1999"]), result.moving_to_fixed)  # not a digit is lost
+
+
+# ---- tables
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "cp1252"])
+@pytest.mark.parametrize("delimiter", [",", ";", "\t"])
+def test_tables_of_any_spreadsheet_are_read(encoding, delimiter, tmp_path):
+    header = delimiter.join((" Moving ", "ID", "FIXED", "Größe"))
+    rows = delimiter.join(("sub\\m ä.png", "ä 1", '"f.png"', "3"))
+    (tmp_path / "pairs.csv").write_bytes(f"{header}\r\n{rows}\r\n".encode(encoding))
+    (pair,) = read_batch(tmp_path / "pairs.csv")
+    assert (pair.id, pair.fixed) == ("ä 1", "f.png")
+    assert pair.files == (tmp_path / "f.png", tmp_path / "sub" / "m ä.png")
+
+
+def test_an_error_quotes_the_header(tmp_path):
+    (tmp_path / "pairs.csv").write_text("Patient;Fixed;Bild\n1;a;b\n")
+    with pytest.raises(FileError, match="pairs.csv: .*id, moving missing; found 'Patient;Fixed;Bild'"):
+        read_batch(tmp_path / "pairs.csv")
+
+
+def test_no_two_ids_share_a_folder(tmp_path):
+    ids = ("A", "a", "a/b", "a:b", "a_b", "con", "CON", "x.", "x")
+    lines = "".join(f"{id},f.png,m.png\n" for id in ids)
+    (tmp_path / "pairs.csv").write_text(f"id,fixed,moving\n{lines}")
+    names = [pair.name for pair in read_batch(tmp_path / "pairs.csv")]
+    assert len({name.casefold() for name in names}) == len(ids)
+    assert names[0] == "A" and names[4] == "a_b"
+
+
+def test_a_part_and_more_of_a_table_go_on_in_one_folder(tmp_path):
+    write_batch(tmp_path, 3)
+    lines = (tmp_path / "pairs.csv").read_text().splitlines(True)
+    table, out = tmp_path / "some.csv", tmp_path / "out"
+    for some, calls in ((lines[:3], 6), ([lines[0], lines[2]], 0), ([lines[0], lines[3], lines[1]], 3)):
+        table.write_text("".join(some))
+        matcher = UprightSift()
+        count = register_many(table, out, matcher=matcher, config=QUICK, progress=False)
+        assert count["ok"] == sum(count.values()) == len(some) - 1
+        assert matcher.calls == calls
+    assert list(read_results(out / "results.csv")) == ["p2", "p0", "p1"]
+    assert set(json.loads((out / "transforms.json").read_text())["verdicts"]) == {"p0", "p1", "p2"}
+
+
+def test_pairs_of_two_folders_are_registered(tmp_path, monkeypatch):
+    fixed, moving, _ = a_pair(7)
+    write_image(tmp_path / "cf" / "7_cf.png", fixed)
+    write_image(tmp_path / "fa" / "7_fa.png", moving)
+    write_image(tmp_path / "fa" / "8_fa.png", moving)
+    monkeypatch.chdir(tmp_path)
+    found = find_pairs("cf/*.png", "fa/*.png", r"(\d+)_")
+    assert [path for path, _ in found.alone] == ["fa/8_fa.png"]
+    assert register_many(found.pairs, "out", matcher=UprightSift(), config=QUICK, progress=False)["ok"] == 1
+
+
+# ---- what the files say
+
+
+def test_files_say_how_far_to_believe_a_map(tmp_path):
+    write_batch(tmp_path, 1)
+    out = tmp_path / "out"
+    register_many(tmp_path / "pairs.csv", out, matcher=UprightSift(), config=QUICK, progress=False)
+    said = json.loads((out / "transforms.json").read_text())["verdicts"]["p0"]
+    line = json.loads((out / "maps.jsonl").read_text())
+    assert said["verdict"] == line["verdict"] == "ok"
+    assert said["probability"] == pytest.approx(line["probability"], rel=1e-3) and said["probability"] > 0.5
+    assert said["fixed_size"] == line["fixed_size"] == [420, 480]
+    record = load_batch_transform(out, "p0")
+    assert record.moving_size == (440, 400) and record.point_map == read_maps(out / "maps.jsonl")["p0"]
+
+
+def test_a_folder_of_before_goes_on(tmp_path):
+    "Fewer columns, maps without verdicts, a plain transforms.json."
+    write_batch(tmp_path, 2)
+    table, out = tmp_path / "pairs.csv", tmp_path / "out"
+    register_many(table, out, matcher=UprightSift(), config=QUICK, progress=False)
+    rows = read_results(out / "results.csv")
+    old = [name for name in FIELDS if not name.endswith(("height", "width")) and name != "pictures"]
+    with open(out / "results.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, old, extrasaction="ignore")
+        writer.writeheader()
+        writer.writerow(rows["p0"])
+    first = json.loads((out / "maps.jsonl").read_text().splitlines()[0])
+    (out / "maps.jsonl").write_text(json.dumps({"id": "p0", "map": first["map"]}) + "\n")
+    matcher = UprightSift()
+    assert register_many(table, out, matcher=matcher, config=QUICK, progress=False)["ok"] == 2
+    assert matcher.calls == 3
+    again = read_results(out / "results.csv")
+    assert [again[id][name] for id in again for name in MATRIX] == [
+        rows[id][name] for id in rows for name in MATRIX
+    ]
+    assert again["p1"]["fixed_width"] == "480" and set(read_maps(out / "maps.jsonl")) == {"p0", "p1"}
+
+
+# ---- several processes
+
+
+def test_two_processes_answer_as_one(tmp_path):
+    write_batch(tmp_path, 3)
+    with open(tmp_path / "pairs.csv", "a") as table:
+        table.write("lost,img/f.png,img/none.png\n")
+    write_image(tmp_path / "img" / "black.png", np.zeros((99, 99), np.uint8))
+    counts = [
+        register_many(
+            tmp_path / "pairs.csv",
+            tmp_path / f"out{workers}",
+            matcher=Sent(),
+            config=QUICK,
+            progress=False,
+            workers=workers,
+        )
+        for workers in (1, 2)
+    ]
+    assert counts == [dict(ok=3, doubtful=0, failed=0, unreadable=1)] * 2
+    assert answers(tmp_path / "out1") == answers(tmp_path / "out2")
+    transforms = [(tmp_path / f"out{k}" / "transforms.json").read_bytes() for k in (1, 2)]
+    assert transforms[0] == transforms[1]
+
+
+def test_a_pair_that_kills_its_process_is_the_only_one_lost(tmp_path):
+    write_batch(tmp_path, 3)
+    write_image(tmp_path / "img" / "wide.png", a_pair()[0][:200])
+    text = (tmp_path / "pairs.csv").read_text()
+    (tmp_path / "pairs.csv").write_text(text.replace("p1,img/f.png,img/m.png", "p1,img/f.png,img/wide.png"))
+    count = register_many(
+        tmp_path / "pairs.csv",
+        tmp_path / "out",
+        matcher=Deadly(),
+        config=QUICK,
+        progress=False,
+        workers=2,
+    )
+    assert count == dict(ok=2, doubtful=0, failed=0, unreadable=1)
+    assert "died" in read_results(tmp_path / "out" / "results.csv")["p1"]["error"]
+
+
+def test_a_matcher_that_cannot_be_sent_is_refused(tmp_path):
+    write_batch(tmp_path, 2)
+    matcher = UprightSift()
+    with pytest.raises(ValueError, match="workers=1"):
+        register_many(tmp_path / "pairs.csv", tmp_path / "out", matcher=matcher, progress=False, workers=2)
+    assert matcher.calls == 0
+
+
+BATCH = """
+import sys
+from pathlib import Path
+from test_many import QUICK, Slow
+from loftr_curriculum.registration import register_many
+if __name__ == "__main__":
+    folder = Path(sys.argv[1])
+    register_many(folder / "pairs.csv", folder / "out", matcher=Slow(), config=QUICK, workers=2)
+"""
+
+
+def start_batch(folder):
+    "A batch in another process, once its first row is there."
+    (folder / "batch.py").write_text(BATCH)
+    path = os.pathsep.join((str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")))
+    batch = subprocess.Popen(
+        [sys.executable, folder / "batch.py", folder],
+        env={**os.environ, "PYTHONPATH": path},
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    journal = folder / "out" / "results.csv"
+    end = time.monotonic() + 120
+    while not journal.exists() or journal.read_bytes().count(b"\n") < 2:
+        assert batch.poll() is None and time.monotonic() < end
+        time.sleep(0.05)
+    return batch
+
+
+def processes_of(session):
+    "The living processes of a session."
+    done = subprocess.run(["ps", "-s", str(session), "-o", "pid=,stat="], capture_output=True, text=True)
+    return [line for line in done.stdout.splitlines() if " Z" not in line]
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+def test_a_stopped_batch_goes_on_and_leaves_no_process(how, tmp_path):
+    write_batch(tmp_path, 8)
+    batch = start_batch(tmp_path)
+    assert len(processes_of(batch.pid)) > 2
+    if how == signal.SIGINT:
+        os.killpg(batch.pid, how)  # as a terminal does
+    else:
+        batch.kill()
+    assert batch.wait(30) != 0
+    end = time.monotonic() + 30
+    while processes_of(batch.pid) and time.monotonic() < end:
+        time.sleep(0.1)
+    assert processes_of(batch.pid) == []
+    done = read_results(tmp_path / "out" / "results.csv")
+    rest = Sent()
+    Sent.__name__ = "Slow"  # the same matcher as far as the batch can know
+    try:
+        count = register_many(
+            tmp_path / "pairs.csv", tmp_path / "out", matcher=rest, config=QUICK, progress=False
+        )
+    finally:
+        Sent.__name__ = "Sent"
+    assert count["ok"] == 8 and 1 <= len(done) < 8
+    assert rest.calls == 3 * (8 - len(done))  # not one finished pair is done again
+
+
+# ---- shards
+
+
+def test_shards_make_the_batch_of_one_run(tmp_path):
+    write_batch(tmp_path, 5)
+    table = tmp_path / "pairs.csv"
+    plain = dict(config=QUICK, progress=False)
+    register_many(table, tmp_path / "whole", matcher=UprightSift(), **plain)
+    for number in (3, 1, 2):
+        register_many(table, tmp_path / "parts", matcher=UprightSift(), shard=Shard(number, 3), **plain)
+        count = merge_shards(table, tmp_path / "parts")
+    assert count == dict(ok=5, doubtful=0, failed=0, unreadable=0)
+    assert answers(tmp_path / "parts") == answers(tmp_path / "whole")
+    for name in ("transforms.json", "settings.json"):
+        assert (tmp_path / "parts" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert len(read_maps(tmp_path / "parts" / "maps.jsonl")) == 5
+
+
+def test_shards_of_other_settings_are_not_merged(tmp_path):
+    write_batch(tmp_path, 2)
+    table, out = tmp_path / "pairs.csv", tmp_path / "out"
+    for number, config in ((1, QUICK), (2, RegistrationConfig(long_side=300))):
+        register_many(
+            table, out, matcher=UprightSift(), config=config, shard=Shard(number, 2), progress=False
+        )
+    with pytest.raises(FileError, match="2-of-2.*other settings"):
+        merge_shards(table, out)
+    with pytest.raises(FileError, match="results of shards"):
+        merge_shards(table, tmp_path / "nothing")
