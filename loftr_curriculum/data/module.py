@@ -4,6 +4,7 @@
 
 # %% auto #0
 __all__ = [
+    "GRACE",
     "EpochSampler",
     "PairLoader",
     "to_tensors",
@@ -15,6 +16,7 @@ __all__ = [
     "generated_source",
     "file_sources",
     "split_sources",
+    "leave_soon",
     "PairDataModule",
 ]
 
@@ -285,6 +287,19 @@ def split_sources(
     return [(source, share) for source, share in train if share > 0], val
 
 
+# %% ../../nbs/04_data/06_module.ipynb #b1f00c08
+GRACE = 10.0  # seconds that a loader goes on working after SIGTERM
+
+
+def leave_soon(number, frame) -> None:
+    "The handler of a loader: the process ends when the grace is over."
+    if hasattr(signal, "setitimer"):
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.setitimer(signal.ITIMER_REAL, GRACE)
+    else:  # Windows
+        raise SystemExit(128 + number)
+
+
 # %% ../../nbs/04_data/06_module.ipynb #a20cf0ec
 def _settle(_):
     """Set up a loader worker.
@@ -293,8 +308,10 @@ def _settle(_):
     """
     torch.set_num_threads(1)
     keep_memory()
-    for s in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(s, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, leave_soon)
 
 
 # %% ../../nbs/04_data/06_module.ipynb #04742a1f

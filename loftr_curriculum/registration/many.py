@@ -41,6 +41,7 @@ from pathlib import Path
 from tqdm.auto import tqdm
 
 from ..io.files import FileError, atomic_path, read_json, refuse_to_overwrite, write_json
+from ..io.lock import end_in_order, only_run
 from .config import RegistrationConfig
 from .journal import (
     FIELDS,
@@ -320,35 +321,37 @@ def register_many(
     `maps.jsonl` with the whole maps, and `results.csv`. Started again with the same arguments it goes on
     where it stopped; a kill loses the pairs that were under way. A pair that cannot be read or registered
     has a row that says why and never stops the batch. Raises FileError (a ValueError), before any work, for
-    a faulty table and for a folder that holds the results of another batch; ValueError where no scheduler
-    answers or the matcher cannot be sent to other processes.
+    a faulty table and for a folder that holds the results of another batch or in which another process
+    registers; ValueError where no scheduler answers or the matcher cannot be sent to other processes.
+    SIGTERM and SIGHUP stop it as Ctrl-C does, with the transforms so far written.
     """
     pairs, config, out = pairs_of(table), config or RegistrationConfig(), Path(out)
     refuse_own_files(table, out)
     if shard is not None:
         pairs, out = shard.part(pairs), shard.folder(out)
     matcher = working_matcher(matcher)
-    start_folder(out, settings_of(matcher, config))
-    rows = mend_folder(out)
-    refuse_other_files(out, rows, pairs)
-    todo = [pair for pair in pairs if pair.id not in rows or rows[pair.id]["error"]]
-    waiting = {pair.id for pair in todo}
-    done = {pair.id: rows[pair.id] for pair in pairs if pair.id not in waiting}
-    seldom = Seldom(save_every)
+    with end_in_order(), only_run(out):
+        start_folder(out, settings_of(matcher, config))
+        rows = mend_folder(out)
+        refuse_other_files(out, rows, pairs)
+        todo = [pair for pair in pairs if pair.id not in rows or rows[pair.id]["error"]]
+        waiting = {pair.id for pair in todo}
+        done = {pair.id: rows[pair.id] for pair in pairs if pair.id not in waiting}
+        seldom = Seldom(save_every)
 
-    def save():
-        write_summary(out, pairs, rows, pictures)
+        def save():
+            write_summary(out, pairs, rows, pictures)
 
-    try:
-        if todo:
-            job = Job(matcher, config, pictures)
-            shown = Progress(done, len(pairs), progress)
-            with one_thread(), make_crew(job, min(workers, len(todo)), scheduler) as crew, shown.bar:
-                answer_all(crew, todo, out, rows, shown, lambda: seldom(save))
-    finally:
-        save()
-    write_results(out / RESULTS, [rows[id] for id in ids_in_order(rows, pairs)])
-    return count_pairs(rows, [pair.id for pair in pairs])
+        try:
+            if todo:
+                job = Job(matcher, config, pictures)
+                shown = Progress(done, len(pairs), progress)
+                with one_thread(), make_crew(job, min(workers, len(todo)), scheduler) as crew, shown.bar:
+                    answer_all(crew, todo, out, rows, shown, lambda: seldom(save))
+        finally:
+            save()
+        write_results(out / RESULTS, [rows[id] for id in ids_in_order(rows, pairs)])
+        return count_pairs(rows, [pair.id for pair in pairs])
 
 
 # %% ../../nbs/06_registration/14_many.ipynb #15f47581

@@ -4,8 +4,11 @@
 
 # %% auto #0
 __all__ = [
+    "MOMENT",
+    "not_written",
     "AtomicCheckpointIO",
     "polite_stop",
+    "no_process_left",
     "LastCheckpoint",
     "begin_epoch_again",
     "skip_taken_batches",
@@ -13,8 +16,9 @@ __all__ = [
 ]
 
 # %% ../../nbs/09_training/11_resume.ipynb #0e46fc93
+import multiprocessing
+import shutil
 import signal
-import threading
 import time
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,9 +27,24 @@ import torch
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
-from ..io.files import atomic_path
+from ..io.files import FileError, atomic_path
+from ..io.lock import heeded
 from .callbacks import say
 from .history import RunFolder
+
+
+# %% ../../nbs/09_training/11_resume.ipynb #b1f00c05
+def not_written(
+    path,  # Path of a checkpoint
+    error,  # OSError, or the RuntimeError of torch's writer
+) -> str:
+    "What a run says when its checkpoint cannot be written: why, and what is still there."
+    why = getattr(error, "strerror", None) or str(error).splitlines()[0]
+    free = ""
+    if path.parent.is_dir():
+        free = f", {shutil.disk_usage(path.parent).free / 2**20:.0f} MiB are free there"
+    kept = "the checkpoint before it is whole" if path.is_file() else "there is no checkpoint before it"
+    return f"{path}: cannot be written ({why}){free}; {kept}"
 
 
 # %% ../../nbs/09_training/11_resume.ipynb #0be2618e
@@ -33,33 +52,56 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     "A checkpoint is there as a whole, or it is the one that was there before."
 
     def save_checkpoint(self, checkpoint, path, storage_options=None):
-        with atomic_path(path) as half:
-            torch.save(checkpoint, half)
+        try:
+            with atomic_path(path) as half:
+                torch.save(checkpoint, half)
+        except (OSError, RuntimeError) as error:
+            raise FileError(not_written(Path(path), error)) from error
 
 
 # %% ../../nbs/09_training/11_resume.ipynb #03c77842
+MOMENT = 1.0  # seconds in which a repeated SIGTERM counts once
+
+
 @contextmanager
 def polite_stop(
     last,  # LastCheckpoint
 ):
-    """Inside, the first Ctrl-C or SIGTERM asks `last` to stop the run; a second one interrupts it.
+    """Inside, the first Ctrl-C, SIGTERM or SIGHUP asks `last` to stop the run; a second one interrupts it.
 
     Does nothing outside the main thread, where Python allows no handlers."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
+    first = 0.0
 
     def ask(number, frame):
-        if last.asked:
+        nonlocal first
+        again = number == last.asked != signal.SIGINT and time.monotonic() - first < MOMENT
+        if last.asked and not again:
             raise KeyboardInterrupt
+        first = first or time.monotonic()
         last.asked = number
 
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = heeded()
+    if numbers:
+        numbers = (signal.SIGINT, *numbers)
+    before = {number: signal.signal(number, ask) for number in numbers}
     try:
         yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+# %% ../../nbs/09_training/11_resume.ipynb #b1f00c02
+@contextmanager
+def no_process_left():
+    "Inside, processes may be started; those that still live at the end are killed."
+    before = set(multiprocessing.active_children())
+    try:
+        yield
+    finally:
+        for process in set(multiprocessing.active_children()) - before:
+            process.kill()
+            process.join()
 
 
 # %% ../../nbs/09_training/11_resume.ipynb #3b446fc0

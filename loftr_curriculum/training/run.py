@@ -24,8 +24,10 @@ __all__ = [
     "keep_before",
     "module_of",
     "trainer_of",
+    "how_it_ended",
     "fit",
     "keep_weights",
+    "own_folder",
     "train",
 ]
 
@@ -33,6 +35,7 @@ __all__ = [
 import json
 import platform
 import signal
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -43,6 +46,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from ..data.module import PairDataModule
 from ..io.files import read_json, write_json
+from ..io.lock import end_in_order, only_run
 from ..model.weights import SHIPPED, load_matcher, order_for_cpu, save_matcher
 from ..retina.config import GENERATOR_VERSION
 from .callbacks import (
@@ -63,7 +67,7 @@ from .history import (
 )
 from .module import PL_LoFTR
 from .recorder import MatchRecorder, ProbeSources
-from .resume import AtomicCheckpointIO, LastCheckpoint, polite_stop
+from .resume import AtomicCheckpointIO, LastCheckpoint, no_process_left, polite_stop
 
 # %% ../../nbs/09_training/06_run.ipynb #88751c31
 # fields that may differ when a run is resumed: what only watches changes no weight
@@ -321,6 +325,26 @@ def trainer_of(
     )
 
 
+# %% ../../nbs/09_training/06_run.ipynb #b1f00c04
+def how_it_ended(
+    error,  # what Lightning raised
+    last,  # LastCheckpoint
+) -> BaseException:
+    "The same in words of the command line: a signal, an interruption, a lost loader, or the error."
+    if last.asked not in (None, signal.SIGINT):
+        return SystemExit(128 + last.asked)
+    if isinstance(error, SIGTERMException):
+        return SystemExit(128 + signal.SIGTERM)
+    if isinstance(error, SystemExit) and isinstance(error.__context__, KeyboardInterrupt):
+        return KeyboardInterrupt()
+    if "DataLoader worker" in str(error):
+        why = str(error).splitlines()[0].rstrip(". ")
+        return ChildProcessError(
+            f"{last.path.parent}: the run has lost a process ({why}); start it again to go on"
+        )
+    return error
+
+
 # %% ../../nbs/09_training/06_run.ipynb #8099ee29
 def fit(
     trainer,  # Trainer
@@ -331,14 +355,13 @@ def fit(
     "Train from the last checkpoint where there is one; the first interruption stops politely."
     start = last.path if last.path.is_file() else None
     try:
-        with polite_stop(last):
+        with polite_stop(last), no_process_left():
             trainer.fit(module, data, ckpt_path=start, weights_only=True)
-    except SIGTERMException:
-        raise SystemExit(128 + signal.SIGTERM) from None
-    except SystemExit as e:  # Lightning's way to say that it was interrupted
-        if isinstance(e.__context__, KeyboardInterrupt):
-            raise KeyboardInterrupt from None
-        raise
+    except (SIGTERMException, SystemExit, RuntimeError) as error:
+        told = how_it_ended(error, last)
+        if told is error:
+            raise
+        raise told from None
 
 
 # %% ../../nbs/09_training/06_run.ipynb #db56f2d9
@@ -353,6 +376,19 @@ def keep_weights(
     save_matcher(folder.weights, kept, facts_of(config, trainer, kept.facts["epoch"]))
 
 
+# %% ../../nbs/09_training/06_run.ipynb #b1f00c06
+@contextmanager
+def own_folder(
+    config,  # TrainConfig
+):
+    """Inside, no other run works in the folder; yields its RunFolder.
+
+    Of a run on several GPUs, the first process holds the folder for all."""
+    lock = only_run(config.out) if pl.utilities.rank_zero_only.rank == 0 else nullcontext()
+    with lock:
+        yield claim_folder(config)
+
+
 # %% ../../nbs/09_training/06_run.ipynb #e14bd8ac
 def train(
     config,  # TrainConfig
@@ -361,20 +397,22 @@ def train(
 ) -> Run:
     """Train, or go on training, and leave checkpoints, logs and weights in `config.out`.
 
-    All input is checked before anything long starts: ValueError (FileError for files) names what is wrong.
-    Interrupt it at any time (Ctrl-C, SIGTERM); the same call goes on at the next step, also from a copy of
-    the folder on another machine, and the result is that of an uninterrupted run."""
-    pl.seed_everything(config.seed, workers=True, verbose=False)
-    watch = callbacks_of(config, Path(config.out))
-    data = PairDataModule(config.data)
-    module = module_of(config, RunFolder(Path(config.out)).last)
-    folder = claim_folder(config)
-    keep_before(folder.path, config, module.matcher)
-    data.setup()
-    if not torch.cuda.is_available():
-        order_for_cpu(module.matcher)
-    trainer = trainer_of(config, folder, [*watch, *callbacks], progress)
-    fit(trainer, module, data, watch[-1])
-    keep_weights(config, folder, trainer)
+    All input is checked before anything long starts: ValueError (FileError for files) names what is wrong,
+    also where another run works in the folder.
+    Interrupt it at any time (Ctrl-C, SIGTERM, SIGHUP); the same call goes on at the next step, also from a
+    copy of the folder on another machine, and the result is that of an uninterrupted run."""
+    with end_in_order():
+        pl.seed_everything(config.seed, workers=True, verbose=False)
+        watch = callbacks_of(config, Path(config.out))
+        data = PairDataModule(config.data)
+        module = module_of(config, RunFolder(Path(config.out)).last)
+        with own_folder(config) as folder:
+            keep_before(folder.path, config, module.matcher)
+            data.setup()
+            if not torch.cuda.is_available():
+                order_for_cpu(module.matcher)
+            trainer = trainer_of(config, folder, [*watch, *callbacks], progress)
+            fit(trainer, module, data, watch[-1])
+            keep_weights(config, folder, trainer)
     metrics = {k: float(v) for k, v in trainer.callback_metrics.items()}
     return Run(folder.path, folder.weights, metrics, module)

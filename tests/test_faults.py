@@ -1,0 +1,246 @@
+"Guards against what goes wrong outside: signals, two runs in one folder, full disks, broken and hostile files."
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+
+from loftr_curriculum.io.files import FileError
+from loftr_curriculum.io.lock import LOCK, only_run
+
+ROOT = Path(__file__).parents[1]
+COMMAND = "import sys; from loftr_curriculum.cli import main; sys.exit(main())"
+unix = pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="needs the signals of Unix")
+
+TINY = """
+epochs: 60
+data:
+  worlds: 1
+  val_worlds: 1
+  modes: [cf-fa]
+  eye: {size: 128}
+  cache: CACHE
+  render_workers: 0
+  workers: 2
+  size: 96
+  start_size: 64
+  grow_epochs: 2.0
+  widen_epochs: 3.0
+  pairs_per_epoch: 40
+  val_pairs: 2
+  batch_size: 2
+matcher: {dims: [8, 16, 32], layers: 1}
+precision: "32"
+record_every: 0
+"""
+
+
+def environment() -> dict:
+    "Of a child process that finds this package."
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    return os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+
+
+def start(*words, code=COMMAND) -> subprocess.Popen:
+    "The command line in a session of its own."
+    return subprocess.Popen(
+        [sys.executable, "-c", code, *map(str, words)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+        env=environment(),
+    )
+
+
+def run(*words, code=COMMAND, timeout=120) -> tuple:
+    "Exit status and everything that was said."
+    process = start(*words, code=code)
+    try:
+        said = process.communicate(timeout=timeout)[0]
+    finally:
+        process.kill()
+    return process.returncode, said
+
+
+def wait_for(path, process, seconds=60):
+    "Until the file is there."
+    end = time.monotonic() + seconds
+    while not path.exists():
+        assert process.poll() is None, process.stdout.read()
+        assert time.monotonic() < end, f"{path} was not written"
+        time.sleep(0.02)
+
+
+def children_of(process) -> list:
+    "Process ids of a process's children."
+    pids = []
+    for task in Path(f"/proc/{process.pid}/task").iterdir():
+        pids += map(int, (task / "children").read_text().split())
+    return pids
+
+
+def end_with(process, seconds=30):
+    "The exit status; the test fails where the process does not end."
+    try:
+        said = process.communicate(timeout=seconds)[0]
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        pytest.fail("the process did not end")
+    return process.returncode, said
+
+
+@pytest.fixture
+def tiny(tmp_path):
+    "A configuration file of a training that takes a minute."
+    path = tmp_path / "tiny.yaml"
+    path.write_text(TINY.replace("CACHE", str(tmp_path / "eyes")))
+    return path
+
+
+def to_parent(process, number):
+    os.kill(process.pid, number)
+
+
+def to_group(process, number):
+    os.killpg(process.pid, number)
+
+
+def as_timeout_does(process, number):
+    os.kill(process.pid, number)
+    os.killpg(process.pid, number)
+
+
+def twice(process, number):
+    os.kill(process.pid, number)
+    time.sleep(0.02)
+    os.kill(process.pid, number)
+
+
+def to_a_loader(process, number):
+    os.kill(children_of(process)[0], number)
+
+
+SIGNALS = [
+    pytest.param(as_timeout_does, "SIGTERM", {143}, id="timeout"),
+    pytest.param(to_group, "SIGHUP", {129}, id="hang-up"),
+    pytest.param(to_parent, "SIGTERM", {143}, id="parent", marks=pytest.mark.slow),
+    pytest.param(to_a_loader, "SIGTERM", {2}, id="child", marks=pytest.mark.slow),
+    pytest.param(to_parent, "SIGHUP", {129}, id="hang-up-parent", marks=pytest.mark.slow),
+    pytest.param(twice, "SIGINT", {130, -2}, id="ctrl-c-twice", marks=pytest.mark.slow),
+]
+
+
+@unix
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="reads the children from /proc")
+@pytest.mark.parametrize("send, name, statuses", SIGNALS)
+def test_a_signal_ends_a_training_with_loaders_and_the_checkpoint_is_whole(
+    tiny, tmp_path, send, name, statuses
+):
+    out = tmp_path / "run"
+    process = start("train", "--config", tiny, "--out", out)
+    wait_for(out / "last.ckpt", process)
+    children = children_of(process)
+    assert children
+    send(process, getattr(signal, name))
+    status, said = end_with(process)
+    assert status in statuses, said
+    assert "Traceback" not in said
+    assert torch.load(out / "last.ckpt", weights_only=True)["global_step"] >= 20
+    assert not (out / LOCK).exists()
+    assert not [pid for pid in children if Path(f"/proc/{pid}").exists()], "a loader was left behind"
+
+
+BATCH = """
+import sys, time
+import numpy as np
+from loftr_curriculum.model.config import Matches
+from loftr_curriculum.registration.many import register_many
+
+
+class Slow:
+    def match(self, image0, image1, **ignored):
+        time.sleep(0.05)
+        return [Matches(np.zeros((0, 2)), np.zeros((0, 2)), np.zeros(0))]
+
+
+register_many(sys.argv[1], sys.argv[2], matcher=Slow(), progress=False)
+"""
+
+
+@pytest.fixture
+def table(tmp_path):
+    "A table of a hundred pairs of two small images."
+    scene = np.random.default_rng(0).integers(0, 255, (160, 160), np.uint8)
+    cv2.imwrite(str(tmp_path / "a.png"), cv2.GaussianBlur(scene, (0, 0), 3))
+    rows = "".join(f"{k},a.png,a.png\n" for k in range(100))
+    (tmp_path / "pairs.csv").write_text("id,fixed,moving\n" + rows)
+    return tmp_path / "pairs.csv"
+
+
+@unix
+@pytest.mark.parametrize("name, status", [("SIGTERM", 143), ("SIGHUP", 129)])
+def test_a_batch_that_is_told_to_end_leaves_its_transforms(table, tmp_path, name, status):
+    out = tmp_path / "out"
+    process = start(table, out, code=BATCH)
+    wait_for(out / "maps.jsonl", process)
+    time.sleep(0.5)
+    assert not (out / "transforms.json").exists()
+    process.send_signal(getattr(signal, name))
+    assert end_with(process)[0] == status
+    assert len(json.loads((out / "transforms.json").read_text())) == 100
+    assert not (out / LOCK).exists()
+
+
+@unix
+def test_a_second_batch_and_a_second_training_in_one_folder_are_turned_away(table, tiny, tmp_path):
+    out = tmp_path / "out"
+    process = start(table, out, code=BATCH)
+    wait_for(out / "maps.jsonl", process)
+    status, said = run(table, out, code=BATCH)
+    assert status == 1 and f"another run works on this folder (process {process.pid}" in said
+    status, said = run("train", "--config", tiny, "--out", out)
+    assert status == 2
+    assert said.splitlines()[-1].startswith(f"loftr-curriculum train: error: {out}: another run works")
+    process.kill()
+    process.wait()
+    assert (out / LOCK).exists(), "a killed process was meant to leave its file"
+    with only_run(out):
+        pass
+
+
+@unix
+def test_a_forked_process_does_not_keep_the_lock_of_a_parent_that_is_gone(tmp_path):
+    code = """
+import os, sys, time
+from loftr_curriculum.io.lock import only_run
+with only_run(sys.argv[1]):
+    if os.fork() == 0:
+        time.sleep(60)
+    time.sleep(0.2)
+    os.kill(os.getpid(), 9)
+"""
+    process = start(tmp_path, code=code)
+    process.wait(30)
+    try:
+        with only_run(tmp_path):
+            pass
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path):
+    (tmp_path / "file").write_text("not a folder")
+    with (
+        pytest.raises(FileError, match="file/run: expected a folder that can be written"),
+        only_run(tmp_path / "file/run"),
+    ):
+        pass
