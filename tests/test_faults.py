@@ -196,7 +196,7 @@ def test_a_batch_that_is_told_to_end_leaves_its_transforms(table, tmp_path, name
     assert not (out / "transforms.json").exists()
     process.send_signal(getattr(signal, name))
     assert end_with(process)[0] == status
-    assert len(json.loads((out / "transforms.json").read_text())) == 100
+    assert "99" in json.loads((out / "transforms.json").read_text())
     assert not (out / LOCK).exists()
 
 
