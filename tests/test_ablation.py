@@ -16,8 +16,8 @@ from loftr_curriculum.geometry import apply_transform, invert
 from loftr_curriculum.io.files import read_json, write_json
 from loftr_curriculum.io.images import write_image
 from loftr_curriculum.model.config import Guidance, MatcherConfig
-from loftr_curriculum.training import ablation
-from loftr_curriculum.training.ablation import Settings, choose, config_of, differences, run_ablation
+from loftr_curriculum.studies import ablation
+from loftr_curriculum.studies.ablation import Settings, choose, config_of, differences, run_ablation
 from loftr_curriculum.training.config import CURRICULA
 from loftr_curriculum.training.module import PL_LoFTR
 from loftr_curriculum.training.run import train

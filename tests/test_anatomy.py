@@ -8,7 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from loftr_curriculum.retina.anatomy import (
+from loftr_curriculum.retina.config import EyeConfig, seeds_of
+from loftr_curriculum.retina.world import make_world
+from loftr_curriculum.studies.anatomy import (
     PUBLISHED,
     Disc,
     Fovea,
@@ -26,8 +28,6 @@ from loftr_curriculum.retina.anatomy import (
     trunk_calibre,
     turns,
 )
-from loftr_curriculum.retina.config import EyeConfig, seeds_of
-from loftr_curriculum.retina.world import make_world
 
 NOWHERE = Disc(np.array([0.0, 256.0]), 20.0)
 
@@ -141,8 +141,10 @@ def test_the_command_writes_what_it_returns(tmp_path):
     done = subprocess.run(
         [
             sys.executable,
-            "-m",
-            "loftr_curriculum.retina.anatomy",
+            "-c",
+            "import sys; from loftr_curriculum.cli import main; sys.exit(main())",
+            "study",
+            "anatomy",
             "--eyes",
             "2",
             "--size",
@@ -168,9 +170,9 @@ def test_the_command_writes_what_it_returns(tmp_path):
 def test_the_committed_figures_are_those_of_this_generator():
     from loftr_curriculum.retina.config import GENERATOR_VERSION
 
-    committed = json.loads((Path(__file__).parents[1] / "nbs" / "03_retina" / "anatomy.json").read_text())
+    committed = json.loads((Path(__file__).parents[1] / "nbs" / "11_studies" / "anatomy.json").read_text())
     assert committed["generator"] == GENERATOR_VERSION, (
-        "draw the eyes again: python -m loftr_curriculum.retina.anatomy --out nbs/03_retina/anatomy.json"
+        "draw the eyes again: loftr-curriculum study anatomy --out nbs/11_studies/anatomy.json"
     )
 
 

@@ -12,8 +12,8 @@ import torch
 from loftr_curriculum.io.files import read_json, write_json
 from loftr_curriculum.model.config import MatcherConfig
 from loftr_curriculum.model.weights import make_matcher, save_matcher
-from loftr_curriculum.training import benchmark
-from loftr_curriculum.training.benchmark import (
+from loftr_curriculum.studies import benchmark
+from loftr_curriculum.studies.benchmark import (
     Process,
     Settings,
     ask_kornia,
@@ -23,12 +23,12 @@ from loftr_curriculum.training.benchmark import (
     draw_pairs,
     draw_sides,
     in_turn,
-    main,
     run_benchmark,
     shares,
 )
+from loftr_curriculum.studies.study import run_study
 
-COMMITTED = Path(__file__).parents[1] / "nbs" / "09_training" / "benchmark.json"
+COMMITTED = Path(__file__).parents[1] / "nbs" / "11_studies" / "benchmark.json"
 TINY = Settings(size=64, train_size=64, batch=2, repeats=1, sides=(64,), product=64, threads=1, eye=256)
 
 
@@ -135,8 +135,8 @@ def test_one_real_process_answers_and_a_dead_one_is_named(given, tmp_path, capfd
 def test_what_cannot_be_measured_is_refused():
     with pytest.raises(ValueError, match="64 pixels"):
         Settings(size=32)
-    with pytest.raises(SystemExit, match="expected some of"):
-        main(["--parts", json.dumps(["speed"])])
+    with pytest.raises(ValueError, match="expected some of"):
+        run_study("benchmark", ["--parts", json.dumps(["speed"])])
 
 
 def test_the_committed_figures_keep_the_promise():

@@ -10,8 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from loftr_curriculum.evaluation import calibration
-from loftr_curriculum.evaluation.calibration import (
+from loftr_curriculum.registration.config import FALSE_ACCEPT, RegistrationConfig
+from loftr_curriculum.registration.verdict import Evidence
+from loftr_curriculum.registration.verifier import CURVE
+from loftr_curriculum.studies import calibration
+from loftr_curriculum.studies.calibration import (
     EVIDENCE,
     GRID,
     Thresholds,
@@ -19,9 +22,6 @@ from loftr_curriculum.evaluation.calibration import (
     promises_kept,
     table_of,
 )
-from loftr_curriculum.registration.config import FALSE_ACCEPT, RegistrationConfig
-from loftr_curriculum.registration.verdict import Evidence
-from loftr_curriculum.registration.verifier import CURVE
 
 ROOT = Path(__file__).parents[1]
 
@@ -91,7 +91,7 @@ def test_no_answer_is_neither_ok_nor_right():
 
 
 def test_the_defaults_are_the_calibrated_ones():
-    found = json.loads((ROOT / "nbs/07_evaluation/verifier.json").read_text())
+    found = json.loads((ROOT / "nbs/11_studies/verifier.json").read_text())
     config = RegistrationConfig()
     assert {name: getattr(config, name) for name in found["thresholds"]} == found["thresholds"]
     assert [list(row) for row in FALSE_ACCEPT] == found["false_accept"]

@@ -15,7 +15,6 @@ import torch
 
 from loftr_curriculum.data.config import DataConfig
 from loftr_curriculum.data.pseudo_real import SPECIFICATION, pseudo_real_pair
-from loftr_curriculum.evaluation import card
 from loftr_curriculum.evaluation.metrics import at_512, landmark_error
 from loftr_curriculum.geometry import Affine
 from loftr_curriculum.io.files import FileError, read_json
@@ -23,6 +22,7 @@ from loftr_curriculum.model.config import MatcherConfig
 from loftr_curriculum.model.matcher import Matcher
 from loftr_curriculum.model.weights import PACKAGED, load_matcher, save_matcher
 from loftr_curriculum.retina.config import MODES, EyeConfig
+from loftr_curriculum.studies import card
 
 ROOT = Path(__file__).parents[1]
 QUICK = replace(SPECIFICATION, size=(160, 160), eye=replace(SPECIFICATION.eye, size=320), per_mode=2)
@@ -220,7 +220,7 @@ def test_a_curve_grows_by_files_and_refuses_those_of_unknown_history(weights, st
 
 def test_the_committed_card_belongs_to_the_committed_weights():
     if not card.packaged_card().is_file():
-        pytest.skip("not measured yet: python -m loftr_curriculum.evaluation.card")
+        pytest.skip("not measured yet: loftr-curriculum study card")
     found, why_not = card.card_of()
     assert found is not None, why_not
     assert found["weights"] == card.sha256_of(PACKAGED)

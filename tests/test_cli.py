@@ -173,8 +173,8 @@ def test_bad_files_are_refused_in_one_line(command, text, says, tmp_path, compla
 
 def test_the_packaged_weights_are_those_of_their_configuration_files(tmp_path):
     from loftr_curriculum.cli import read_settings
-    from loftr_curriculum.evaluation.card import runs_of, totals
     from loftr_curriculum.model.weights import PACKAGED, load_matcher
+    from loftr_curriculum.studies.card import runs_of, totals
 
     def read(config):
         return read_settings(TrainConfig, ["--config", str(config), "--out", "x"])

@@ -12,10 +12,8 @@ import pytest
 
 from loftr_curriculum.cli import main
 from loftr_curriculum.evaluation.collapse import (
-    SICK,
     THRESHOLD,
     believed_transform,
-    calibrate,
     carriers,
     collapse_figures,
 )
@@ -33,6 +31,7 @@ from loftr_curriculum.geometry import apply_transform, centre, similarity
 from loftr_curriculum.io.files import FileError, read_json
 from loftr_curriculum.io.images import read_image
 from loftr_curriculum.model.config import Matches
+from loftr_curriculum.studies.collapse import SICK, calibrate
 
 ROOT = Path(__file__).resolve().parents[1]
 SIZE = (256, 256)
@@ -170,7 +169,7 @@ def test_carriers_keep_order_and_share():
 
 
 def test_the_threshold_is_that_of_the_committed_calibration_and_a_small_one_agrees():
-    kept = read_json(ROOT / "nbs/07_evaluation/collapse.json")
+    kept = read_json(ROOT / "nbs/11_studies/collapse.json")
     assert kept["threshold"] == THRESHOLD and kept["false_alarms"] < 0.02 and kept["missed"] < 0.02
     a = calibrate(2, 2)
     assert a == calibrate(2, 2)

@@ -228,7 +228,7 @@ def test_the_committed_precision_is_that_of_the_packaged_weights_and_keeps_the_p
     from loftr_curriculum.model.weights import PACKAGED, load_matcher
     from loftr_curriculum.registration.many import fingerprint
 
-    file = Path(__file__).parents[1] / "nbs" / "07_evaluation" / "precision.json"
+    file = Path(__file__).parents[1] / "nbs" / "11_studies" / "precision.json"
     if not (file.is_file() and PACKAGED.is_file()):
         pytest.skip("not measured yet")
     result = json.loads(file.read_text())

@@ -10,7 +10,7 @@ from loftr_curriculum.model.config import MatcherConfig
 from loftr_curriculum.model.matcher import Matcher
 from loftr_curriculum.model.weights import PACKAGED, load_matcher, save_matcher
 from loftr_curriculum.retina.config import EyeConfig
-from loftr_curriculum.training import fine_tuning as room
+from loftr_curriculum.studies import fine_tuning as room
 from loftr_curriculum.training.config import TrainConfig
 from loftr_curriculum.training.module import PL_LoFTR
 from loftr_curriculum.training.run import train

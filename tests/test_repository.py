@@ -32,6 +32,7 @@ ROOMS = (
     "report",
     "training",
     "baselines",
+    "studies",
     "cli",
 )
 DEVELOPMENT_ONLY = ("fastcore", "nbdev", "execnb", "pytest", "playwright", "jupyterlab")

@@ -12,9 +12,9 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from loftr_curriculum.training.speed import StepClock, measure_speed, speed_table, waiting_share
+from loftr_curriculum.studies.training_speed import StepClock, measure_speed, speed_table, waiting_share
 
-COMMITTED = Path(__file__).parents[1] / "nbs" / "09_training" / "speed.json"
+COMMITTED = Path(__file__).parents[1] / "nbs" / "11_studies" / "training_speed.json"
 
 
 class Slow(Dataset):
@@ -64,7 +64,7 @@ def test_slow_data_is_charged_to_the_data():
 
 def test_the_command_writes_every_figure(tmp_path, monkeypatch):
     "With the slow parts replaced: each row of the table comes from the function that measures it."
-    from loftr_curriculum.training import speed
+    from loftr_curriculum.studies import training_speed as speed
 
     seen = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)

@@ -10,10 +10,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from loftr_curriculum.evaluation import sweep as module
-from loftr_curriculum.evaluation.sweep import VARIANTS, SweepConfig, main, sweep, sweep_pair
+from loftr_curriculum.cli import main
 from loftr_curriculum.geometry import apply_transform, compose, decompose, invert, similarity
 from loftr_curriculum.retina.config import EyeConfig
+from loftr_curriculum.studies import sweep as module
+from loftr_curriculum.studies.sweep import VARIANTS, SweepConfig, sweep, sweep_pair
 
 TINY = SweepConfig(
     rotations=(0, 120),
@@ -114,19 +115,16 @@ def test_a_stopped_sweep_goes_on_and_ends_like_an_uninterrupted_one(oracle, tmp_
     assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
 
 
-def test_the_command(tmp_path, monkeypatch, capsys):
+def test_the_command(tmp_path, capsys):
     out = tmp_path / "s.json"
     words = (
-        "sweep --progress false --settings.rotations [60] --settings.scales [] --settings.shifts []"
+        "study sweep --progress false --settings.rotations [60] --settings.scales [] --settings.shifts []"
         " --settings.pairs 1 --settings.side 96 --settings.eye.size 256"
     )
-    monkeypatch.setattr(sys, "argv", [*words.split(), "--settings.modes", "[cf-fa]", "--out", str(out)])
-    main()
+    assert main([*words.split(), "--settings.modes", "[cf-fa]", "--out", str(out)]) == 0
     curve = json.loads(out.read_text())["curves"]["rotation"]
     assert curve["values"] == [60] and len(curve["full"]["seconds"]) == 1
     assert "60" in capsys.readouterr().out
-    monkeypatch.setattr(
-        sys, "argv", ["sweep", "--weights", str(tmp_path / "none.safetensors"), "--out", str(out)]
-    )
-    with pytest.raises(SystemExit, match="none.safetensors"):
-        main()
+    missing = str(tmp_path / "none.safetensors")
+    assert main(["study", "sweep", "--weights", missing, "--out", str(out)]) == 2
+    assert "none.safetensors" in capsys.readouterr().err

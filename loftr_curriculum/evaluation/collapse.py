@@ -9,7 +9,6 @@ __all__ = [
     "LEAST_SHARE",
     "CARRIED",
     "CELLS",
-    "SICK",
     "THRESHOLD",
     "Fields",
     "overlap_fields",
@@ -28,16 +27,6 @@ __all__ = [
     "symptoms",
     "collapse_index",
     "collapse_figures",
-    "calibration_pairs",
-    "scatter",
-    "true_matches",
-    "number_of",
-    "collapsed_ends",
-    "constructed_matches",
-    "with_background",
-    "calibrate",
-    "write_calibration",
-    "main",
 ]
 
 # %% ../../nbs/07_evaluation/01_collapse.ipynb #cb304719
@@ -45,9 +34,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..data.pairs import cut, draw_views
 from ..geometry import (
-    Motion,
     apply_transform,
     check_transform,
     compose,
@@ -56,11 +43,8 @@ from ..geometry import (
     resize_matrix,
     warp_image,
 )
-from ..io.files import write_json
 from ..registration.binning import bin_matches, cell_of, field_box
 from ..registration.estimate import LEAST, estimate_transform, residuals
-from ..retina.config import GENERATOR_VERSION, MODES, EyeConfig, seeds_of, split_mode
-from ..retina.world import half_of, make_world
 
 
 # %% ../../nbs/07_evaluation/01_collapse.ipynb #8dbf84c7
@@ -408,212 +392,5 @@ def collapse_figures(
     )
 
 
-# %% ../../nbs/07_evaluation/01_collapse.ipynb #0228c958
-def calibration_pairs(
-    eyes=40,  # eyes of the calibration range
-    views=3,  # pairs of each eye
-    size=256,  # side of both views, px
-):  # generator of (rng, fixed_to_moving, fov0, fov1, mask0)
-    "Geometry, fields and vessels of generated pairs over the whole range of motion."
-    for k, seed in enumerate(seeds_of("calibration", eyes)):
-        world = make_world(seed, EyeConfig(size=512), ())
-        half = half_of(world.vessels[None])[0]
-        for v in range(views):
-            rng = np.random.default_rng([GENERATOR_VERSION, seed, v])
-            T, A, fovs = draw_views(
-                rng, world.vessels.shape, (size, size), Motion(), split_mode(MODES[(k + v) % len(MODES)])
-            )
-            yield rng, T, *fovs, cut(world.vessels, half, A[0], (size, size)) * fovs[0] / 255
-
-
-# %% ../../nbs/07_evaluation/01_collapse.ipynb #3e010fad
-def scatter(
-    rng,  # np.random.Generator
-    field,  # (H, W) bool
-    n,  # number of points
-    weight=None,  # (H, W) >= 0: more points where it is higher
-) -> np.ndarray:  # (n, 2) points inside the field
-    "Random points of a field."
-    ys, xs = np.nonzero(field)
-    chance = None if weight is None else weight[ys, xs] / weight[ys, xs].sum()
-    at = rng.choice(len(xs), n, p=chance)
-    return np.stack([xs[at], ys[at]], 1) + rng.uniform(-0.5, 0.5, (n, 2))
-
-
-# %% ../../nbs/07_evaluation/01_collapse.ipynb #a11460c0
-def true_matches(
-    rng,  # np.random.Generator
-    T,  # (3, 3) fixed -> moving
-    fov0,  # (H, W) bool
-    fov1,  # (H, W) bool
-    mask0,  # (H, W) vessels in [0, 1]
-    n,  # number of matches
-) -> tuple:  # (n, 2), (n, 2), (n,) confidence
-    "Mostly on vessels, with noise and fainter outliers."
-    p = scatter(rng, overlap_fields(fov0, fov1, T).start, n, 0.1 + mask0)
-    q = apply_transform(T, p) + rng.normal(0, np.exp(rng.uniform(np.log(0.5), np.log(4))), (n, 2))
-    wrong = rng.random(n) < rng.uniform(0, 0.5)
-    p[wrong], q[wrong] = scatter(rng, fov0, wrong.sum()), scatter(rng, fov1, wrong.sum())
-    return p, q, np.where(wrong, rng.uniform(0.01, 0.3, n), rng.uniform(0.2, 0.95, n))
-
-
-# %% ../../nbs/07_evaluation/01_collapse.ipynb #68c78220
-def number_of(
-    rng,  # np.random.Generator
-    least,  # matches
-    field,  # (H, W) bool
-) -> int:
-    "From `least` to as many matches as the field has cells of 8 px, evenly in the logarithm."
-    return int(np.exp(rng.uniform(np.log(least), np.log(max(least + 1, field.sum() / 64)))))
-
-
-# %% ../../nbs/07_evaluation/01_collapse.ipynb #8b0bbba5
-SICK = ("one point", "bundle", "bundle to bundle", "top third", "many to one")
-
-
-def collapsed_ends(
-    kind,  # one of SICK
-    rng,  # np.random.Generator
-    p,  # (N, 2) start points
-    fov1,  # (H, W) bool
-) -> np.ndarray:  # (N, 2)
-    "Where the lines of a collapse end."
-    side, target = max(fov1.shape), scatter(rng, fov1, 1)
-    if kind == "one point":
-        return target + rng.normal(0, 0.005 * side, p.shape)
-    if kind == "top third":
-        _, top, _, bottom = field_box(fov1)
-        return scatter(rng, fov1 & (np.arange(len(fov1)) < top + (bottom - top) / 3)[:, None], len(p))
-    if kind == "many to one":
-        places = scatter(rng, fov1, rng.integers(3, max(4, min(25, len(p) // 8))))
-        return places[rng.integers(0, len(places), len(p))] + rng.normal(0, 1, p.shape)
-    return target + rng.normal(0, rng.uniform(0.02, 0.08) * side, p.shape)
-
-
-# %% ../../nbs/07_evaluation/01_collapse.ipynb #c650308d
-def constructed_matches(
-    kind,  # "healthy", "disorder" or one of SICK
-    rng,  # np.random.Generator
-    T,  # (3, 3) fixed -> moving
-    fov0,  # (H, W) bool
-    fov1,  # (H, W) bool
-    mask0,  # (H, W) vessels in [0, 1]
-) -> tuple:  # (N, 2), (N, 2), (N,) confidence
-    "One set of matches of one kind, without the faint background."
-    if kind == "healthy":
-        return true_matches(
-            rng, T, fov0, fov1, mask0, number_of(rng, 12, overlap_fields(fov0, fov1, T).start)
-        )
-    n = number_of(rng, 30, fov0)
-    p = scatter(rng, fov0, n)
-    if kind == "disorder":
-        return p, scatter(rng, fov1, n), np.exp(rng.normal(-6, rng.uniform(0.3, 1.5), n))
-    if kind == "bundle to bundle":
-        p = scatter(rng, fov0, 1) + rng.normal(0, rng.uniform(0.04, 0.1) * max(fov0.shape), p.shape)
-    p1, q1, c1 = true_matches(rng, T, fov0, fov1, mask0, int(n * rng.uniform(0, 0.3)))
-    return (
-        np.concatenate([p, p1]),
-        np.concatenate([collapsed_ends(kind, rng, p, fov1), q1]),
-        np.concatenate([rng.uniform(0.2, 0.95, n), 0.5 * c1]),
-    )
-
-
-# %% ../../nbs/07_evaluation/01_collapse.ipynb #57cf3a83
-def with_background(
-    rng,  # np.random.Generator
-    p,  # (N, 2)
-    q,  # (N, 2)
-    c,  # (N,)
-    fov0,  # (H, W) bool
-    fov1,  # (H, W) bool
-) -> tuple:  # (M, 2), (M, 2), (M,)
-    "The matches, and behind them up to as many as there are cells of 16 px, faint and wrong."
-    n = int(rng.uniform(0, 1) * fov0.sum() / 256)
-    return (
-        np.concatenate([p, scatter(rng, fov0, n)]),
-        np.concatenate([q, scatter(rng, fov1, n)]),
-        np.concatenate([c, c.max() * rng.uniform(0, 0.05, n)]),
-    )
-
-
-# %% ../../nbs/07_evaluation/01_collapse.ipynb #2433b5bd
-def calibrate(
-    eyes=40,  # eyes of the calibration range
-    views=3,  # pairs of each eye
-    share=CARRIED,  # of the confidence that the matches must carry
-) -> dict:  # the threshold and the figures of every kind of matches
-    """Index of constructed matches, healthy and sick, with the true transform and with a fitted one.
-
-    The threshold is in the middle of the gap between the two groups.
-    """
-    index = {kind: [] for kind in ("healthy", "disorder", *SICK)}
-    for rng, T, fov0, fov1, mask0 in calibration_pairs(eyes, views):
-        for kind in ("healthy", "healthy", "healthy", "disorder", *SICK):
-            matches = constructed_matches(kind, rng, T, fov0, fov1, mask0)
-            p, q, c = with_background(rng, *matches, fov0, fov1)
-            carrying = carriers(c, share)
-            fit = believed_transform(p, q, fov0, fov1.shape, c)
-            for t in (T, fit):
-                index[kind].append(collapse_index(p[carrying], q[carrying], fov0, fov1, t))
-    well = np.concatenate([index["healthy"], index["disorder"]])
-    ill = np.concatenate([index[kind] for kind in SICK])
-    high = np.quantile(well, 0.99)
-    low = np.quantile(ill, 0.01)
-    threshold = round(float(high + low) / 2, 2)
-    return dict(
-        generator=GENERATOR_VERSION,
-        eyes=eyes,
-        views=views,
-        threshold=threshold,
-        healthy_q99=round(float(high), 3),
-        sick_q01=round(float(low), 3),
-        false_alarms=round(float((well > threshold).mean()), 4),
-        missed=round(float((ill <= threshold).mean()), 4),
-        kinds={
-            k: dict(
-                n=len(v),
-                median=round(float(np.median(v)), 3),
-                q01=round(float(np.quantile(v, 0.01)), 3),
-                q99=round(float(np.quantile(v, 0.99)), 3),
-            )
-            for k, v in index.items()
-        },
-    )
-
-
-# %% ../../nbs/07_evaluation/01_collapse.ipynb #6469f72a
-THRESHOLD = 0.39  # the index above which matches count as collapsed, from `calibrate`
-
-
-def write_calibration(
-    out: str | None = None,  # JSON file to write; None: only print
-    eyes: int = 40,  # eyes of the calibration range
-    views: int = 3,  # pairs of each eye
-) -> dict:  # what was written
-    "Find the threshold and write it with the figures of every kind of matches."
-    result = calibrate(eyes, views)
-    result["all_matches"] = {
-        k: v for k, v in calibrate(eyes, views, 1.0).items() if k in ("threshold", "false_alarms", "missed")
-    }
-    if out:
-        write_json(out, result)
-    return result
-
-
-# %% ../../nbs/07_evaluation/01_collapse.ipynb #9f5e971e
-def main() -> None:
-    "`python -m loftr_curriculum.evaluation.collapse --out FILE.json`"
-    from jsonargparse import auto_cli
-
-    from . import collapse
-
-    result = auto_cli(collapse.write_calibration)
-    print(
-        f"threshold {result['threshold']}, false alarms {result['false_alarms']:.2%}, "
-        f"missed {result['missed']:.2%}"
-    )
-
-
-# %% ../../nbs/07_evaluation/01_collapse.ipynb #cae73c5e
-if __name__ == "__main__" and "__file__" in globals():
-    main()
+# %% ../../nbs/07_evaluation/01_collapse.ipynb #5ad1c3e7
+THRESHOLD = 0.39  # the index above which matches count as collapsed
