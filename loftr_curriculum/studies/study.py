@@ -141,8 +141,7 @@ def function_named(
 ):
     "A function of this package."
     module, _, function = name.rpartition(".")
-    package = __name__.partition(".")[0]
-    return getattr(import_module(f"{package}.{module}"), function)
+    return getattr(import_module(f"loftr_curriculum.{module}"), function)
 
 
 # %% ../../nbs/11_studies/00_study.ipynb #312b14fa
