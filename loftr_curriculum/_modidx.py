@@ -740,6 +740,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                        'loftr_curriculum/io/exports.py'),
                                              'loftr_curriculum.io.exports.save_itk': ( '02_io/exports.html#save_itk',
                                                                                        'loftr_curriculum/io/exports.py'),
+                                             'loftr_curriculum.io.exports.save_itk_files': ( '02_io/exports.html#save_itk_files',
+                                                                                             'loftr_curriculum/io/exports.py'),
                                              'loftr_curriculum.io.exports.step_of': ( '02_io/exports.html#step_of',
                                                                                       'loftr_curriculum/io/exports.py')},
             'loftr_curriculum.io.files': { 'loftr_curriculum.io.files.FileError': ( '02_io/files.html#fileerror',

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from loftr_curriculum.geometry import Affine, Bent, Homography, affine
-from loftr_curriculum.io.exports import save_itk
+from loftr_curriculum.geometry import Affine, Bent, Homography, affine, affine_of, apply_transform
+from loftr_curriculum.io.exports import save_itk, save_itk_files
 
 SIZE = (240, 320)
 T = affine(12, 1.1, (8, -5), center=(160, 120), aspect=1.02, shear=0.02)
@@ -50,3 +50,26 @@ def test_itk_maps_points_and_resamples_as_we_do(fixed_to_moving, tmp_path):
     assert (
         np.quantile(np.abs(resampled - ours)[both], 0.99) < 0.5
     )  # grey values; they change by up to 5 a pixel
+
+
+def test_a_bent_answer_leaves_its_affine_and_the_whole_map(tmp_path):
+    sitk = pytest.importorskip("SimpleITK")
+    plain, bent = tmp_path / "transform.tfm", tmp_path / "transform_bent.tfm"
+    moving_to_fixed = a_bend().inverse()
+    save_itk_files(plain, bent, moving_to_fixed, SIZE)
+    points = np.random.default_rng(0).uniform(0, 1, (200, 2)) * (SIZE[1] - 1, SIZE[0] - 1)
+
+    def theirs(path):
+        transform = sitk.ReadTransform(str(path))
+        return np.array([transform.TransformPoint(point.tolist()) for point in points])
+
+    affine_only = apply_transform(np.linalg.inv(affine_of(moving_to_fixed)), points)
+    assert np.abs(theirs(plain) - affine_only).max() < 1e-6
+    assert np.abs(theirs(bent) - a_bend()(points)).max() < 0.05
+    assert np.abs(theirs(plain) - theirs(bent)).max() > 1
+    assert "transform_bent.tfm" in plain.read_text().splitlines()[1]
+
+
+def test_an_answer_that_does_not_bend_leaves_one_file(tmp_path):
+    save_itk_files(tmp_path / "transform.tfm", tmp_path / "transform_bent.tfm", Affine(T), SIZE)
+    assert [p.name for p in tmp_path.iterdir()] == ["transform.tfm"]

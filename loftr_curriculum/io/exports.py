@@ -12,6 +12,7 @@ __all__ = [
     "nodes_of",
     "itk_transforms",
     "save_itk",
+    "save_itk_files",
 ]
 
 # %% ../../nbs/02_io/04_exports.ipynb #d33a8929
@@ -19,7 +20,14 @@ from pathlib import Path
 
 import numpy as np
 
-from ..geometry import Affine, PointMap, apply_transform, fit_affine
+from ..geometry import (
+    Affine,
+    PointMap,
+    affine_of,
+    apply_transform,
+    fit_affine,
+    map_from_matrix,
+)
 from .files import atomic_path
 
 # %% ../../nbs/02_io/04_exports.ipynb #06a1a3f5
@@ -93,10 +101,29 @@ def save_itk(
     path: str | Path,  # .tfm or .txt file to write, atomically
     moving_to_fixed: PointMap,  # as `Registration.point_map`
     fixed_size: tuple,  # (height, width) of the fixed image
+    note: str = "",  # a line of text that other programs skip
 ) -> None:
     "Write a transform that `SimpleITK.ReadTransform` reads; it maps fixed to moving points, in pixels."
     lines = ["#Insight Transform File V1.0"]
+    if note:
+        lines.append(f"# {note}")
     for number, transform in enumerate(itk_transforms(moving_to_fixed.inverse(), fixed_size)):
         lines += [f"#Transform {number}", *transform]
     with atomic_path(path) as temporary:
         temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+# %% ../../nbs/02_io/04_exports.ipynb #e21b07c5
+def save_itk_files(
+    plain: str | Path,  # .tfm file of the matrix
+    bent: str | Path,  # .tfm file of the whole map, written only where the map bends
+    moving_to_fixed: PointMap,  # as `Registration.point_map`
+    fixed_size: tuple,  # (height, width) of the fixed image
+) -> None:
+    "The matrix of `transform.json` as an ITK file, and the whole map beside it where it bends."
+    if moving_to_fixed.matrix is not None:
+        save_itk(plain, moving_to_fixed, fixed_size)
+        return
+    note = f"the affine of a map that bends: {Path(bent).name} holds the whole map"
+    save_itk(plain, map_from_matrix(affine_of(moving_to_fixed)), fixed_size, note)
+    save_itk(bent, moving_to_fixed, fixed_size)
