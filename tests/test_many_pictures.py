@@ -1,0 +1,174 @@
+"""Guards of a batch's pictures: a folder for every pair, and the page, in a real Chromium where there is one."""
+
+import importlib.util
+import json
+import re
+import shutil
+
+import numpy as np
+import pytest
+from test_many import Sent, write_batch
+from test_registration import QUICK
+
+from loftr_curriculum.io.files import FileError
+from loftr_curriculum.io.images import read_image, write_image
+from loftr_curriculum.registration import register, register_many
+from loftr_curriculum.registration.journal import FIELDS, PICTURES, read_results
+from loftr_curriculum.registration.many import Shard, merge_shards
+from loftr_curriculum.report.batch import BatchPictures, as_text, write_report
+
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+
+
+def run_batch(folder, save=(), **more):
+    out = folder / "out"
+    return register_many(
+        folder / "pairs.csv",
+        out,
+        matcher=Sent(),
+        config=QUICK,
+        progress=False,
+        pictures=BatchPictures(out, save),
+        **more,
+    )
+
+
+def test_every_pair_gets_a_folder_with_what_was_asked_for(tmp_path):
+    write_batch(tmp_path, 1)
+    write_image(tmp_path / "img" / "black.png", np.zeros((99, 99), np.uint8))
+    with open(tmp_path / "pairs.csv", "a") as table:
+        table.write("a/b:c,img/f.png,img/m.png\nblack,img/f.png,img/black.png\nlost,img/f.png,img/none.png\n")
+    count = run_batch(tmp_path, ("warped", "overlay", "matches"), workers=2)
+    assert count == dict(ok=2, doubtful=0, failed=1, unreadable=1)
+    rows = read_results(tmp_path / "out" / "results.csv")
+    files = {
+        id: sorted(p.name for p in (tmp_path / "out" / row["pictures"]).iterdir()) if row["pictures"] else []
+        for id, row in rows.items()
+    }
+    assert files["p0"] == files["a/b:c"] == ["matches.png", "overlay.png", "warped.png"]
+    assert files["black"] == ["matches.png"] and files["lost"] == []
+    assert re.fullmatch(r"pairs/a_b_c-\w{6}", rows["a/b:c"]["pictures"])
+    alone = register(tmp_path / "img/f.png", tmp_path / "img/m.png", matcher=Sent(), config=QUICK)
+    np.testing.assert_array_equal(read_image(tmp_path / "out/pairs/p0/warped.png"), alone.warped)
+
+
+def test_an_input_among_the_pictures_stays_as_it_is(tmp_path):
+    write_batch(tmp_path, 1)
+    own = tmp_path / "out" / "pairs" / "p0" / "warped.png"
+    own.parent.mkdir(parents=True)
+    shutil.copy(tmp_path / "img" / "m.png", own)
+    (tmp_path / "pairs.csv").write_text("id,fixed,moving\np0,img/f.png,out/pairs/p0/warped.png\n")
+    before = own.read_bytes()
+    assert run_batch(tmp_path, ("warped",))["unreadable"] == 1
+    assert own.read_bytes() == before
+    error = read_results(tmp_path / "out" / "results.csv")["p0"]["error"]
+    assert "would be overwritten" in error
+
+
+def test_a_table_among_the_results_stays_as_it_is(tmp_path):
+    write_batch(tmp_path, 1)
+    run_batch(tmp_path)
+    with pytest.raises(FileError, match="would be overwritten"):
+        register_many(tmp_path / "out" / "results.csv", tmp_path / "out", matcher=Sent(), progress=False)
+
+
+def page_data(page, id):
+    text = re.search(rf'<script type="application/json" id="{id}">(.*?)</script>', page).group(1)
+    return json.loads(text)
+
+
+def test_the_page_holds_all_pairs_and_asks_nobody(tmp_path):
+    write_batch(tmp_path, 2)
+    with open(tmp_path / "pairs.csv", "a") as table:
+        table.write("<b>&</script>,img/f.png,img/none.png\n")
+    run_batch(tmp_path)
+    page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    rows = page_data(page, "rows")
+    assert [row["id"] for row in rows] == ["p0", "p1", "<b>&</script>"]
+    assert page_data(page, "p0")["aligned"] and page.count("<script") == page.count("</script>") == 4
+    assert not re.search(r"https?:|src=|<b>", page) and "default-src 'none'" in page
+
+
+def test_the_page_of_shards_leads_to_the_pairs_folders(tmp_path):
+    write_batch(tmp_path, 2)
+    out = tmp_path / "out"
+    for number in (1, 2):
+        run_batch(tmp_path, ("overlay",), shard=Shard(number, 2))
+    part = (out / "shards" / "1-of-2" / "report.html").read_text(encoding="utf-8")
+    (row,) = page_data(part, "rows")
+    assert (out / "shards" / "1-of-2" / row["folder"] / "overlay.png").is_file()
+    merge_shards(tmp_path / "pairs.csv", out, BatchPictures(out))
+    page = (out / "report.html").read_text(encoding="utf-8")
+    rows = page_data(page, "rows")
+    assert [(out / row["folder"] / "overlay.png").is_file() for row in rows] == [True, True]
+    assert page_data(page, "p1")["id"] == rows[1]["id"]
+
+
+@pytest.fixture(scope="module")
+def chromium():
+    if importlib.util.find_spec("playwright") is None:
+        pytest.skip("playwright is not installed: pip install -e '.[browser]'")
+    from playwright.sync_api import sync_playwright
+
+    path = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if path is None:
+        pytest.skip(f"no Chromium: none of {', '.join(BROWSERS)} on the PATH")
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(
+            executable_path=path, args=["--no-sandbox", "--disable-dev-shm-usage"]
+        )
+        yield browser
+        browser.close()
+
+
+def many_rows(folder, n):
+    "A page of n pairs: every third is doubtful, and all look like one that was registered."
+    write_batch(folder, 1)
+    run_batch(folder)
+    (row,) = read_results(folder / "out" / "results.csv").values()
+    smooth = as_text(np.add.outer(np.arange(192), np.arange(256)).astype(np.uint8))
+    picture = {"aligned": True, "fixed": smooth, "other": smooth}
+    rows = []
+    with open(folder / "out" / PICTURES, "w") as file:
+        for k in range(n):
+            verdict = "doubtful" if k % 3 == 0 else "ok"
+            rows.append(row | {"id": f"P{k:05d}", "verdict": verdict, "probability": f"{k / n:.5f}"})
+            file.write(json.dumps(picture | {"id": f"P{k:05d}"}) + "\n")
+    assert set(rows[0]) == set(FIELDS)
+    return write_report(folder / "out", rows)
+
+
+@pytest.mark.slow
+def test_ten_thousand_pairs_are_filtered_sorted_and_looked_at(chromium, tmp_path):
+    page = chromium.new_page()
+    faults = []
+    page.on("pageerror", lambda error: faults.append(str(error)))
+    page.on("console", lambda message: faults.append(message.text))
+    page.goto(many_rows(tmp_path, 10_000).as_uri())
+    first = page.locator("#body tr").first
+    assert first.locator("td").nth(1).text_content() == "P00000"
+    assert page.locator("#body tr").count() == 50
+    page.uncheck("#kind-doubtful")
+    assert page.text_content("#place").startswith("6666 of 10000 pairs, page 1 of 134")
+    page.fill("#low", "0.5")
+    assert first.locator("td").nth(1).text_content() == "P05000"
+    page.click("th button[data-by=probability]")
+    page.click("th button[data-by=probability]")
+    assert first.locator("td").nth(1).text_content() == "P09998"
+    page.click("#after")
+    assert "page 2 of" in page.text_content("#place")
+    first.locator("button.look").click()
+    name = page.text_content("#name")
+    page.check("input[value=swipe]")
+    page.locator("#border").fill("25")
+    assert "25%" in page.locator("#stage img").nth(1).get_attribute("style")
+    page.check("input[value=blink]")
+    page.wait_for_function("document.querySelectorAll('#stage img')[1].style.visibility === 'hidden'")
+    page.click("#next")
+    assert page.text_content("#name") != name
+    page.click("#close")
+    page.fill("#text", "P07000")
+    assert page.locator("#body tr").count() == 1
+    assert page.evaluate("document.querySelector('#body img').naturalWidth") > 100
+    assert faults == []
+    page.close()
