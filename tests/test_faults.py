@@ -12,9 +12,14 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from loftr_curriculum.io.files import FileError
 from loftr_curriculum.io.lock import LOCK, only_run
+from loftr_curriculum.model.config import MatcherConfig
+from loftr_curriculum.model.matcher import Matcher
+from loftr_curriculum.model.weights import load_matcher, save_matcher
 
 ROOT = Path(__file__).parents[1]
 COMMAND = "import sys; from loftr_curriculum.cli import main; sys.exit(main())"
@@ -244,3 +249,129 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path):
         only_run(tmp_path / "file/run"),
     ):
         pass
+
+
+@pytest.fixture(scope="module")
+def matcher():
+    torch.manual_seed(0)
+    return Matcher(MatcherConfig(dims=(8, 16, 32), layers=1)).eval()
+
+
+@pytest.fixture(scope="module")
+def checkpoint(matcher):
+    "What a training keeps of its matcher."
+    state = {f"matcher.{name}": tensor for name, tensor in matcher.state_dict().items()}
+    settings = {"matcher": dict(dims=[8, 16, 32], layers=1)}
+    return {"state_dict": state, "hyper_parameters": settings, "epoch": 0, "global_step": 1}
+
+
+@pytest.mark.parametrize("name", ["a.safetensors", "a.ckpt"])
+def test_weights_with_flipped_bytes_are_never_loaded_silently(tmp_path, matcher, checkpoint, name):
+    path = tmp_path / name
+    if name.endswith("ckpt"):
+        torch.save(checkpoint, path)
+    else:
+        save_matcher(path, matcher)
+    whole = path.read_bytes()
+    want = matcher.state_dict()
+    rng = np.random.default_rng(0)
+    refused = 0
+    for _ in range(40):
+        data = np.frombuffer(whole, np.uint8).copy()
+        places = rng.integers(0, len(data), 20)
+        data[places] ^= rng.integers(1, 256, 20, np.uint8)
+        path.write_bytes(data.tobytes())
+        try:
+            got = load_matcher(path).state_dict()
+        except ValueError as error:
+            refused += 1
+            assert str(path) in str(error) and "\n" not in str(error)
+            continue
+        assert all(torch.equal(got[k], v.half().float() if "s" in name[-1] else v) for k, v in want.items())
+    assert refused >= 38
+
+
+def test_weights_without_a_checksum_are_read_and_endless_ones_are_not(tmp_path, matcher):
+    path = tmp_path / "a.safetensors"
+    save_matcher(path, matcher, {"steps": 3})
+    with safe_open(str(path), framework="pt") as file:
+        text = file.metadata()
+        state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    assert len(text.pop("sha256")) == 64
+    save_file(state, str(path), metadata=text)
+    assert load_matcher(path).facts == {"steps": 3}
+    first = next(iter(state))
+    state[first].view(-1)[0] = float("nan")
+    save_file(state, str(path), metadata=text)
+    with pytest.raises(ValueError, match=f"a.safetensors: expected finite weights, {first}"):
+        load_matcher(path)
+
+
+HOSTILE = {
+    "no dictionary": dict(config="[1, 2]"),
+    "no text": dict(config=None),
+    "nested": dict(config="[" * 200_000),
+    "facts that are a list": dict(facts="[]"),
+    "an unknown key": dict(config='{"dims": [8, 16, 32], "wings": 2}'),
+    "words for numbers": dict(config='{"dims": ["a", "b", "c"]}'),
+    "no list": dict(config='{"dims": 7}'),
+    "too few": dict(config='{"dims": [8, 16]}'),
+    "no heads": dict(config='{"dims": [8, 16, 32], "heads": 0}'),
+    "absurd": dict(config='{"dims": [8, 16, 1000000000]}'),
+    "large": dict(config='{"dims": [60000, 60000, 60000], "layers": 1}'),
+    "many layers": dict(config='{"dims": [8, 16, 32], "layers": 60000}'),
+    "another size": dict(config='{"dims": [16, 16, 32], "layers": 1}'),
+    "another attention": dict(config='{"dims": [8, 16, 32], "attention": ["softmax"]}'),
+}
+
+
+@pytest.mark.parametrize("change", HOSTILE.values(), ids=HOSTILE)
+def test_what_weights_say_of_themselves_is_not_believed(tmp_path, matcher, change):
+    path = tmp_path / "a.safetensors"
+    text = dict(format="loftr_curriculum.matcher.3", config='{"dims": [8, 16, 32], "layers": 1}', facts="{}")
+    text = {name: value for name, value in (text | change).items() if value is not None}
+    save_file(matcher.half().state_dict(), str(path), metadata=text)
+    matcher.float()
+    with pytest.raises(ValueError) as caught:
+        load_matcher(path)
+    said = str(caught.value)
+    assert said.startswith(f"{path}: ") and "\n" not in said and len(said) < 400
+
+
+class Payload:
+    "Runs a command where it is unpickled."
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.path}",)
+
+
+def broken_checkpoint(path, how, checkpoint):
+    "Writes one; what it would run makes the file `run` beside it."
+    whole = path.with_name("whole")
+    torch.save(checkpoint, whole)
+    if how == "empty":
+        path.write_bytes(b"")
+    elif how == "cut off":
+        path.write_bytes(whole.read_bytes()[:3000])
+    elif how == "malicious":
+        torch.save(checkpoint | {"callbacks": Payload(path.with_name("run"))}, path)
+    elif how == "text":
+        path.write_text("not weights")
+    elif how == "a list":
+        torch.save([1, 2], path)
+    elif how == "of other things":
+        torch.save({"state_dict": {"a": 1}}, path)
+
+
+@pytest.mark.parametrize("how", ["empty", "cut off", "malicious", "text", "a list", "of other things"])
+def test_a_broken_checkpoint_is_named_and_no_code_of_it_is_run(tmp_path, checkpoint, how):
+    path = tmp_path / "last.ckpt"
+    broken_checkpoint(path, how, checkpoint)
+    with pytest.raises(ValueError) as caught:
+        load_matcher(path)
+    said = str(caught.value)
+    assert said.startswith(f"{path}: expected a ") and "\n" not in said
+    assert "weights_only" not in said and not (tmp_path / "run").exists()

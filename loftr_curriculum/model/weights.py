@@ -7,22 +7,35 @@ __all__ = [
     "PACKAGED",
     "SHIPPED",
     "FORMAT",
+    "CHECKSUM",
     "HUB_FILE",
+    "LARGEST",
     "make_matcher",
+    "checksum_of",
+    "refuse_endless",
     "save_matcher",
     "save_pretrained",
     "fetch_pretrained",
     "Pretrained",
+    "is_damaged",
+    "open_checkpoint",
+    "tensors_in",
+    "object_in",
+    "is_of_kind",
+    "config_from",
+    "refuse_other_shapes",
     "order_for_cpu",
+    "refuse_device",
     "load_matcher",
     "find_published",
     "load_reference",
 ]
 
 # %% ../../nbs/05_model/08_weights.ipynb #a5aa702e
+import hashlib
 import json
-import pickle
-from dataclasses import asdict, replace
+import zipfile
+from dataclasses import asdict, fields, replace
 from importlib import import_module
 from importlib.resources import files
 from pathlib import Path
@@ -33,7 +46,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from ..io.files import atomic_path, write_json
+from ..io.files import FileError, atomic_path, write_json
 from .config import PUBLISHED, REFERENCE, VARIANTS, MatcherConfig
 
 
@@ -60,6 +73,33 @@ def _stored(tensor, half):
     return tensor.contiguous()
 
 
+# %% ../../nbs/05_model/08_weights.ipynb #d1f00c02
+CHECKSUM = "sha256"  # of the tensors, in our file
+
+
+def checksum_of(
+    state,  # name -> tensor
+) -> str:
+    "SHA-256 of names, types, shapes and numbers, as hexadecimal digits."
+    digest = hashlib.sha256()
+    for name in sorted(state):
+        tensor = state[name].contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+# %% ../../nbs/05_model/08_weights.ipynb #d1f00c03
+def refuse_endless(
+    state,  # name -> tensor
+    path,  # of the file, for the error
+) -> None:
+    "FileError where a weight is no finite number."
+    for name, tensor in state.items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise FileError(f"{path}: expected finite weights, {name} holds others")
+
+
 # %% ../../nbs/05_model/08_weights.ipynb #bee8dd80
 def save_matcher(
     path,  # file to write, .safetensors
@@ -71,7 +111,13 @@ def save_matcher(
     An existing file is replaced only when the new one is complete."""
     half = VARIANTS[matcher.config.variant].half
     state = {name: _stored(tensor, half) for name, tensor in matcher.state_dict().items()}
-    text = {"format": FORMAT, "config": json.dumps(asdict(matcher.config)), "facts": json.dumps(facts or {})}
+    refuse_endless(state, path)
+    text = {
+        "format": FORMAT,
+        "config": json.dumps(asdict(matcher.config)),
+        "facts": json.dumps(facts or {}),
+        CHECKSUM: checksum_of(state),
+    }
     with atomic_path(path) as tmp:
         save_file(state, str(tmp), metadata=text)
 
@@ -150,26 +196,61 @@ class Pretrained:
 
 
 # %% ../../nbs/05_model/08_weights.ipynb #50ae512f
-def _open_pickle(path):
+def is_damaged(
+    path,  # of a checkpoint
+) -> bool:
+    "Does a checksum in the archive disagree with its content? Older checkpoints are no archives."
+    if not zipfile.is_zipfile(path):
+        return False
+    try:
+        with zipfile.ZipFile(path) as archive:
+            packed = [i for i in archive.infolist() if i.compress_type != zipfile.ZIP_STORED]
+            return bool(packed) or archive.testzip() is not None
+    except Exception:  # a broken archive fails in many ways
+        return True
+
+
+def open_checkpoint(
+    path,  # of a checkpoint of PyTorch
+) -> dict:
+    "The values of a checkpoint; runs nothing that it holds. FileError where it is none, or damaged."
+    expected = f"{path}: expected a PyTorch checkpoint of tensors and plain values"
+    if is_damaged(path):
+        raise FileError(f"{expected}; this one is damaged, its checksums disagree")
     try:
         found = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as e:
-        why = str(e).splitlines()[0]
-        raise ValueError(f"{path}: expected a PyTorch checkpoint of tensors and plain values ({why})") from e
+    except Exception:  # and so does a broken or hostile pickle; what PyTorch advises would run its code
+        why = "it is cut off, damaged, or names code, and code is never run"
+        raise FileError(f"{expected}; {why}") from None
     if not isinstance(found, dict):
-        raise ValueError(f"{path}: expected a dictionary of tensors, found {type(found).__name__}")
+        raise FileError(f"{path}: expected a dictionary of tensors, found {type(found).__name__}")
     return found
 
 
 # %% ../../nbs/05_model/08_weights.ipynb #1c6f2fce
+def tensors_in(
+    found,  # what should be a dictionary of tensors
+    path,  # of the file, for the error
+) -> dict:  # name -> tensor
+    "The same, looked at; FileError where it is something else."
+    good = isinstance(found, dict) and all(
+        isinstance(name, str) and isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided
+        for name, tensor in found.items()
+    )
+    if not good:
+        raise FileError(f"{path}: expected a dictionary of tensors")
+    return found
+
+
 def _pickled(path):
-    found = _open_pickle(path)
+    found = open_checkpoint(path)
+    settings = found.get("hyper_parameters")
+    own = settings.get("matcher") if isinstance(settings, dict) else None
     state = found.get("state_dict", found)
-    own = (found.get("hyper_parameters") or {}).get("matcher")
     if not own:
-        return None, state, {"source": path.name}
+        return None, tensors_in(state, path), {"source": path.name}
     # the module that trains has more tensors than its matcher
-    state = {k: v for k, v in state.items() if k.startswith("matcher.")}
+    state = {k: v for k, v in tensors_in(state, path).items() if k.startswith("matcher.")}
     return own, state, {k: found.get(k) for k in ("epoch", "global_step")}
 
 
@@ -178,18 +259,36 @@ def _open_safetensors(path):
     try:
         with safe_open(str(path), framework="pt") as f:
             return f.metadata() or {}, {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118
-    except SafetensorError as e:
-        raise ValueError(f"{path}: expected a safetensors file ({e})") from e
+    except (SafetensorError, OSError, ValueError, RuntimeError) as e:
+        why = str(e).splitlines()[0][:200]
+        raise FileError(f"{path}: expected a safetensors file ({why})") from e
 
 
 # %% ../../nbs/05_model/08_weights.ipynb #9436d845
+def object_in(
+    meta,  # name -> text, of a safetensors file
+    name,  # "config" or "facts"
+    path,  # of the file, for the error
+) -> dict:
+    "The JSON object in the file's text; FileError where it is none."
+    try:
+        value = json.loads(meta[name])
+    except (KeyError, ValueError, RecursionError):
+        value = None
+    if not isinstance(value, dict):
+        raise FileError(f"{path}: expected its {name} to be a JSON object")
+    return value
+
+
 def _safetensors(path):
     meta, state = _open_safetensors(path)
     found = meta.get("format", "")
     if found == FORMAT:
-        return json.loads(meta["config"]), state, json.loads(meta["facts"])
+        if meta.get(CHECKSUM, "") not in ("", checksum_of(state)):
+            raise FileError(f"{path}: the weights are damaged, their checksum disagrees; fetch the file anew")
+        return object_in(meta, "config", path), state, object_in(meta, "facts", path)
     if found.startswith(FORMAT[:-1]):
-        raise ValueError(
+        raise FileError(
             f"{path}: weights of format {found}, another network than that of {FORMAT}; train them anew"
         )
     return None, state, {"source": path.name}
@@ -200,24 +299,78 @@ def _is_published(state):
     return "loftr_coarse.layers.0.q_proj.weight" in state and "backbone.conv1.weight" in state
 
 
+# %% ../../nbs/05_model/08_weights.ipynb #d1f00c05
+LARGEST = 65536  # of a whole number in a configuration
+
+
+def is_of_kind(
+    value,  # from a file
+    default,  # of the field
+) -> bool:
+    "Has the value the type of the field's default, and a size that can be?"
+    if isinstance(default, tuple):
+        return (
+            isinstance(value, (list, tuple))
+            and len(value) == len(default)
+            and all(map(is_of_kind, value, default))
+        )
+    if isinstance(default, (bool, str)):
+        return type(value) is type(default)
+    if isinstance(default, float):
+        return type(value) in (int, float) and abs(value) < LARGEST
+    return type(value) is int and 0 < value <= LARGEST
+
+
+def config_from(
+    values,  # dict of a MatcherConfig, as a file has it
+    path,  # of the file, for the error
+) -> MatcherConfig:
+    "The configuration; FileError where a value cannot be."
+    defaults = {f.name: getattr(MatcherConfig, f.name) for f in fields(MatcherConfig)}
+    if not isinstance(values, dict) or not set(values) <= set(defaults):
+        raise FileError(f"{path}: expected a configuration with the keys {', '.join(defaults)}")
+    for name, value in values.items():
+        if not is_of_kind(value, defaults[name]):
+            raise FileError(f"{path}: {name} {str(value)[:60]}: expected a value such as {defaults[name]}")
+    dims = tuple(values.get("dims", defaults["dims"]))
+    try:
+        return MatcherConfig(**{**values, "dims": dims})
+    except (ValueError, ArithmeticError) as error:
+        raise FileError(f"{path}: {error}") from None
+
+
 # %% ../../nbs/05_model/08_weights.ipynb #b768737c
 def _config_in(config, state, published, path):
     if config is not None:
-        return MatcherConfig(**{**config, "dims": tuple(config["dims"])})
+        return config_from(config, path)
     if not _is_published(state):
         known = f"weights of format {FORMAT}, a checkpoint of PL_LoFTR, or LoFTR's published format"
-        raise ValueError(f"{path}: expected {known}")
+        raise FileError(f"{path}: expected {known}")
     return published
 
 
 # %% ../../nbs/05_model/08_weights.ipynb #3616840f
-def _fill(matcher, state, path):
-    state = {k: v.float() if v.is_floating_point() else v for k, v in state.items()}
-    try:
-        matcher.load_state_dict(state)
-    except RuntimeError as e:
-        first, second = str(e).splitlines()[:2]
-        raise ValueError(f"{path}: {first} {second.strip()[:200]}") from e
+def refuse_other_shapes(
+    config,  # MatcherConfig
+    state,  # name -> tensor
+    path,  # of the file, for the error
+) -> None:
+    "FileError where the network of the configuration has other tensors; it takes no memory to know."
+    if config.layers > len(state):
+        raise FileError(f"{path}: layers {config.layers}: more than the file has tensors")
+    with torch.device("meta"):
+        wanted = {name: tuple(tensor.shape) for name, tensor in make_matcher(config).state_dict().items()}
+    held = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    for name in [*wanted, *held]:
+        if wanted.get(name) != held.get(name):
+            raise FileError(
+                f"{path}: its tensors are not those of its configuration: "
+                f"{name} expected {wanted.get(name, 'none')}, got {held.get(name, 'none')}"
+            )
+
+
+def _fill(matcher, state):
+    matcher.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in state.items()})
 
 
 # %% ../../nbs/05_model/08_weights.ipynb #351383e3
@@ -245,6 +398,19 @@ def _file_of(path):
 
 
 # %% ../../nbs/05_model/08_weights.ipynb #e0ba0107
+def refuse_device(
+    device,  # name of a torch device
+) -> None:
+    "ValueError where nothing can be computed there."
+    try:
+        torch.zeros(1, device=device).add(1).cpu()
+    except Exception as error:  # each kind of device fails in its own way
+        why = (str(error).splitlines() or [type(error).__name__])[0][:160]
+        raise ValueError(
+            f"device {str(device)!r}: expected cpu, cuda or cuda:N, ready to compute ({why})"
+        ) from None
+
+
 def load_matcher(
     path=None,  # .safetensors or .ckpt, ours or published, or a name of PUBLISHED; None: "shipped"
     device="cpu",  # torch device
@@ -252,7 +418,8 @@ def load_matcher(
 ) -> nn.Module:
     """A matcher in evaluation mode; `matcher.facts` holds what was stored with it. Downloads nothing.
 
-    Raises FileNotFoundError or ValueError, naming the file."""
+    Raises FileNotFoundError or ValueError, naming the file or the device."""
+    refuse_device(device)
     if str(path) in PUBLISHED and not Path(path).is_file():
         published = replace(published, temp_bug_fix=PUBLISHED[path])
         path = find_published(path)
@@ -260,8 +427,11 @@ def load_matcher(
     read = _safetensors if path.suffix == ".safetensors" else _pickled
     config, state, facts = read(path)
     state = {k.removeprefix("matcher."): v for k, v in state.items()}
-    matcher = make_matcher(_config_in(config, state, published, path))
-    _fill(matcher, state, path)
+    refuse_endless(state, path)
+    config = _config_in(config, state, published, path)
+    refuse_other_shapes(config, state, path)
+    matcher = make_matcher(config)
+    _fill(matcher, state)
     matcher.facts = facts
     if torch.device(device).type == "cpu":
         order_for_cpu(matcher)
