@@ -48,7 +48,7 @@ def settings_of_before():
     from loftr_curriculum.registration import RegistrationConfig
 
     before = {
-        "transform": "affine", "verify": False, "check_mirrored": False,
+        "transform": "affine", "verify": False, "check_mirrored": False, "ok_starts_px": 1000.0,
         "ok_inliers": 80, "ok_spread": 0.5, "ok_agreement_px": 5.0,
     }  # fmt: skip
     known = RegistrationConfig.__dataclass_fields__

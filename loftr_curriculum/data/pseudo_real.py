@@ -168,6 +168,7 @@ def pseudo_real_pair(
     mode: str,  # one of the specification's modes
     number: int,  # 0 .. per_mode - 1
     spec: PseudoReal = SPECIFICATION,  # another one is another list
+    fellow: bool = False,  # of the other eyes of the same persons
 ) -> RawPair:
     """A pair of the list, always the same one.
 
@@ -178,7 +179,7 @@ def pseudo_real_pair(
         raise ValueError(f"number must be in 0..{spec.per_mode - 1}, got {number}")
     (seed,) = seeds_of(spec.split, 1, k)
     rng, best = np.random.default_rng([PSEUDO_REAL_VERSION, seed]), None
-    world = make_world(seed, spec.eye, names)
+    world = make_world(seed, spec.eye, names, fellow=fellow)
     for _ in range(8):
         drawn = _draw(rng, world, names, spec)
         best = drawn if best is None or drawn[0] > best[0] else best

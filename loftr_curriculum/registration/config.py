@@ -78,6 +78,7 @@ class RegistrationConfig:
     # instead of ok_probability: share of hopeless pairs that may be called ok; null: not used
     max_false_accept: float | None = None
     ok_vessel_side: float = 0.1  # doubtful below: share of patches that agree on the side that agrees least
+    ok_starts_px: float = 10.0  # doubtful above: distance of the answers of two starts, px at 512 px
     ok_patches: int = 20  # doubtful below: patches of the overlap that could be compared
     check_mirrored: bool = True  # look whether a failed moving image is a mirrored one
     allow_mirrored: bool = False  # answer for a mirrored moving image instead of naming it
@@ -118,4 +119,6 @@ class RegistrationConfig:
 
 
 # %% ../../nbs/06_registration/00_config.ipynb #4c1030b3
-MATCHES_ALONE = RegistrationConfig(transform="affine", verify=False, check_mirrored=False)
+MATCHES_ALONE = RegistrationConfig(
+    transform="affine", verify=False, check_mirrored=False, ok_starts_px=1000.0
+)

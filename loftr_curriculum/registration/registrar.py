@@ -19,6 +19,7 @@ __all__ = [
     "attempt",
     "is_unsure",
     "try_mirrored",
+    "compare_starts",
     "walk",
     "drive",
     "in_batches",
@@ -248,6 +249,26 @@ def try_mirrored(
     return replace(best, verdict=Verdict.FAILED, reasons=(MIRRORED,))
 
 
+# %% ../../nbs/06_registration/09_registrar.ipynb #3f0e11a6
+def compare_starts(
+    best: Outcome,  # one of them
+    outcomes: list,  # of Outcome, one for every start
+    fixed: Frame,
+    moving: Frame,
+    config: RegistrationConfig,
+) -> Outcome:
+    "The best outcome, judged again with its distance from other starts that have an answer, too."
+    others = [other for other in outcomes if other is not best and other.verdict != Verdict.FAILED]
+    if best.verdict == Verdict.FAILED or not others:
+        return best
+    answer = best.last.fixed_to_moving
+    both = seen_by_both(answer, fixed.fov, moving.fov)
+    apart = max(distance(other.last.fixed_to_moving, answer, both) for other in others)
+    evidence = replace(best.evidence, starts_px=apart * 512 / config.long_side)
+    verdict, reasons = judge(evidence, (), config)
+    return replace(best, evidence=evidence, verdict=verdict, reasons=reasons)
+
+
 # %% ../../nbs/06_registration/09_registrar.ipynb #5d66adfa
 def walk(
     fixed: Frame,
@@ -262,6 +283,7 @@ def walk(
         if outcome.verdict == Verdict.OK:
             break
     best = max(outcomes, key=lambda outcome: outcome.rank)
+    best = compare_starts(best, outcomes, fixed, moving, config)
     if config.check_mirrored and is_unsure(best, config):
         best = yield from try_mirrored(best, fixed, moving, config)
     return best

@@ -52,6 +52,7 @@ class Evidence:
     overlap: float | None = None  # share of the fixed field that the moving image sees, 0..1
     agreement_px: float | None = None  # between the answers of the last two passes, px at 512 px
     straight_px: float | None = None  # between the last answer and straight matches, px at 512 px
+    starts_px: float | None = None  # from the answer of another start that did not fail, px at 512 px
     patches: int | None = None  # patches of the overlap that could be compared
     vessel_share: float | None = None  # share of them that agree with the answer, 0..1
     vessel_margin: float | None = None  # mean lead of the expected place, correlation in -1..1
@@ -309,6 +310,15 @@ CRITERIA = (
         sentence=DIFFER,
         infinite=LOST,
         missing="there was no second pass that could confirm the answer",
+    ),
+    Criterion(
+        name="starts agree",
+        measures="distance from the answer of another start that did not fail, px at 512 px",
+        field="starts_px",
+        threshold="ok_starts_px",
+        direction=AT_MOST,
+        level=Verdict.DOUBTFUL,
+        sentence="another start leads to an answer {e.starts_px:.0f} px away at 512 px",
     ),
     Criterion(
         name="sure of the vessels",

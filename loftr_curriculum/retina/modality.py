@@ -7,6 +7,7 @@ __all__ = [
     "ANATOMY_STREAM",
     "LESION_STREAM",
     "VIEW_STREAM",
+    "FELLOW_STREAM",
     "RESERVED_STREAMS",
     "MODALITIES",
     "PLANES",
@@ -34,7 +35,8 @@ from .photo import render_cf
 ANATOMY_STREAM = 0  # landmarks and vessels
 LESION_STREAM = 5  # lesions that the eye itself has, for every modality to see
 VIEW_STREAM = 100  # where the pictures of a case on disk are taken
-RESERVED_STREAMS = (ANATOMY_STREAM, LESION_STREAM, VIEW_STREAM)
+FELLOW_STREAM = 101  # vessels of the other eye of the same person
+RESERVED_STREAMS = (ANATOMY_STREAM, LESION_STREAM, VIEW_STREAM, FELLOW_STREAM)
 
 
 # %% ../../nbs/03_retina/07_modality.ipynb #d6970194

@@ -18,6 +18,7 @@ __all__ = [
     "Anatomy",
     "Spread",
     "draw_anatomy",
+    "fellow_anatomy",
     "bezier",
     "Trunk",
     "System",
@@ -138,6 +139,23 @@ def draw_anatomy(
     fovea = middle + np.array([temporal * reach * rng.uniform(0.1, 0.6), 0])
     disc = fovea - reach * np.array([temporal * np.cos(below), np.sin(below)])
     return Anatomy(size, mm, temporal, disc, disc_axes, fovea, mm * FAZ_RADIUS.draw(rng))
+
+
+# %% ../../nbs/03_retina/01_tree.ipynb #3f0e11a2
+def fellow_anatomy(
+    anatomy: Anatomy,  # of one eye
+) -> Anatomy:  # of the other eye of the same person
+    "The landmarks, mirrored."
+
+    def mirrored(point):
+        return np.array([anatomy.size - 1 - point[0], point[1]])
+
+    return replace(
+        anatomy,
+        temporal=-anatomy.temporal,
+        disc=mirrored(anatomy.disc),
+        fovea=mirrored(anatomy.fovea),
+    )
 
 
 # %% ../../nbs/03_retina/01_tree.ipynb #795ed5e5
@@ -730,9 +748,11 @@ def add_tortuosity(
 def grow_vessels(
     rng: np.random.Generator,  # source of chance
     config: EyeConfig = EyeConfig(),  # settings
+    anatomy: Anatomy | None = None,  # landmarks; None: drawn, too
 ) -> tuple[Anatomy, Vessels]:  # landmarks, and arteries and veins
     "Grow one eye: arteries first, veins between them, then one common wandering."
-    anatomy = draw_anatomy(rng, config)
+    if anatomy is None:
+        anatomy = draw_anatomy(rng, config)
     arteries = grow_system(anatomy, rng, config, ARTERIES)
     veins = grow_system(anatomy, rng, config, VEINS, arteries.points)
     both = join(arteries, veins)

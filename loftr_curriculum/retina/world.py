@@ -7,6 +7,7 @@ __all__ = [
     "World",
     "anatomy_facts",
     "one_system",
+    "grow_eye",
     "make_world",
     "plane_of",
     "planes_of",
@@ -34,8 +35,15 @@ from .config import GENERATOR_VERSION, EyeConfig
 from .drawing import vessel_mask
 from .jobs import run_jobs
 from .lesions import common_lesions
-from .modality import ANATOMY_STREAM, LESION_STREAM, MODALITIES, PLANES, random_stream
-from .tree import Anatomy, Vessels, grow_vessels, renumber
+from .modality import (
+    ANATOMY_STREAM,
+    FELLOW_STREAM,
+    LESION_STREAM,
+    MODALITIES,
+    PLANES,
+    random_stream,
+)
+from .tree import Anatomy, Vessels, fellow_anatomy, grow_vessels, renumber
 
 
 # %% ../../nbs/03_retina/09_world.ipynb #c7a83c33
@@ -82,6 +90,19 @@ def one_system(
     )
 
 
+# %% ../../nbs/03_retina/09_world.ipynb #3f0e11a4
+def grow_eye(
+    seed: int,  # of the person
+    config: EyeConfig,  # settings
+    fellow: bool = False,  # the other eye
+) -> tuple:  # (Anatomy, Vessels)
+    "Landmarks and vessels of one eye of a person; fellow eyes share the landmarks, mirrored."
+    anatomy, vessels = grow_vessels(random_stream(seed, ANATOMY_STREAM), config)
+    if not fellow:
+        return anatomy, vessels
+    return grow_vessels(random_stream(seed, FELLOW_STREAM), config, fellow_anatomy(anatomy))
+
+
 # %% ../../nbs/03_retina/09_world.ipynb #26dd54d3
 def make_world(
     seed: int,  # one eye; the splits of `SEEDS` keep them apart
@@ -89,9 +110,10 @@ def make_world(
     modalities=tuple(MODALITIES),  # names of the renderings wanted; the others cost nothing
     systems: bool = False,  # arteries and veins as masks of their own, too
     table: dict = MODALITIES,  # of modalities; the order of the renderings is that of the table
+    fellow: bool = False,  # the other eye of the same person
 ) -> World:  # the same for the same arguments
     "Grow and render one eye."
-    anatomy, vessels = grow_vessels(random_stream(seed, ANATOMY_STREAM), config)
+    anatomy, vessels = grow_eye(seed, config, fellow)
     common = common_lesions(random_stream(seed, LESION_STREAM), anatomy, config)
     facts = {"seed": int(seed), **anatomy_facts(anatomy)}
     images = {}

@@ -21,6 +21,7 @@ __all__ = [
     "judge_list",
     "summary",
     "packaged_card",
+    "unmatchable_verdicts",
     "score_weights",
     "score_real",
     "runs_of",
@@ -54,7 +55,7 @@ from ..data.preprocess import estimate_fov, to_gray
 from ..data.pseudo_real import PSEUDO_REAL_VERSION, SPECIFICATION, pseudo_real_pairs
 from ..evaluation.metrics import at_512, auc, landmark_error, success_rate
 from ..geometry import decompose, overlap
-from ..io.files import read_bytes, read_json, write_json
+from ..io.files import FileError, read_bytes, read_json, write_json
 from ..registration.config import RegistrationConfig, Verdict
 from ..registration.many import fingerprint
 from ..registration.pair import register
@@ -255,11 +256,32 @@ def packaged_card() -> Path:
     return PACKAGED.with_name("card.json")
 
 
+# %% ../../nbs/11_studies/11_card.ipynb #3f0e11a8
+def unmatchable_verdicts(
+    path: str,  # file of the study `unmatchable`
+    config: dict,  # of `register`, as a file gives it back
+    matcher,  # as in `registration.register`
+) -> dict:  # kind of pair -> verdict -> count
+    "What was said of pairs without a right answer. Raises FileError for other weights or settings."
+    found = read_json(path)
+    settings = found.get("settings", {})
+    if settings.get("config") != config or settings.get("matcher") != fingerprint(matcher):
+        raise FileError(f"{path}: was measured with other weights or settings, run the study again")
+    counts = {}
+    for kinds in found["verdicts"].values():
+        for kind, verdicts in kinds.items():
+            of_kind = counts.setdefault(kind, {})
+            for verdict, count in verdicts.items():
+                of_kind[verdict] = of_kind.get(verdict, 0) + count
+    return counts
+
+
 # %% ../../nbs/11_studies/11_card.ipynb #296722b0
 def score_weights(
     weights: str | None = None,  # weights file; None: the packaged weights
     limit: int | None = None,  # pairs of each mode; None: all 100
     real: str | None = None,  # folder of real pairs with landmarks; only their scores are kept
+    unmatchable: str | None = None,  # file of the study of that name, for the same weights and settings
     out: str | None = None,  # JSON file, new or to go on with; None: card.json beside the packaged weights
     folder: str | None = "runs/pseudo_real",  # where the pairs of the list are kept, or will be
     device: str = "cpu",  # torch device
@@ -288,6 +310,8 @@ def score_weights(
     card |= summary(rows)
     if real is not None:
         card["real"] = score_real(real, matcher, progress)
+    if unmatchable is not None:
+        card["unmatchable"] = unmatchable_verdicts(unmatchable, settings["config"], matcher)
     keep()
     return card
 
@@ -439,6 +463,20 @@ def _interval(figure, digits):
     return f"{value} [{', '.join(ends)}]"
 
 
+# %% ../../nbs/11_studies/11_card.ipynb #3f0e11a9
+def _unmatchable_line(
+    counts,  # kind of pair -> verdict -> count
+) -> str:
+    "Verdicts on pairs without a right answer."
+    total = sum(sum(verdicts.values()) for verdicts in counts.values())
+    told = []
+    for verdict in Verdict:
+        count = sum(verdicts.get(str(verdict), 0) for verdicts in counts.values())
+        told.append(f"{count} {verdict}")
+    kinds = ", ".join(counts)
+    return f"  {total} generated pairs without a right answer ({kinds}):\n  {', '.join(told)}"
+
+
 # %% ../../nbs/11_studies/11_card.ipynb #2a1b3a6e
 COLUMNS = {"SR@10": 2, "AUC@10": 2, "median_px": 1, "no_answer": 2}  # figure -> digits
 
@@ -468,6 +506,8 @@ def scores_text(
     lines += [_score_line(mode, figures) for mode, figures in card["scores"].items()]
     if "real" in card:
         lines.append(_score_line("real", card["real"]))
+    if "unmatchable" in card:
+        lines += ["", _unmatchable_line(card["unmatchable"])]
     verdicts_of = {"generated": card["verdicts"], "real": card.get("real", {}).get("verdicts")}
     for kind, verdicts in verdicts_of.items():
         if verdicts:
@@ -492,7 +532,7 @@ USE = (
     "  Not a medical device. Not for diagnosis, treatment, or telling persons apart."
 )
 LIMITS = (
-    "  One affine transform for the whole image: no local deformation, no depth.\n"
+    "  One smooth map for the whole image: an affine, bent where the images show that they bend; no depth.\n"
     "  Training saw generated eyes only. Where a real picture differs from them in kind "
     "(a rare disease, an unusual camera), nothing is known.\n"
     "  Range of motion: any rotation, scale ratio 0.5 to 2, at least a fifth of the fixed field shared."

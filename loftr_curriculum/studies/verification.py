@@ -37,6 +37,8 @@ __all__ = [
     "calibrate_verifier",
     "in_words",
     "no_eye",
+    "turned_over",
+    "fellow_pairs",
     "unmatchable",
     "report_unmatchable",
     "verdicts_in_words",
@@ -51,16 +53,20 @@ from pathlib import Path
 
 import numpy as np
 from scipy.optimize import minimize
+from tqdm.auto import tqdm
 
-from ..data.pseudo_real import SPECIFICATION, RawPair, pseudo_real_pairs
+from ..data.pseudo_real import SPECIFICATION, RawPair, pseudo_real_pair, pseudo_real_pairs
 from ..evaluation.metrics import at_512
 from ..io.files import read_json, write_json
+from ..model.weights import load_matcher
 from ..registration.config import RegistrationConfig, Verdict
+from ..registration.many import fingerprint
 from ..registration.pair import Registration, register
 from ..registration.verdict import AT_LEAST, CRITERIA
 from ..registration.verifier import READS, Curve, VesselAgreement, numbers_of
 from ..registration.verifier import probability as probability_of
 from ..retina.config import MODES
+from .study import begun
 
 # %% ../../nbs/11_studies/09_verification.ipynb #ee6f8ba9
 RIGHT_PX = 10.0  # px at 512 px: below, an answer is right
@@ -356,9 +362,9 @@ def in_words(
 
 
 # %% ../../nbs/11_studies/09_verification.ipynb #b373ce6d
-UNMATCHABLE_VERSION = 1
+UNMATCHABLE_VERSION = 2
 REPORTED = replace(SPECIFICATION, split="report", per_mode=60)
-OTHERS = 3  # other eyes for every fixed image
+OTHERS = 2  # other eyes for every fixed image
 NO_EYES = 10  # of each mode: half noise, half shades
 
 
@@ -374,16 +380,35 @@ def no_eye(
     return np.uint8(127 + 100 * np.sin(3 * (down * rng.normal() + across * rng.normal())))
 
 
+# %% ../../nbs/11_studies/09_verification.ipynb #3f0e11a5
+def turned_over(
+    image: np.ndarray,  # (H, W) or (H, W, C)
+) -> np.ndarray:
+    "Left and right exchanged."
+    return np.ascontiguousarray(image[:, ::-1])
+
+
+def fellow_pairs(
+    mode: str,
+    count: int,  # the first ones of `REPORTED`
+) -> list:  # of RawPair
+    "Pairs of the other eyes of the same persons."
+    return [pseudo_real_pair(mode, number, REPORTED, fellow=True) for number in range(count)]
+
+
 # %% ../../nbs/11_studies/09_verification.ipynb #f9e089f3
 def unmatchable(
     pairs: list,  # of RawPair, of one mode of `REPORTED`
+    fellows: list,  # of RawPair, of the other eyes of the same persons
 ) -> Iterator:  # of (kind, id, fixed, moving)
     "The pairs of one mode of the list, always the same ones."
-    for k, pair in enumerate(pairs):
+    for k, (pair, fellow) in enumerate(zip(pairs, fellows)):
         for step in range(1, OTHERS + 1):
             other = pairs[(k + step) % len(pairs)]
             yield "other eye", f"{pair.id}-with-{other.id}", pair.fixed, other.moving
-        yield "mirrored", f"{pair.id}-mirrored", pair.fixed, np.ascontiguousarray(pair.moving[:, ::-1])
+        kind = "fellow eye, turned over" if k % 2 else "fellow eye"
+        yield kind, f"{pair.id}-fellow", pair.fixed, turned_over(fellow.moving) if k % 2 else fellow.moving
+        yield "mirrored", f"{pair.id}-mirrored", pair.fixed, turned_over(pair.moving)
     for k, pair in enumerate(pairs[:NO_EYES]):
         yield "no eye", f"{pair.id}-no-eye", pair.fixed, no_eye(k, pair.moving.shape[:2])
 
@@ -395,17 +420,18 @@ def report_unmatchable(
     config: RegistrationConfig = RegistrationConfig(),
 ) -> dict:  # mode -> kind -> verdict -> count
     "Verdicts on the list."
-    settings = json.loads(json.dumps({"version": UNMATCHABLE_VERSION, "config": asdict(config)}))
-    known = read_json(out) if Path(out).exists() else {}
-    if known.get("settings") != settings:
-        known = {"settings": settings, "verdicts": {}, "ok": []}
+    if matcher is None:
+        matcher = load_matcher()
+    told = {"version": UNMATCHABLE_VERSION, "config": asdict(config), "matcher": fingerprint(matcher)}
+    settings = json.loads(json.dumps(told))
+    known = begun(out, {"settings": settings}) or {"settings": settings, "verdicts": {}, "ok": []}
     for mode in MODES:
         if mode in known["verdicts"]:
             continue
         counts = {}
-        for kind, name, fixed, moving in unmatchable(
-            list(pseudo_real_pairs((mode,), spec=REPORTED, workers=1))
-        ):
+        pairs = list(pseudo_real_pairs((mode,), spec=REPORTED, workers=1))
+        fellows = fellow_pairs(mode, len(pairs))
+        for kind, name, fixed, moving in tqdm(unmatchable(pairs, fellows), desc=mode, unit="pair"):
             verdict = str(register(fixed, moving, matcher=matcher, config=config).verdict)
             of_kind = counts.setdefault(kind, {})
             of_kind[verdict] = of_kind.get(verdict, 0) + 1
