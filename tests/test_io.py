@@ -7,11 +7,11 @@ import struct
 import cv2
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 from safetensors.numpy import save_file
 
 from loftr_curriculum.io.files import FileError, atomic_path, read_json, write_json
-from loftr_curriculum.io.images import ImageError, image_size, read_image, write_image
+from loftr_curriculum.io.images import ImageError, image_size, read_image, read_picture, write_image
 from loftr_curriculum.io.transforms import (
     TransformRecord,
     load_matches,
@@ -58,22 +58,25 @@ def test_alpha_is_dropped_and_palettes_are_resolved(tmp_path):
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-@pytest.mark.parametrize("form", ["PNG", "JPEG", "TIFF"])
+@pytest.mark.parametrize("form", ["PNG", "JPEG", "TIFF", "WEBP"])
 @pytest.mark.parametrize("gray", [False, True])
-def test_orientation_tags_are_ignored(tmp_path, orientation, form, gray):
+def test_orientation_tags_are_applied(tmp_path, orientation, form, gray):
     image = np.zeros((20, 30, 3), np.uint8)
     image[:5, :10] = 255
-    image = image[..., 0] if gray else image
+    image = image[..., 0] if gray and form != "WEBP" else image
     tag = Image.Exif()
     tag[274] = orientation
     Image.fromarray(image).save(
         tmp_path / "a", form, **({"tiffinfo": {274: orientation}} if form == "TIFF" else {"exif": tag})
     )
-    assert np.array_equal(read_image(tmp_path / "a") > 128, image > 128)
-    assert image_size(tmp_path / "a") == (20, 30)
+    Image.fromarray(image).save(tmp_path / "b", "PNG", exif=tag)
+    upright = np.asarray(ImageOps.exif_transpose(Image.open(tmp_path / "b"))) > 128
+    assert np.array_equal(read_image(tmp_path / "a") > 128, upright)
+    assert image_size(tmp_path / "a") == upright.shape[:2]
+    assert read_picture(tmp_path / "a").facts["orientation"] == orientation
 
 
-def test_orientation_of_a_big_endian_16_bit_tiff_is_ignored(tmp_path):
+def test_orientation_of_a_big_endian_16_bit_tiff_is_applied(tmp_path):
     image = np.zeros((4, 6), np.uint16)
     image[0, 0] = 40000
     tags = [
@@ -95,7 +98,7 @@ def test_orientation_of_a_big_endian_16_bit_tiff_is_ignored(tmp_path):
     head = struct.pack(">2sHI", b"MM", 42, 8 + 48)
     directory = struct.pack(">H", len(tags)) + b"".join(entry(*t) for t in tags) + struct.pack(">I", 0)
     (tmp_path / "a.tif").write_bytes(head + image.astype(">u2").tobytes() + directory)
-    assert np.array_equal(read_image(tmp_path / "a.tif"), image)
+    assert np.array_equal(read_image(tmp_path / "a.tif"), image[::-1, ::-1])  # 3: half a turn
 
 
 @pytest.mark.parametrize("suffix", [".png", ".jpg", ".tif"])
@@ -130,7 +133,7 @@ def test_kinds_of_pixels_that_are_not_supported(tmp_path):
     Image.fromarray(np.ones((5, 6), np.float32)).save(path)
     with pytest.raises(ImageError, match="8 or 16 bits a channel, found float32"):
         read_image(path)
-    pages = [Image.fromarray(picture()) for _ in range(3)]
+    pages = [Image.fromarray(picture(seed=seed)) for seed in range(3)]
     pages[0].save(path, save_all=True, append_images=pages[1:])
     with pytest.raises(ImageError, match="found a TIFF with 3 pages"):
         read_image(path)

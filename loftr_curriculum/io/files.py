@@ -4,11 +4,14 @@
 
 # %% auto #0
 __all__ = [
+    "NUMBERED",
     "FileError",
+    "ImageError",
     "atomic_path",
     "write_json",
     "read_bytes",
     "read_json",
+    "split_number",
     "same_file",
     "refuse_to_overwrite",
 ]
@@ -17,6 +20,7 @@ __all__ = [
 import json
 import math
 import os
+import re
 import uuid
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,6 +31,10 @@ import numpy as np
 # %% ../../nbs/02_io/00_files.ipynb #63934e52
 class FileError(ValueError):
     "A file is missing, unreadable or not what was expected; the message names it."
+
+
+class ImageError(FileError):
+    "An image file is missing, unreadable or of a kind that is not supported; the message names it."
 
 
 # %% ../../nbs/02_io/00_files.ipynb #341e9490
@@ -83,12 +91,17 @@ def write_json(
 # %% ../../nbs/02_io/00_files.ipynb #b26e0ebd
 def read_bytes(
     path,  # file to read
+    most: int | None = None,  # bytes; None: any number
 ) -> bytes:
-    "The file's content; FileError that names it where it is no file, cannot be read or is empty."
+    "The file's content; FileError that names it where it is no file, cannot be read, is empty or too large."
     path = Path(path)
-    if path.exists() and not (path.is_file() or path.is_dir()):
+    if "\0" in str(path):
+        raise FileError(f"{str(path)!r}: no file has such a name")
+    if os.path.exists(path) and not (path.is_file() or path.is_dir()):
         raise FileError(f"{path}: expected a regular file, not a pipe, a socket or a device")
     try:
+        if most is not None and path.stat().st_size > most:
+            raise FileError(f"{path}: {path.stat().st_size:,} bytes, at most {most:,} are read")
         data = path.read_bytes()
     except FileNotFoundError:
         raise FileError(f"{path}: no such file") from None
@@ -111,6 +124,21 @@ def read_json(
         raise FileError(f"{path}: expected JSON, {e}") from None
 
 
+# %% ../../nbs/02_io/00_files.ipynb #7c1d90a2
+NUMBERED = re.compile(r"(.+)\[(\d{1,9})\]", re.DOTALL)
+
+
+def split_number(
+    path: str | Path,  # as a user writes it
+) -> tuple:  # (Path of the file, number of the image in it or None)
+    "`file.tif[2]` as a file and a number, counted from 0."
+    path = Path(path)
+    found = NUMBERED.fullmatch(path.name)
+    if found is None or os.path.exists(path):
+        return path, None
+    return path.with_name(found[1]), int(found[2])
+
+
 # %% ../../nbs/02_io/00_files.ipynb #2d9a1c36
 def same_file(
     one: str | Path,  # path
@@ -128,8 +156,9 @@ def refuse_to_overwrite(
     inputs: list,  # paths that are read
 ) -> None:
     "FileError where a file that would be written is one that was given."
+    files = [split_number(given)[0] for given in inputs]
     for output in outputs:
-        for given in inputs:
+        for given in files:
             if same_file(output, given):
                 raise FileError(
                     f"{given}: is an input and would be overwritten; choose another place for the output"

@@ -1,0 +1,246 @@
+"""Guards of the formats: pages, orientation, fields of view, and headers that lie."""
+
+import io
+import struct
+import time
+import zlib
+
+import cv2
+import numpy as np
+import pytest
+from PIL import Image
+
+from loftr_curriculum.io import images
+from loftr_curriculum.io.files import FileError, refuse_to_overwrite
+from loftr_curriculum.io.images import ImageError, image_size, limit_from, read_image, read_picture
+
+
+def picture(shape=(24, 37), seed=0):
+    return np.random.default_rng(seed).integers(0, 255, shape, dtype=np.uint8)
+
+
+def tiff_of(pages, big=False, order="<", orientation=1, purposes=()):
+    "A grey, uncompressed TIFF or BigTIFF of these pages; strips first, the directory after each."
+    wide, head = ("Q", 8) if big else ("I", 4)
+    mark = b"II" if order == "<" else b"MM"
+    start = (
+        struct.pack(order + "2sHHHQ", mark, 43, 8, 0, 0) if big else struct.pack(order + "2sHI", mark, 42, 0)
+    )
+    data, link = bytearray(start), 8 if big else 4
+    for number, page in enumerate(pages):
+        strip = len(data)
+        data += page.tobytes()
+        tags = ((254, purposes[number]),) if purposes else ()
+        tags += ((256, page.shape[1]), (257, page.shape[0]), (258, 8), (259, 1), (262, 1), (273, strip))
+        tags += ((274, orientation), (277, 1), (278, page.shape[0]), (279, page.nbytes))
+        struct.pack_into(order + wide, data, link, len(data))
+        data += struct.pack(order + ("Q" if big else "H"), len(tags))
+        for tag, value in tags:
+            kind = 4 if tag in (254, 256, 257, 273, 278, 279) else 3
+            stored = struct.pack(order + ("I" if kind == 4 else "H"), value)
+            data += struct.pack(order + "HH" + wide, tag, kind, 1) + stored.ljust(head, b"\0")
+        link = len(data)
+        data += bytes(head)
+    return bytes(data)
+
+
+@pytest.mark.parametrize("big", [False, True])
+@pytest.mark.parametrize("order", ["<", ">"])
+def test_a_page_of_a_tiff_is_chosen(tmp_path, big, order):
+    pages = [picture(seed=seed) for seed in range(3)]
+    path = tmp_path / "scan.tif"
+    path.write_bytes(tiff_of(pages, big, order))
+    for number, page in enumerate(pages):
+        chosen = read_picture(f"{path}[{number}]")
+        assert np.array_equal(chosen.pixels, page) and chosen.facts["page"] == number
+    assert image_size(f"{path}[2]") == (24, 37)
+    with pytest.raises(ImageError, match=r"3 pages; write .*scan.tif\[0\] for the first to .*scan.tif\[2\]"):
+        read_image(path)
+    with pytest.raises(ImageError, match="has no page 3, its pages are 0 to 2"):
+        read_image(f"{path}[3]")
+    with pytest.raises(ImageError, match="none.tif: no such file"):
+        read_image(tmp_path / "none.tif[1]")
+
+
+def test_a_file_really_called_so_wins(tmp_path):
+    Image.fromarray(picture(seed=1)).save(tmp_path / "a.tif[1]", "PNG")
+    (tmp_path / "a.tif").write_bytes(tiff_of([picture(), picture()]))
+    assert np.array_equal(read_image(tmp_path / "a.tif[1]"), picture(seed=1))
+
+
+def test_pages_that_are_alike_are_one_image(tmp_path):
+    (tmp_path / "a.tif").write_bytes(tiff_of([picture()] * 3))
+    assert np.array_equal(read_image(tmp_path / "a.tif"), picture())
+
+
+@pytest.mark.parametrize("big", [False, True])
+@pytest.mark.parametrize("order", ["<", ">"])
+def test_orientation_of_tiff_and_bigtiff(tmp_path, big, order):
+    (tmp_path / "a.tif").write_bytes(tiff_of([picture()], big, order, orientation=6))
+    assert np.array_equal(read_image(tmp_path / "a.tif"), np.rot90(picture(), -1))
+    assert image_size(tmp_path / "a.tif") == (37, 24)
+
+
+@pytest.mark.parametrize("big", [False, True])
+def test_a_tiff_cut_behind_its_first_page_is_refused(tmp_path, big):
+    whole = tiff_of([picture(seed=seed) for seed in range(3)], big)
+    for keep in (0.4, 0.6, 0.99):
+        (tmp_path / "cut.tif").write_bytes(whole[: int(len(whole) * keep)])
+        with pytest.raises(ImageError, match="cut.tif: expected a whole TIFF"):
+            read_image(tmp_path / "cut.tif[0]")
+
+
+def test_a_thumbnail_is_no_page(tmp_path):
+    small, full = picture((6, 9)), picture(seed=1)
+    (tmp_path / "a.tif").write_bytes(tiff_of([small, full], purposes=(1, 0)))
+    assert np.array_equal(read_image(tmp_path / "a.tif"), full)
+    assert image_size(tmp_path / "a.tif[0]") == (24, 37)
+
+
+@pytest.mark.parametrize("big", [False, True])
+def test_overlapping_directories_do_not_keep_us_busy(tmp_path, big):
+    "Each directory starts a few bytes behind the one before and claims thousands of tags."
+    size, count = 800_000, 4000
+    data = bytearray(size)
+    data[:8] = struct.pack("<2sHI", b"II", 42, 8) if not big else struct.pack("<2sHHH", b"II", 43, 8, 0)
+    width, wide = (20, "Q") if big else (12, "I")
+    if big:
+        struct.pack_into("<Q", data, 8, 16)
+    at = 16 if big else 8
+    while at + count * width + 32 < size:
+        struct.pack_into("<Q" if big else "<H", data, at, count)
+        link = at + (8 if big else 2) + count * width
+        struct.pack_into("<" + wide, data, link, at + 40)
+        at += 40
+    (tmp_path / "knot.tif").write_bytes(data)
+    start = time.perf_counter()
+    with pytest.raises(ImageError, match="knot.tif"):
+        read_image(tmp_path / "knot.tif")
+    assert time.perf_counter() - start < 5
+
+
+def test_directories_in_a_circle_are_refused(tmp_path):
+    data = bytearray(tiff_of([picture(seed=seed) for seed in range(2)]))
+    first = struct.unpack_from("<I", data, 4)[0]
+    struct.pack_into("<I", data, len(data) - 4, first)
+    (tmp_path / "circle.tif").write_bytes(data)
+    with pytest.raises(ImageError, match="circle.tif: .*have no end"):
+        read_image(tmp_path / "circle.tif[0]")
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+@pytest.mark.parametrize("form", ["png", "tif", "webp"])
+def test_alpha_becomes_the_field_of_view(tmp_path, dtype, form):
+    if form == "webp" and dtype == np.uint16:
+        pytest.skip("WebP has 8 bits")
+    white = np.iinfo(dtype).max
+    image = np.full((20, 30, 4), white, dtype)
+    image[:, :12, 3] = 0
+    data = cv2.imencode(f".{form}", image, [cv2.IMWRITE_WEBP_QUALITY, 101] if form == "webp" else [])[1]
+    (tmp_path / "a").write_bytes(data.tobytes())
+    seen = read_picture(tmp_path / "a").seen
+    assert not seen[:, :12].any() and seen[:, 12:].all()
+    image[..., 3] = 0  # an alpha channel that nobody filled in
+    (tmp_path / "a").write_bytes(cv2.imencode(".png", image)[1].tobytes())
+    assert read_picture(tmp_path / "a").seen is None
+
+
+def chunk(kind, data):
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def a_header_of(form, height, width):
+    "A small file whose header asks for many pixels."
+    file = io.BytesIO()
+    options = {"lossless": True} if form == "WEBP" else {}
+    Image.fromarray(picture((8, 9, 3))).save(file, form.replace("GIFF", "GIF"), **options)
+    data = bytearray(file.getvalue())
+    if form == "PNG":
+        data[8:33] = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+    elif form == "JPEG":
+        at = data.index(b"\xff\xc0")
+        struct.pack_into(">HH", data, at + 5, height, width)
+    elif form == "TIFF":
+        for tag, value in ((256, width), (257, height)):
+            at = data.index(struct.pack("<HHI", tag, 4, 1))
+            struct.pack_into("<I", data, at + 8, value)
+    elif form == "BMP":
+        struct.pack_into("<ii", data, 18, width, height)
+    elif form == "GIF":
+        struct.pack_into("<HH", data, 6, width, height)
+    elif form == "WEBP":
+        bits = struct.unpack_from("<I", data, 21)[0] & 0xF0000000
+        struct.pack_into("<I", data, 21, bits | (width - 1) | (height - 1) << 14)
+    elif form == "JPEG2000":
+        at = data.index(b"\xff\x4f\xff\x51")
+        struct.pack_into(">II", data, at + 8, width, height)
+    elif form == "PPM":
+        data[:] = data.replace(b"9 8", b"%d %d" % (width, height), 1)
+    return bytes(data)
+
+
+@pytest.mark.parametrize("form", ["PNG", "JPEG", "TIFF", "BMP", "GIF", "WEBP", "JPEG2000", "PPM"])
+def test_a_header_that_asks_for_too_much_is_refused_before_decoding(tmp_path, form, monkeypatch):
+    path = tmp_path / "bomb"
+    path.write_bytes(a_header_of(form, 12000, 13000))
+    monkeypatch.setattr(cv2, "imdecode", lambda *_: pytest.fail("decoded"))
+    with pytest.raises(ImageError, match=r"bomb: 13000 x 12000 pixels, at most 100,000,000 are read"):
+        read_image(path)
+    with pytest.raises(ImageError, match="bomb"):
+        image_size(path)
+
+
+def test_the_limit_can_be_set(tmp_path, monkeypatch):
+    Image.fromarray(picture()).save(tmp_path / "a.png")
+    monkeypatch.setattr(images, "MOST_PIXELS", 100)
+    with pytest.raises(ImageError, match="37 x 24 pixels, at most 100 are read"):
+        read_image(tmp_path / "a.png")
+    assert limit_from({"LOFTR_CURRICULUM_MOST_PIXELS": "5000"}, 7) == 5000
+    for text in ("", "0", "-3", "many"):
+        assert limit_from({"LOFTR_CURRICULUM_MOST_PIXELS": text}, 7) == 7
+
+
+def test_a_file_of_too_many_bytes_is_not_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(images, "MOST_PIXELS", 1000)
+    with open(tmp_path / "huge.png", "wb") as file:
+        file.truncate(64_100_000)
+    with pytest.raises(ImageError, match="huge.png: 64,100,000 bytes, at most 64,006,000 are read"):
+        read_image(tmp_path / "huge.png")
+
+
+@pytest.mark.parametrize("form", ["GIF", "PNG", "WEBP"])
+def test_animations_are_refused(tmp_path, form):
+    frames = [Image.fromarray(picture((24, 37, 3), seed)) for seed in range(2)]
+    frames[0].save(tmp_path / "a", form, save_all=True, append_images=frames[1:])
+    with pytest.raises(ImageError, match="expected one image, found an animation"):
+        read_image(tmp_path / "a")
+
+
+@pytest.mark.parametrize("form", ["BMP", "WEBP", "GIF", "JPEG2000", "PPM"])
+def test_half_a_file_of_the_rarer_formats_is_an_error_or_an_image(tmp_path, form):
+    Image.fromarray(picture((200, 300, 3))).save(tmp_path / "a", form)
+    data = (tmp_path / "a").read_bytes()
+    for keep in (0.01, 0.1, 0.5, 0.9):
+        (tmp_path / "half").write_bytes(data[: int(len(data) * keep)])
+        try:
+            assert read_image(tmp_path / "half").shape[:2] == (200, 300)
+        except ImageError as error:
+            assert str(error).startswith(str(tmp_path / "half"))
+
+
+def test_files_of_other_formats_are_not_given_to_any_decoder(tmp_path, monkeypatch):
+    monkeypatch.setattr(cv2, "imdecode", lambda *_: pytest.fail("decoded"))
+    (tmp_path / "a.hdr").write_bytes(b"#?RADIANCE\nFORMAT=32-bit_rle_rgbe\n\n-Y 60000 +X 60000\n" + bytes(99))
+    with pytest.raises(ImageError, match="a.hdr: cannot be decoded, expected a whole image: PNG, JPEG, TIFF"):
+        read_image(tmp_path / "a.hdr")
+
+
+def test_names_that_no_file_can_have():
+    with pytest.raises(FileError, match="no file has such a name"):
+        read_image("a\0b.png")
+
+
+def test_an_input_chosen_by_page_is_still_an_input(tmp_path):
+    (tmp_path / "warped.tif").write_bytes(tiff_of([picture(), picture()]))
+    with pytest.raises(FileError, match="is an input and would be overwritten"):
+        refuse_to_overwrite([tmp_path / "warped.tif"], [f"{tmp_path / 'warped.tif'}[1]"])
