@@ -22,6 +22,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'loftr_curriculum.cli._demo': ('12_cli/cli.html#_demo', 'loftr_curriculum/cli.py'),
                                       'loftr_curriculum.cli._diagnose': ('12_cli/cli.html#_diagnose', 'loftr_curriculum/cli.py'),
                                       'loftr_curriculum.cli._evaluate': ('12_cli/cli.html#_evaluate', 'loftr_curriculum/cli.py'),
+                                      'loftr_curriculum.cli._expected_type': ('12_cli/cli.html#_expected_type', 'loftr_curriculum/cli.py'),
                                       'loftr_curriculum.cli._hush': ('12_cli/cli.html#_hush', 'loftr_curriculum/cli.py'),
                                       'loftr_curriculum.cli._interrupted': ('12_cli/cli.html#_interrupted', 'loftr_curriculum/cli.py'),
                                       'loftr_curriculum.cli._many': ('12_cli/cli.html#_many', 'loftr_curriculum/cli.py'),
