@@ -458,14 +458,74 @@ def _register(a):
     return EXIT[r.verdict]
 
 
+# %% ../nbs/12_cli/00_cli.ipynb #b47c1e01
+def _add_patterns(parser):
+    for side in ("fixed", "moving"):
+        parser.add_argument(
+            f"--{side}",
+            type=str | None,
+            default=None,
+            help=f"pattern of the {side} images, for example 'cf/*.png'",
+        )
+    parser.add_argument(
+        "--match",
+        type=str | None,
+        default=None,
+        help=r"regular expression for what the names of both images of a pair share, for example '(\w+)_'",
+    )
+    parser.add_argument(
+        "--dry_run",
+        action="store_true",
+        help="list the pairs, and the images without a partner; write nothing",
+    )
+
+
+# %% ../nbs/12_cli/00_cli.ipynb #b47c1e02
+def _add_work(parser):
+    parser.add_argument(
+        "--workers",
+        type=int | None,
+        default=None,
+        help="processes of one thread each; null: one a core, one for a GPU",
+    )
+    parser.add_argument(
+        "--scheduler",
+        type=str | None,
+        default=None,
+        help="address of a Dask scheduler whose workers register, such as tcp://10.0.0.1:8786; null: this machine",
+    )
+    parser.add_argument(
+        "--shard",
+        type=str | None,
+        default=None,
+        help="part of the table that this job does, such as 3/8; it writes into a folder of its own",
+    )
+    parser.add_argument(
+        "--merge", action="store_true", help="put the answers of all shards together, no more"
+    )
+    parser.add_argument(
+        "--save",
+        type=str,
+        default="",
+        help="pictures in a folder for every pair: some of warped,checkerboard,overlay,matches",
+    )
+
+
 # %% ../nbs/12_cli/00_cli.ipynb #0ecaccab
 def _add_many(parser):
     from .registration.config import RegistrationConfig
 
     parser.add_argument(
-        "pairs", type=str, help="CSV file with the columns id, fixed, moving; paths relative to it"
+        "pairs",
+        type=str | None,
+        nargs="?",
+        help="table with the columns id, fixed, moving; paths relative to it; or see --match",
     )
-    parser.add_argument("--out", type=str, required=True, help="folder for transforms.json and results.csv")
+    parser.add_argument(
+        "--out", type=str, required=True, help="folder for report.html, results.csv and transforms.json"
+    )
+    _add_patterns(parser)
+    _add_work(parser)
     _add_matcher(parser)
     add_settings(parser, RegistrationConfig)
 
@@ -481,15 +541,60 @@ def worst_status(
     return EXIT["doubtful"] if count["doubtful"] else EXIT["ok"]
 
 
+# %% ../nbs/12_cli/00_cli.ipynb #b47c1e03
+def _workers(a):
+    from .registration.workers import cores
+
+    if a.workers is not None:
+        return a.workers
+    return cores() if a.device == "cpu" else 1
+
+
+def _pairs(a):
+    from .registration.table import FoundPairs, find_pairs, read_batch
+
+    patterns = (a.fixed, a.moving, a.match)
+    if a.pairs is not None and any(patterns):
+        raise ValueError("a table and --fixed, --moving, --match exclude each other")
+    if a.pairs is not None:
+        return FoundPairs(read_batch(a.pairs), [])
+    if not all(patterns):
+        raise ValueError("expected a table of pairs, or all of --fixed, --moving and --match")
+    return find_pairs(*patterns)
+
+
 # %% ../nbs/12_cli/00_cli.ipynb #25ffcbed
 def _many(a):
     from .registration.config import RegistrationConfig
-    from .registration.many import register_many
+    from .registration.many import merge_shards, parse_shard, register_many
+    from .registration.table import describe_pairs
+    from .report.batch import BatchPictures
 
-    count = register_many(a.pairs, a.out, matcher=_matcher(a), config=settings(RegistrationConfig, a))
+    found = _pairs(a)
+    if a.dry_run:
+        print(describe_pairs(found))
+        return 0
+    for path, why in found.alone:
+        print(f"alone: {path}: {why}", file=sys.stderr)
+    pictures = BatchPictures(a.out, tuple(filter(None, a.save.split(","))))
+    shard = parse_shard(a.shard) if a.shard else None
+    if a.merge:
+        count = merge_shards(a.pairs or found.pairs, a.out, pictures)
+    else:
+        count = register_many(
+            a.pairs or found.pairs,
+            a.out,
+            matcher=_matcher(a),
+            config=settings(RegistrationConfig, a),
+            workers=_workers(a),
+            scheduler=a.scheduler,
+            shard=shard,
+            pictures=pictures,
+        )
     print(
         ", ".join(f"{n} {what}" for what, n in count.items())
-        + f"\nlook at {a.out}: results.csv, transforms.json"
+        + f"\nlook at {a.out if shard is None else shard.folder(Path(a.out))}: "
+        + "report.html, results.csv, transforms.json"
     )
     return worst_status(count)
 
@@ -497,7 +602,10 @@ def _many(a):
 # %% ../nbs/12_cli/00_cli.ipynb #be27b8aa
 def _add_warp(parser):
     parser.add_argument("image", type=str, help="image or mask in the frame of the moving image")
-    parser.add_argument("transform", type=str, help="transform.json of a registration")
+    parser.add_argument(
+        "transform", type=str, help="transform.json of a registration; with --id the folder of a batch"
+    )
+    parser.add_argument("--id", type=str | None, default=None, help="pair of a batch whose map is taken")
     parser.add_argument(
         "--out", type=str, required=True, help="image file to write, in the frame of the fixed image"
     )
@@ -516,9 +624,11 @@ def _warp(a):
     from .io.images import read_image, write_image
     from .io.transforms import load_transform, map_of_record
     from .registration.frames import warp_to_fixed
+    from .registration.journal import load_batch_transform
 
     refuse_to_overwrite([a.out], [a.image, a.transform])
-    record, image = load_transform(a.transform), read_image(a.image)
+    record = load_transform(a.transform) if a.id is None else load_batch_transform(a.transform, a.id)
+    image = read_image(a.image)
     if record.matrix is None:
         raise FileError(f"{a.transform}: holds no transform, the registration failed")
     if record.fixed_size is None:
@@ -638,14 +748,14 @@ COMMANDS = {
     ),
     "register-many": Command(
         "register a table of pairs; one bad pair never stops it",
-        "PAIRS.csv --out DIR [--key value ...]",
+        "[PAIRS.csv | --fixed 'F/*.png' --moving 'M/*.png' --match REGEX] --out DIR [--key value ...]",
         _add_many,
         _many,
         True,
     ),
     "warp": Command(
         "apply a saved transform to another image or mask",
-        "IMAGE TRANSFORM --out FILE [--mode nearest]",
+        "IMAGE TRANSFORM --out FILE [--id ID] [--mode nearest]",
         _add_warp,
         _warp,
     ),

@@ -401,7 +401,7 @@ def test_register_many_goes_on_after_a_bad_pair_and_after_an_interruption(
         return look(*images, **fields)
 
     monkeypatch.setattr("loftr_curriculum.model.weights.load_matcher", lambda path, device: tired)
-    words = ("register-many", tmp_path / "pairs.csv", "--out", tmp_path / "many", *QUICK)
+    words = ("register-many", tmp_path / "pairs.csv", "--out", tmp_path / "many", "--workers", "1", *QUICK)
     monkeypatch.setattr(tired, "match", match)
     assert run(*words) == 130
     assert (

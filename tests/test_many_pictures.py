@@ -163,7 +163,8 @@ def test_ten_thousand_pairs_are_filtered_sorted_and_looked_at(chromium, tmp_path
     page.locator("#border").fill("25")
     assert "25%" in page.locator("#stage img").nth(1).get_attribute("style")
     page.check("input[value=blink]")
-    page.wait_for_function("document.querySelectorAll('#stage img')[1].style.visibility === 'hidden'")
+    page.locator("#stage img").nth(1).wait_for(state="hidden")
+    page.locator("#stage img").nth(1).wait_for(state="visible")
     page.click("#next")
     assert page.text_content("#name") != name
     page.click("#close")

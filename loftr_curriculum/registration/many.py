@@ -60,7 +60,14 @@ from .journal import (
 )
 from .pair import shipped_matcher
 from .table import read_batch
-from .workers import Crew, Job, answers_as_they_come, make_crew, one_thread
+from .workers import (
+    Crew,
+    Job,
+    answers_as_they_come,
+    check_workers,
+    make_crew,
+    one_thread,
+)
 
 
 # %% ../../nbs/06_registration/14_many.ipynb #4a56a82b
@@ -227,11 +234,12 @@ def answer_all(
     save,  # called without arguments after every pair
 ) -> None:
     "Write the answers down as they come."
-    for answer in answers_as_they_come(crew, todo):
-        write_down(out, answer)
-        rows[answer.row["id"]] = answer.row
-        progress.add(answer.row)
-        save()
+    with progress.bar:
+        for answer in answers_as_they_come(crew, todo):
+            write_down(out, answer)
+            rows[answer.row["id"]] = answer.row
+            progress.add(answer.row)
+            save()
 
 
 # %% ../../nbs/06_registration/14_many.ipynb #04a713d1
@@ -326,6 +334,7 @@ def register_many(
     SIGTERM and SIGHUP stop it as Ctrl-C does, with the transforms so far written.
     """
     pairs, config, out = pairs_of(table), config or RegistrationConfig(), Path(out)
+    check_workers(workers)
     refuse_own_files(table, out)
     if shard is not None:
         pairs, out = shard.part(pairs), shard.folder(out)
@@ -345,8 +354,8 @@ def register_many(
         try:
             if todo:
                 job = Job(matcher, config, pictures)
-                shown = Progress(done, len(pairs), progress)
-                with one_thread(), make_crew(job, min(workers, len(todo)), scheduler) as crew, shown.bar:
+                with one_thread(), make_crew(job, min(workers, len(todo)), scheduler) as crew:
+                    shown = Progress(done, len(pairs), progress)
                     answer_all(crew, todo, out, rows, shown, lambda: seldom(save))
         finally:
             save()
@@ -392,13 +401,14 @@ def merge_shards(
     pairs, out = pairs_of(table), Path(out)
     refuse_own_files(table, out)
     folders = shard_folders(out)
-    start_folder(out, read_json(folders[0] / SETTINGS))
-    rows = mend_folder(out)
-    for folder in folders:
-        rows |= read_results(folder / RESULTS)
-    refuse_other_files(out, rows, pairs)
-    for name in (MAPS, PICTURES):
-        append_lines(name, folders, out)
-    write_results(out / RESULTS, [rows[id] for id in ids_in_order(rows, pairs) if id in rows])
-    write_summary(out, pairs, rows, pictures)
+    with end_in_order(), only_run(out):
+        start_folder(out, read_json(folders[0] / SETTINGS))
+        rows = mend_folder(out)
+        for folder in folders:
+            rows |= read_results(folder / RESULTS)
+        refuse_other_files(out, rows, pairs)
+        for name in (MAPS, PICTURES):
+            append_lines(name, folders, out)
+        write_results(out / RESULTS, [rows[id] for id in ids_in_order(rows, pairs) if id in rows])
+        write_summary(out, pairs, rows, pictures)
     return count_pairs(rows, [pair.id for pair in pairs])

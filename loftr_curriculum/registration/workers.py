@@ -25,6 +25,7 @@ __all__ = [
     "dask_client",
     "DaskWorkers",
     "job_plugin",
+    "check_workers",
     "make_crew",
     "answer_of",
     "answers_as_they_come",
@@ -332,6 +333,14 @@ def job_plugin(
 
 
 # %% ../../nbs/06_registration/13_workers.ipynb #15adea97
+def check_workers(
+    workers: int,  # processes on this machine
+) -> None:
+    "ValueError where nobody would work."
+    if workers < 1:
+        raise ValueError(f"workers {workers}: expected at least 1")
+
+
 def make_crew(
     job: Job,
     workers: int,  # processes on this machine
@@ -340,8 +349,7 @@ def make_crew(
     "Who answers the pairs of a batch."
     if scheduler is not None:
         return DaskWorkers(job, scheduler)
-    if workers < 1:
-        raise ValueError(f"workers {workers}: expected at least 1")
+    check_workers(workers)
     return OwnProcess(job) if workers == 1 else LocalProcesses(job, workers)
 
 

@@ -1,0 +1,91 @@
+"""Guards of `register-many` and `warp --id` on the command line."""
+
+import numpy as np
+import pytest
+from test_cli import complains, run  # noqa: F401
+from test_many import Sent, write_batch
+
+from loftr_curriculum.io.files import read_json
+from loftr_curriculum.io.images import read_image, write_image
+from loftr_curriculum.registration.journal import read_results
+
+QUICK = ("--long-side", "256", "--second-long-sides", "[256,256]", "--retry-long-sides", "[]")
+
+
+@pytest.fixture(autouse=True)
+def small_matcher(monkeypatch):
+    monkeypatch.setattr("loftr_curriculum.model.weights.load_matcher", lambda path, device: Sent())
+
+
+@pytest.fixture
+def folders(tmp_path, monkeypatch):
+    "cf/7_cf.png with fa/7_fa.png, and two images alone."
+    write_batch(tmp_path, 1)
+    monkeypatch.chdir(tmp_path)
+    fixed, moving = read_image("img/f.png"), read_image("img/m.png")
+    for name, image in (("cf/7_cf", fixed), ("cf/8_cf", fixed), ("fa/7_fa", moving), ("fa/9_fa", moving)):
+        write_image(f"{name}.png", image)
+    return ("--fixed", "cf/*.png", "--moving", "fa/*.png", "--match", r"(\w+)_")
+
+
+def test_two_folders_are_tried_dry_then_registered_then_warped(folders, capsys):
+    assert run("register-many", *folders, "--out", "out", "--dry-run") == 0
+    said = capsys.readouterr().out
+    assert "7: cf/7_cf.png <- fa/7_fa.png\n" in said and "1 pairs, 2 images alone" in said
+    assert "alone: cf/8_cf.png: no moving image for 8" in said
+    assert run("register-many", *folders, "--out", "out", "--save", "warped", *QUICK) == 0
+    assert "alone: fa/9_fa.png: no fixed image for 9" in capsys.readouterr().err
+    for transform in ("out", "out/transforms.json", "out/maps.jsonl"):
+        assert run("warp", "fa/7_fa.png", transform, "--id", "7", "--out", "warped.png") == 0
+        np.testing.assert_array_equal(read_image("warped.png"), read_image("out/pairs/7/warped.png"))
+
+
+def test_a_dry_run_writes_nothing(folders, tmp_path):
+    assert run("register-many", "pairs.csv", "--out", "out", "--dry-run") == 0
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_status_is_0_only_where_every_pair_was_answered(tmp_path):
+    write_batch(tmp_path, 1)
+    words = ("register-many", tmp_path / "pairs.csv", "--out", tmp_path / "out", *QUICK)
+    assert run(*words) == 0
+    with open(tmp_path / "pairs.csv", "a") as table:
+        table.write("lost,img/f.png,img/none.png\n")
+    assert run(*words) == 4
+    write_image(tmp_path / "img" / "none.png", read_image(tmp_path / "img" / "m.png"))
+    assert run(*words) == 0
+    assert run(*words[:-6], "--ok-inliers", "5000", "--out", tmp_path / "doubt", *QUICK) == 3
+
+
+def test_shards_are_registered_and_merged(tmp_path, capsys):
+    write_batch(tmp_path, 2)
+    words = ("register-many", tmp_path / "pairs.csv", "--out", tmp_path / "out", *QUICK)
+    assert run(*words, "--shard", "2/2") == 0
+    assert "2-of-2: report.html" in capsys.readouterr().out
+    assert run(*words, "--merge") == 4
+    assert capsys.readouterr().out.startswith("1 ok, 0 doubtful, 0 failed, 0 unreadable, 1 missing")
+    assert run(*words) == 0
+    assert list(read_results(tmp_path / "out" / "results.csv")) == ["p0", "p1"]
+    assert list(read_json(tmp_path / "out" / "transforms.json")) == ["p0", "p1", "verdicts"]
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ("register-many --out out", "expected a table of pairs, or all of --fixed"),
+        ("register-many pairs.csv --match x --out out", "exclude each other"),
+        ("register-many pairs.csv --out out --save wraped", "expected some of warped"),
+        ("register-many pairs.csv --out out --shard 3", "such as 3/8"),
+        ("register-many pairs.csv --out out --shard 0/8", "expected 1/8 to 8/8"),
+        ("register-many pairs.csv --out out --workers -1", "workers -1: expected at least 1"),
+        ("register-many pairs.csv --out out --merge", "expected the results of shards"),
+        ("register-many --fixed cf/* --moving none/* --match x --out out", "none/*: no files"),
+        ("register-many --fixed cf/* --moving fa/* --match x --out out", "no image has a partner"),
+        ("register-many wrong.csv --out out", "moving missing; found 'Id;Fixed'"),
+        ("warp fa/7_fa.png cf --id 7 --out x.png", "no such file"),
+    ],
+)
+def test_what_cannot_be_done_is_refused_in_one_line(words, says, folders, tmp_path, complains):  # noqa: F811
+    (tmp_path / "wrong.csv").write_text("Id;Fixed\n1;a\n")
+    assert says in complains(*words.split())
+    assert not (tmp_path / "out" / "results.csv").exists()
