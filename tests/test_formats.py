@@ -8,11 +8,19 @@ import zlib
 import cv2
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+from loftr_curriculum.data.preprocess import to_gray
 from loftr_curriculum.io import images
-from loftr_curriculum.io.files import FileError, refuse_to_overwrite
+from loftr_curriculum.io.files import FileError, read_json, refuse_to_overwrite
 from loftr_curriculum.io.images import ImageError, image_size, limit_from, read_image, read_picture
+from loftr_curriculum.io.inputs import as_picture
+from loftr_curriculum.io.transforms import load_transform
+from loftr_curriculum.registration.config import RegistrationConfig, Verdict
+from loftr_curriculum.registration.pair import NO_MATCHES, Registration, open_pair, register
+from loftr_curriculum.registration.verdict import Evidence
+from loftr_curriculum.report.registration import write_registration
 
 
 def picture(shape=(24, 37), seed=0):
@@ -244,3 +252,107 @@ def test_an_input_chosen_by_page_is_still_an_input(tmp_path):
     (tmp_path / "warped.tif").write_bytes(tiff_of([picture(), picture()]))
     with pytest.raises(FileError, match="is an input and would be overwritten"):
         refuse_to_overwrite([tmp_path / "warped.tif"], [f"{tmp_path / 'warped.tif'}[1]"])
+
+
+def rgb(seed=0):
+    return np.random.default_rng(seed).integers(30, 255, (90, 120, 3), dtype=np.uint8)
+
+
+def with_alpha():
+    alpha = np.full((90, 120), 255, np.uint8)
+    alpha[:, :40] = 0
+    return np.dstack([rgb(), alpha])
+
+
+@pytest.mark.parametrize("form", ["float32", "float64", "pil", "chw", "chw float", "bfloat16"])
+def test_an_image_in_another_form_is_seen_the_same(form):
+    tensor = torch.from_numpy(rgb()).permute(2, 0, 1)
+    other = {
+        "float32": rgb().astype(np.float32) / 255,
+        "float64": rgb() / 255,
+        "pil": Image.fromarray(rgb()),
+        "chw": tensor,
+        "chw float": (tensor.float() / 255).requires_grad_(),
+        "bfloat16": (tensor / 255).bfloat16(),
+    }[form]
+    config = RegistrationConfig(long_side=128, first_long_side=128)
+    plain, changed = open_pair(rgb(), rgb(), config), open_pair(rgb(), other, config)
+    assert np.abs(changed.moving.gray - plain.moving.gray).max() < 3e-3
+    assert np.array_equal(changed.moving.fov, plain.moving.fov)
+    assert changed.moving_size == (90, 120)
+
+
+@pytest.mark.parametrize("form", ["array", "floats", "pil", "tensor", "file"])
+def test_alpha_bounds_the_field_of_view_in_every_form(tmp_path, form):
+    image = with_alpha()
+    Image.fromarray(image).save(tmp_path / "a.png")
+    given = {
+        "array": image,
+        "floats": image / 255,
+        "pil": Image.fromarray(image),
+        "tensor": torch.from_numpy(image).permute(2, 0, 1),
+        "file": tmp_path / "a.png",
+    }[form]
+    pair = open_pair(rgb(), given, RegistrationConfig(long_side=120, first_long_side=120))
+    assert not pair.moving.fov[:, :39].any() and pair.moving.fov[:, 42:].mean() > 0.95
+    assert not pair.moving.gray[:, :40].any() and pair.moving_image.shape == (90, 120, 3)
+
+
+@pytest.mark.parametrize("image, expected", [
+    (rgb().astype(np.float32), r"expected floats in \[0, 1\], got values from 30"),
+    (rgb() / 127.5 - 1, r"expected floats in \[0, 1\], got values from -0.7"),
+    (np.full((9, 9), np.nan), r"expected floats in \[0, 1\], got values from nan"),
+    (rgb().astype(np.int64), "expected uint8, uint16 or floats"),
+    (rgb() > 3, "expected uint8, uint16 or floats"),
+    (rgb()[None], r"expected shape .* got \(1, 90, 120, 3\)"),
+    (rgb().transpose(2, 0, 1), "channels come last"),
+    (np.zeros((0, 5), np.uint8), "expected shape"),
+    (torch.zeros(2, 3, 8, 8), r"expected a tensor of shape \(C, H, W\)"),
+    (torch.zeros(8, 8, dtype=torch.int64), "expected uint8, uint16 or floats"),
+    (Image.fromarray(np.full((5, 5), 70000, np.int32)), "expected at most 16 bits"),
+    ([[1, 2]], "expected a file path, a NumPy array, a PIL image or a torch tensor, got list"),
+    (None, "got NoneType"),
+])  # fmt: skip
+def test_what_is_no_image_is_an_error_that_names_its_side(image, expected):
+    with pytest.raises(ImageError, match="moving image: .*" + expected):
+        register(rgb(), image)
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "LA", "RGBA", "CMYK", "YCbCr", "I;16", "F"])
+def test_modes_of_pil(mode):
+    if mode in ("I;16", "F"):
+        plain = Image.fromarray(
+            rgb()[..., 1].astype(np.uint16) * 257 if mode == "I;16" else np.float32(rgb()[..., 1] / 255)
+        )
+        expected = rgb()[..., 1] / 255
+    else:
+        plain = Image.fromarray(rgb()).convert(mode)
+        expected = np.asarray(plain.convert("L" if mode in ("1", "L") else "RGB")) / 255
+    seen = to_gray(as_picture(plain, "fixed").pixels)
+    assert np.abs(seen - to_gray(expected)).max() < 1e-2
+
+
+def test_the_answer_says_in_which_frame_its_pixels_are(tmp_path):
+    tag = Image.Exif()
+    tag[274] = 6
+    Image.new("L", (60, 40)).save(tmp_path / "black.jpg", exif=tag)
+    (tmp_path / "scan.tif").write_bytes(tiff_of([rgb(0)[..., 0], rgb(1)[..., 0]]))
+    chosen = f"{tmp_path / 'scan.tif'}[1]"
+    answer = register(tmp_path / "black.jpg", chosen)
+    assert answer.fixed_size == (60, 40) and answer.moving_size == (90, 120)
+    write_registration(answer, tmp_path / "black.jpg", chosen, tmp_path / "out")
+    said = read_json(tmp_path / "out" / "transform.json")
+    assert "orientation tags" in said["pixel_frame"]
+    assert said["images"]["fixed"] == {"format": "JPEG", "orientation": 6}
+    assert said["images"]["moving"] == {"format": "TIFF", "orientation": 1, "page": 1}
+    assert load_transform(tmp_path / "out" / "transform.json").facts == said["images"]
+
+
+def test_an_answer_for_floats_is_drawn_and_stored(tmp_path):
+    shift = np.array([[1, 0, 4], [0, 1, 2], [0, 0, 1.0]])
+    sizes, floats = ((90, 120), (90, 120)), np.float32(rgb() / 255)
+    answer = Registration(shift, Verdict.OK, (), NO_MATCHES, *sizes, Evidence(), floats)
+    assert answer.warped.dtype == np.float32 and "<img" in answer._repr_html_()
+    write_registration(answer, floats, floats, tmp_path)
+    stored = read_image(tmp_path / "warped.png")
+    assert stored.dtype == np.uint16 and np.abs(stored / 65535 - answer.warped).max() < 1e-4

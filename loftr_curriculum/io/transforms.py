@@ -58,6 +58,7 @@ class TransformRecord:
     point_map: PointMap | None = None  # moving to fixed, where it says more than the matrix
     evidence: dict = field(default_factory=dict)  # the numbers behind the verdict
     files: tuple = ()  # names of the files that were written beside it
+    facts: dict = field(default_factory=dict)  # "fixed", "moving" -> what the image files say of themselves
 
 
 # %% ../../nbs/02_io/02_transforms.ipynb #dd839a59
@@ -125,6 +126,8 @@ def save_transform(
         "moving_size": record.moving_size,
         "size_order": "height, width",
         "pixel_centre": "the centre of the top-left pixel is (0, 0)",
+        "pixel_frame": "upright images: the orientation tags of the files (EXIF) are applied",
+        "images": record.facts,
         "verdict": record.verdict,
         "reasons": record.reasons,
         "map": whole_map(record),
@@ -170,6 +173,7 @@ def load_transform(
         point_map=_read_map(data.get("map"), path),
         evidence=dict(data.get("evidence") or {}),
         files=tuple(data.get("files") or ()),
+        facts=dict(data.get("images") or {}),
         **sizes,
     )
 

@@ -4,7 +4,6 @@
 
 # %% auto #0
 __all__ = [
-    "check_image",
     "open_image",
     "open_mask",
     "Frame",
@@ -21,7 +20,6 @@ __all__ = [
 
 # %% ../../nbs/06_registration/03_frames.ipynb #a1ff0229
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
@@ -34,50 +32,31 @@ from ..geometry import (
     resize_image,
     resize_matrix,
 )
-from ..io.images import ImageError, read_image
+from ..io.images import ImageError
+from ..io.inputs import as_picture
 from .config import RegistrationConfig
-
-
-# %% ../../nbs/06_registration/03_frames.ipynb #1f71eb93
-def check_image(
-    image: np.ndarray,  # array
-    name: str,  # how the error calls it
-) -> np.ndarray:  # (H, W) or (H, W, 3), uint8 or uint16
-    "The image itself; raises ImageError (a ValueError) where it is not an 8- or 16-bit grey or RGB image."
-    if not isinstance(image, np.ndarray):
-        raise ImageError(f"{name} image: expected a file path or a NumPy array, got {type(image).__name__}")
-    if image.dtype not in (np.uint8, np.uint16):
-        raise ImageError(f"{name} image: expected uint8 or uint16, got {image.dtype}")
-    grey = image.ndim == 2
-    colour = image.ndim == 3 and image.shape[2] == 3
-    if 0 in image.shape or not (grey or colour):
-        raise ImageError(f"{name} image: expected shape (H, W) or (H, W, 3), got {image.shape}")
-    return image
 
 
 # %% ../../nbs/06_registration/03_frames.ipynb #131d49a8
 def open_image(
-    image: str | Path | np.ndarray,  # file path or array
+    image,  # file path, NumPy array, PIL image or torch tensor, see `io.inputs.as_picture`
     name: str,  # how an error calls an array
-) -> np.ndarray:  # (H, W) or (H, W, 3), uint8 or uint16
-    "The pixels of a file, or the array itself."
-    if isinstance(image, (str, Path)):
-        return read_image(image)
-    return check_image(image, name)
+) -> np.ndarray:  # (H, W) or (H, W, 3), uint8, uint16 or float32 in [0, 1]
+    "The pixels of an image in any form; raises ImageError (a ValueError)."
+    return as_picture(image, name).pixels
 
 
 # %% ../../nbs/06_registration/03_frames.ipynb #c124af0b
 def open_mask(
-    mask: str | Path | np.ndarray | None,  # file path or array, None where there is none
+    mask,  # array of bools, or as in `open_image`; None where there is none
     size: tuple,  # (height, width) of its image
     name: str,  # "fixed" or "moving"
 ) -> np.ndarray | None:
     "A vessel mask; raises ImageError where it has another size than its image."
     if mask is None:
         return None
-    if isinstance(mask, (str, Path)):
+    if not isinstance(mask, np.ndarray):
         mask = open_image(mask, f"{name} mask")
-    mask = np.asarray(mask)
     if mask.shape[:2] != tuple(size):
         expected = f"expected the size of the {name} image {tuple(size)}"
         raise ImageError(f"{name} mask: {expected}, got {mask.shape[:2]}")
@@ -102,15 +81,20 @@ class Frame:
 
 # %% ../../nbs/06_registration/03_frames.ipynb #9ea91056
 def make_frame(
-    image: np.ndarray,  # (H, W) or (H, W, 3), uint8 or uint16
+    image: np.ndarray,  # (H, W) or (H, W, 3), uint8, uint16 or float32 in [0, 1]
     mask: np.ndarray | None,  # (H, W) vessel mask, bool, uint8 or float in [0, 1]
     long_side: int,  # px of the working frame
+    seen: np.ndarray | None = None,  # (H, W) bool, False where the image shows nothing; None: everywhere
 ) -> Frame:
-    "An image with its working frame."
+    "An image with its working frame. What is not seen is black and no part of the field of view."
     gray = to_gray(image)
+    if seen is not None:
+        gray = np.where(seen, gray, np.float32(0))
     size = fit_size(gray.shape, long_side)
     vessels = None if mask is None else to_gray(mask)
     field = estimate_fov(resize_image(gray, size))
+    if seen is not None:
+        field &= resize_image(seen, size)
     return Frame(gray, vessels, field, Affine(resize_matrix(gray.shape, size)))
 
 

@@ -39,13 +39,13 @@ from ..geometry import (
     map_from_matrix,
     resize_image,
 )
+from ..io.inputs import as_picture, storable
 from ..model.config import UNGUIDED, Guidance, Matches
 from .config import RegistrationConfig, Verdict
 from .frames import (
     Frame,
     make_frame,
     mirror_map,
-    open_image,
     open_mask,
     unusable,
     warp_to_fixed,
@@ -91,6 +91,7 @@ class Registration:
     point_map: PointMap | None = (
         None  # moving -> fixed, the whole map; None: that of the matrix, or no answer
     )
+    facts: dict = field(default_factory=dict)  # "fixed", "moving" -> what the files say of their images
 
     @classmethod
     def failed(
@@ -100,9 +101,11 @@ class Registration:
         moving_size: tuple,  # (height, width)
         evidence: Evidence = Evidence(),
         matches: JudgedMatches = NO_MATCHES,
+        facts: dict | None = None,  # as in the class
     ) -> "Registration":
         "No answer, and why."
-        return cls(None, Verdict.FAILED, tuple(reasons), matches, fixed_size, moving_size, evidence)
+        known = {"facts": facts or {}}
+        return cls(None, Verdict.FAILED, tuple(reasons), matches, fixed_size, moving_size, evidence, **known)
 
     def __post_init__(self):
         if self.point_map is None and self.moving_to_fixed is not None:
@@ -166,7 +169,8 @@ def describe_as_html(
     text = f"<pre>{escape(describe(r))}</pre>"
     if r.warped is None:
         return text
-    image = r.warped if r.warped.dtype == np.uint8 else np.uint8(r.warped >> 8)
+    image = storable(r.warped)
+    image = image if image.dtype == np.uint8 else np.uint8(image >> 8)
     small = resize_image(image, fit_size(image.shape[:2], SHOWN))
     png = cv2.imencode(".png", small if small.ndim == 2 else small[..., ::-1])[1].tobytes()
     source = f"data:image/png;base64,{base64.b64encode(png).decode()}"
@@ -192,21 +196,25 @@ class OpenPair:
     fixed_size: tuple  # (height, width), original
     moving_size: tuple  # (height, width), original
     moving_image: np.ndarray  # original pixels
+    facts: dict  # "fixed", "moving" -> what the files say of their images, see `io.images.Picture`
 
 
 def open_pair(
-    fixed: str | Path | np.ndarray,  # file path or array
-    moving: str | Path | np.ndarray,  # file path or array
+    fixed,  # image in any form that `io.inputs.as_picture` takes
+    moving,  # the same
     config: RegistrationConfig,
     fixed_mask=None,  # file path or array
     moving_mask=None,  # file path or array
 ) -> OpenPair:
     "Both images with their frames; raises ImageError for what is no image."
-    image0, image1 = open_image(fixed, "fixed"), open_image(moving, "moving")
+    picture0, picture1 = as_picture(fixed, "fixed"), as_picture(moving, "moving")
+    image0, image1 = picture0.pixels, picture1.pixels
     size0, size1 = image0.shape[:2], image1.shape[:2]
-    frame0 = make_frame(image0, open_mask(fixed_mask, size0, "fixed"), config.long_side)
-    frame1 = make_frame(image1, open_mask(moving_mask, size1, "moving"), config.long_side)
-    return OpenPair(frame0, frame1, size0, size1, image1)
+    mask0, mask1 = open_mask(fixed_mask, size0, "fixed"), open_mask(moving_mask, size1, "moving")
+    frame0 = make_frame(image0, mask0, config.long_side, picture0.seen)
+    frame1 = make_frame(image1, mask1, config.long_side, picture1.seen)
+    facts = {"fixed": picture0.facts, "moving": picture1.facts}
+    return OpenPair(frame0, frame1, size0, size1, image1, facts)
 
 
 # %% ../../nbs/06_registration/10_pair.ipynb #da60db04
@@ -216,7 +224,9 @@ def hopeless(
 ) -> Registration | None:
     "The answer for images that nobody can register; None where the matcher should be asked."
     reasons = unusable(pair.fixed, "fixed", config) + unusable(pair.moving, "moving", config)
-    return Registration.failed(reasons, pair.fixed_size, pair.moving_size) if reasons else None
+    if not reasons:
+        return None
+    return Registration.failed(reasons, pair.fixed_size, pair.moving_size, facts=pair.facts)
 
 
 # %% ../../nbs/06_registration/10_pair.ipynb #f87ab7eb
@@ -264,7 +274,7 @@ def answer_of(
     sizes = pair.fixed_size, pair.moving_size
     if outcome.verdict == Verdict.FAILED:
         matches = judged_matches(outcome, None, pair, config)
-        return Registration.failed(outcome.reasons, *sizes, outcome.evidence, matches)
+        return Registration.failed(outcome.reasons, *sizes, outcome.evidence, matches, pair.facts)
     point_map = map_of(outcome, pair)
     matches = judged_matches(outcome, point_map, pair, config)
     if config.transform == "similarity":
@@ -281,6 +291,7 @@ def answer_of(
         outcome.evidence,
         pair.moving_image,
         point_map,
+        pair.facts,
     )
 
 
@@ -299,8 +310,8 @@ def check_guidance_and_masks(
 
 # %% ../../nbs/06_registration/10_pair.ipynb #94ded588
 def register(
-    fixed: str | Path | np.ndarray,  # file path, or array (H, W) or (H, W, 3) RGB, uint8 or uint16
-    moving: str | Path | np.ndarray,  # the same, of any other size
+    fixed,  # file path, NumPy array, PIL image or torch tensor, see `io.inputs.as_picture`
+    moving,  # the same, of any other size
     *,
     matcher=None,  # object with `match(...)`, see `passes.match_views`; None: the packaged weights
     config: RegistrationConfig | None = None,  # None: its defaults
@@ -311,8 +322,10 @@ def register(
     """Find the map that brings the moving image onto the fixed one.
 
     Never raises for a hard pair and never guesses: where there is no answer the verdict is FAILED and
-    `moving_to_fixed` is None. Raises ImageError (a ValueError) for files and arrays that are no 8- or 16-bit
-    grey or RGB images. Raises ValueError for masks without guidance and the reverse, and for a matcher in
+    `moving_to_fixed` is None. An alpha channel is the field of view.
+
+    Raises ImageError (a ValueError) for files, arrays and tensors that are no grey or RGB images of 8 or 16
+    bits or floats in [0, 1]. Raises ValueError for masks without guidance and the reverse, and for a matcher in
     training mode, whose answers depend on the batch.
     """
     config, guidance = config or RegistrationConfig(), guidance or UNGUIDED

@@ -22,6 +22,7 @@ from ..geometry import fit_size, resize_image
 from ..io.exports import save_itk_files
 from ..io.files import refuse_to_overwrite
 from ..io.images import write_image
+from ..io.inputs import storable
 from ..io.transforms import TransformRecord, load_transform, save_transform
 from ..registration.frames import open_image, warp_to_fixed
 from .plots import (
@@ -132,7 +133,7 @@ def write_registration(
     save_figure(matches, draw_matches(result, fixed, moving))
     if result.moving_to_fixed is not None:
         save_itk_files(itk, bent, result.point_map, result.fixed_size)
-        write_image(warped, result.warped)
+        write_image(warped, storable(result.warped))
         write_image(board, draw_checkerboard(result, fixed, moving))
     save_transform(
         transform,
@@ -144,6 +145,7 @@ def write_registration(
             reasons=result.reasons,
             point_map=result.point_map,
             evidence=dict(result.evidence.to_dict()),
+            facts=result.facts,
             files=tuple(p.name for p in (itk, bent, warped, board, matches) if p.exists()),
         ),
     )
