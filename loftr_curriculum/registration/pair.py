@@ -325,8 +325,8 @@ def register(
     `moving_to_fixed` is None. An alpha channel is the field of view.
 
     Raises ImageError (a ValueError) for files, arrays and tensors that are no grey or RGB images of 8 or 16
-    bits or floats in [0, 1]. Raises ValueError for masks without guidance and the reverse, and for a matcher in
-    training mode, whose answers depend on the batch.
+    bits or floats in [0, 1]. Raises ValueError for masks without guidance and the reverse, and for a matcher
+    in training mode, whose answers depend on the batch.
     """
     config, guidance = config or RegistrationConfig(), guidance or UNGUIDED
     check_guidance_and_masks(fixed_mask, moving_mask, guidance)
