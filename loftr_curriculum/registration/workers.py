@@ -6,6 +6,7 @@
 __all__ = [
     "THREADS",
     "JOBS",
+    "PATIENCE",
     "DIED",
     "memory_mb",
     "Job",
@@ -267,6 +268,9 @@ class LocalProcesses(Crew):
 
 
 # %% ../../nbs/06_registration/13_workers.ipynb #9f20be30
+PATIENCE = 20  # seconds that a scheduler may take to answer
+
+
 def dask_client(
     address: str,  # of a scheduler, such as tcp://10.0.0.1:8786
 ):
@@ -277,7 +281,7 @@ def dask_client(
         needed = "pip install 'loftr_curriculum[cluster]'"
         raise ValueError(f"scheduler {address}: needs Dask distributed: {needed}") from None
     try:
-        return Client(address, timeout=20, set_as_default=False)
+        return Client(address, timeout=PATIENCE, set_as_default=False)
     except (OSError, ValueError) as error:
         raise ValueError(f"scheduler {address}: no scheduler answers there ({error})") from None
 
