@@ -42,6 +42,7 @@ class Cluster:
     def __init__(self, folder):
         self.folder, self.processes = folder, []
         (folder / "seen").mkdir()
+        (folder / "elsewhere").mkdir()
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.address = f"tcp://127.0.0.1:{free.getsockname()[1]}"
@@ -54,7 +55,7 @@ class Cluster:
         process = subprocess.Popen(
             [sys.executable, "-m", f"distributed.cli.{program}", *words],
             env=os.environ | more,
-            cwd=self.folder,
+            cwd=self.folder / "elsewhere",
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )
@@ -98,7 +99,8 @@ def test_a_cluster_that_loses_a_worker_answers_as_one_process(cluster, tmp_path)
         del os.environ["SEEN_BY"]
     workers = [cluster.add_worker(), cluster.add_worker()]
     batch = subprocess.Popen(
-        [sys.executable, "-c", BATCH, str(tmp_path), cluster.address],
+        [sys.executable, "-c", BATCH, cluster.address],
+        cwd=tmp_path,
         env=os.environ | {"PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "tests")))},
     )
     cluster.processes.append(batch)
@@ -119,9 +121,9 @@ import sys
 from pathlib import Path
 from test_many_cluster import Careful, QUICK
 from loftr_curriculum.registration import register_many
-folder = Path(sys.argv[1])
+folder = Path()
 count = register_many(
-    folder / "pairs.csv", folder / "many", matcher=Careful(), config=QUICK, scheduler=sys.argv[2], progress=False
+    folder / "pairs.csv", folder / "many", matcher=Careful(), config=QUICK, scheduler=sys.argv[1], progress=False
 )
 assert count == dict(ok=12, doubtful=0, failed=0, unreadable=1), count
 """

@@ -54,7 +54,7 @@ from concurrent.futures import (
     wait,
 )
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import cv2
 import torch
@@ -313,6 +313,7 @@ class DaskWorkers(Crew):
         self.client.close()
 
     def submit(self, pair: Pair) -> Future:
+        pair = replace(pair, folder=pair.folder.absolute())  # workers start in other folders
         return self.executor.submit(answer_pair, self.key, pair)
 
 

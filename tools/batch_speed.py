@@ -1,0 +1,138 @@
+"""Pairs a minute and memory of a batch with one process, with two, and with a Dask cluster on this machine.
+
+    python tools/batch_speed.py TABLE [--pairs N] [--dask]      TABLE: id, fixed, moving
+
+Each way registers the same N pairs with the packaged weights into a temporary folder. Prints one line a way:
+processes, pairs a minute, how many times the rate of one process, the largest memory of a process, start-up
+included and without. With --bookkeeping N it instead times what surrounds N registrations that cost nothing:
+the first start, and the start of a finished batch.
+"""
+
+import argparse
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+from loftr_curriculum.registration import register_many
+from loftr_curriculum.registration.journal import read_results
+from loftr_curriculum.registration.table import name_folders, read_batch
+
+
+def enough_pairs(table, n):
+    """The first n pairs of a table, repeated under other ids where it has fewer."""
+    pairs = read_batch(table)
+    return name_folders([replace(pairs[k % len(pairs)], id=f"{k}") for k in range(n)])
+
+
+def measure(pairs, folder, **how):
+    """Seconds with and without the start of the processes, and the largest memory of one, MB."""
+    start = time.perf_counter()
+    register_many(pairs, folder, progress=False, **how)
+    seconds = time.perf_counter() - start
+    rows = read_results(folder / "results.csv").values()
+    memory = max(int(row["memory_mb"] or 0) for row in rows)
+    return seconds, sum(float(row["seconds"]) for row in rows), memory
+
+
+@contextmanager
+def dask_cluster(workers, folder):
+    """The address of a scheduler with workers of one thread each, on the loopback."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    address = f"tcp://127.0.0.1:{port}"
+    scheduler = ["distributed.cli.dask_scheduler", "--host", "127.0.0.1", "--port", port, "--no-dashboard"]
+    worker = ["distributed.cli.dask_worker", address, "--nthreads", "1", "--no-dashboard", "--no-nanny"]
+    worker += ["--host", "127.0.0.1", "--local-directory", str(folder)]
+    started = [
+        subprocess.Popen([sys.executable, "-m", *words], stderr=subprocess.DEVNULL, env=one_thread_each())
+        for words in (scheduler, *[worker] * workers)
+    ]
+    try:
+        yield address
+    finally:
+        for process in started:
+            process.terminate()
+        for process in started:
+            process.wait()
+
+
+def one_thread_each():
+    return os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+
+
+def say(name, pairs, seconds, work, memory, base):
+    rate = 60 * len(pairs) / seconds
+    faster = "" if base is None else f", {rate / base:.2f} times one process"
+    print(
+        f"{name}: {rate:.1f} pairs a minute{faster}; {work / len(pairs):.2f} s a pair, "
+        f"largest process {memory} MB",
+        flush=True,
+    )
+    return rate
+
+
+class Nothing:
+    """A matcher that finds nothing, at once."""
+
+    def match(self, image0, image1, **rest):
+        import numpy as np
+
+        from loftr_curriculum.model.config import Matches
+
+        return [Matches(np.empty((0, 2)), np.empty((0, 2)), np.empty(0))]
+
+
+def bookkeeping(n):
+    """Start of a batch of n pairs whose files are missing, and of one that is finished."""
+    import loftr_curriculum.registration.workers as workers
+    from loftr_curriculum.registration.config import RegistrationConfig
+    from loftr_curriculum.registration.pair import Registration
+
+    folder = Path(tempfile.mkdtemp())
+    rows = "".join(f"{k},f{k}.png,m{k}.png\n" for k in range(n))
+    (folder / "pairs.csv").write_text("id,fixed,moving\n" + rows)
+    answer = Registration.failed(("nothing was tried",), (100, 100), (100, 100))
+    workers.register = lambda *images, **how: answer
+    for name in ("first run", "finished batch"):
+        start = time.perf_counter()
+        register_many(
+            folder / "pairs.csv",
+            folder / "out",
+            matcher=Nothing(),
+            config=RegistrationConfig(),
+            progress=False,
+        )
+        print(f"{n} pairs, {name}: {time.perf_counter() - start:.1f} s", flush=True)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("table", nargs="?")
+    parser.add_argument("--pairs", type=int, default=40, help="pairs that each way registers")
+    parser.add_argument("--dask", action="store_true", help="also on a Dask cluster with two workers")
+    parser.add_argument("--bookkeeping", type=int, help="time the start of so many pairs instead")
+    a = parser.parse_args()
+    if a.bookkeeping:
+        bookkeeping(a.bookkeeping)
+        return
+    if a.table is None:
+        parser.error("expected a table of pairs, or --bookkeeping")
+    pairs = enough_pairs(a.table, a.pairs)
+    with tempfile.TemporaryDirectory() as d:
+        folder = Path(d)
+        one = say("1 process", pairs, *measure(pairs, folder / "1"), None)
+        say("2 processes", pairs, *measure(pairs, folder / "2", workers=2), one)
+        if a.dask:
+            with dask_cluster(2, folder) as address:
+                say("2 Dask workers", pairs, *measure(pairs, folder / "d", scheduler=address), one)
+
+
+if __name__ == "__main__":
+    main()
