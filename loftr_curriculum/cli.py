@@ -7,6 +7,7 @@ __all__ = [
     "UNKNOWN_KEY",
     "EXIT",
     "COMMANDS",
+    "ENDED",
     "field_comments",
     "describe",
     "add_settings",
@@ -188,6 +189,9 @@ def parse(
         w.partition("=")[0][2:] for w in argv if w.startswith("--") and w.partition("=")[0][2:] not in known
     ]
     refuse_classes(argv)
+    with_nul = [word for word in argv if "\0" in word]
+    if with_nul:
+        raise ValueError(f"{with_nul[0]!r}: expected a path without a NUL character")
     if strange:
         raise ValueError(
             "; ".join(f"unknown flag --{f}, the nearest is --{nearest(f, known)}" for f in strange)
@@ -815,7 +819,7 @@ Registers retinal images of one eye across modalities.
 {rows}
 
 loftr-curriculum COMMAND --help lists what a command can be told, by flags or in a YAML file (--config).
-Exit codes: 0 done or ok, 3 doubtful, 4 failed, 2 bad input, 130 interrupted."""
+Exit codes: 0 done or ok, 3 doubtful, 4 failed, 2 bad input, 130 interrupted, 129 or 143 ended by a signal."""
 
 
 # %% ../nbs/12_cli/00_cli.ipynb #743e63ff
@@ -843,12 +847,15 @@ def _complain(name, message):
 
 
 # %% ../nbs/12_cli/00_cli.ipynb #fd882b68
-def _interrupted(argv):
+ENDED = (129, 143)  # exit statuses after SIGHUP and SIGTERM
+
+
+def _interrupted(argv, status=130):
     more = (
         f"; the same command goes on where it stopped: {_again(*argv)}" if COMMANDS[argv[0]].resumes else ""
     )
     print(f"\ninterrupted{more}", file=sys.stderr)
-    return 130
+    return status
 
 
 # %% ../nbs/12_cli/00_cli.ipynb #9731c784
@@ -873,6 +880,8 @@ def main(
     except KeyboardInterrupt:
         return _interrupted(argv)
     except SystemExit as e:
+        if e.code in ENDED:
+            return _interrupted(argv, e.code)
         return _interrupted(argv) if isinstance(e.__context__, KeyboardInterrupt) else e.code or 0
     except (ValueError, OSError) as e:
         return _complain([name], e)

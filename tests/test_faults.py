@@ -15,11 +15,13 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from loftr_curriculum.io.files import FileError
+from loftr_curriculum.cli import main
+from loftr_curriculum.io.files import FileError, read_bytes
 from loftr_curriculum.io.lock import LOCK, only_run
 from loftr_curriculum.model.config import MatcherConfig
 from loftr_curriculum.model.matcher import Matcher
 from loftr_curriculum.model.weights import load_matcher, save_matcher
+from loftr_curriculum.registration.many import register_many
 
 ROOT = Path(__file__).parents[1]
 COMMAND = "import sys; from loftr_curriculum.cli import main; sys.exit(main())"
@@ -64,16 +66,6 @@ def start(*words, code=COMMAND) -> subprocess.Popen:
         start_new_session=True,
         env=environment(),
     )
-
-
-def run(*words, code=COMMAND, timeout=120) -> tuple:
-    "Exit status and everything that was said."
-    process = start(*words, code=code)
-    try:
-        said = process.communicate(timeout=timeout)[0]
-    finally:
-        process.kill()
-    return process.returncode, said
 
 
 def wait_for(path, process, seconds=60):
@@ -136,7 +128,7 @@ def to_a_loader(process, number):
 
 SIGNALS = [
     pytest.param(as_timeout_does, "SIGTERM", {143}, id="timeout"),
-    pytest.param(to_group, "SIGHUP", {129}, id="hang-up"),
+    pytest.param(to_group, "SIGHUP", {129}, id="hang-up", marks=pytest.mark.slow),
     pytest.param(to_parent, "SIGTERM", {143}, id="parent", marks=pytest.mark.slow),
     pytest.param(to_a_loader, "SIGTERM", {2}, id="child", marks=pytest.mark.slow),
     pytest.param(to_parent, "SIGHUP", {129}, id="hang-up-parent", marks=pytest.mark.slow),
@@ -206,15 +198,16 @@ def test_a_batch_that_is_told_to_end_leaves_its_transforms(table, tmp_path, name
 
 
 @unix
-def test_a_second_batch_and_a_second_training_in_one_folder_are_turned_away(table, tiny, tmp_path):
+def test_a_second_batch_and_a_second_training_in_one_folder_are_turned_away(
+    complaint, table, tiny, matcher, tmp_path
+):
     out = tmp_path / "out"
     process = start(table, out, code=BATCH)
     wait_for(out / "maps.jsonl", process)
-    status, said = run(table, out, code=BATCH)
-    assert status == 1 and f"another run works on this folder (process {process.pid}" in said
-    status, said = run("train", "--config", tiny, "--out", out)
-    assert status == 2
-    assert said.splitlines()[-1].startswith(f"loftr-curriculum train: error: {out}: another run works")
+    with pytest.raises(FileError, match=rf"another run works on this folder \(process {process.pid} "):
+        register_many(table, out, matcher=matcher, progress=False)
+    said = complaint("train", "--config", tiny, "--out", out)
+    assert said.startswith(f"loftr-curriculum train: error: {out}: another run works on this folder")
     process.kill()
     process.wait()
     assert (out / LOCK).exists(), "a killed process was meant to leave its file"
@@ -366,7 +359,10 @@ def broken_checkpoint(path, how, checkpoint):
         torch.save({"state_dict": {"a": 1}}, path)
 
 
-@pytest.mark.parametrize("how", ["empty", "cut off", "malicious", "text", "a list", "of other things"])
+BROKEN = ["empty", "cut off", "malicious", "text", "a list", "of other things"]
+
+
+@pytest.mark.parametrize("how", BROKEN)
 def test_a_broken_checkpoint_is_named_and_no_code_of_it_is_run(tmp_path, checkpoint, how):
     path = tmp_path / "last.ckpt"
     broken_checkpoint(path, how, checkpoint)
@@ -375,3 +371,171 @@ def test_a_broken_checkpoint_is_named_and_no_code_of_it_is_run(tmp_path, checkpo
     said = str(caught.value)
     assert said.startswith(f"{path}: expected a ") and "\n" not in said
     assert "weights_only" not in said and not (tmp_path / "run").exists()
+
+
+@pytest.fixture
+def complaint(capsys):
+    "Runs the command line; the one line that it complains in, after exit status 2."
+
+    def ask(*words):
+        assert main([str(word) for word in words]) == 2
+        lines = capsys.readouterr().err.strip().splitlines()
+        assert len(lines) == 1, lines
+        assert lines[0].startswith(f"loftr-curriculum {words[0]}: error: ")
+        return lines[0]
+
+    return ask
+
+
+@pytest.fixture
+def picture(tmp_path):
+    scene = np.random.default_rng(0).integers(0, 255, (160, 160), np.uint8)
+    cv2.imwrite(str(tmp_path / "a.png"), cv2.GaussianBlur(scene, (0, 0), 3))
+    return tmp_path / "a.png"
+
+
+STRAIGHT = {"moving_to_fixed": [[1, 0, 0], [0, 1, 0], [0, 0, 1]], "fixed_size": [10, 10]}
+TRANSFORMS = {
+    "nested": "[" * 200_000,
+    "huge": json.dumps(STRAIGHT | {"fixed_size": [1_000_000, 1_000_000]}),
+    "reasons": json.dumps(STRAIGHT | {"reasons": 5}),
+    "versions": json.dumps(STRAIGHT | {"versions": [1]}),
+    "map": json.dumps(STRAIGHT | {"map": [1]}),
+}
+
+
+@pytest.mark.parametrize("text", TRANSFORMS.values(), ids=TRANSFORMS)
+def test_a_transform_file_of_another_kind_is_named(complaint, picture, tmp_path, text):
+    path = tmp_path / "transform.json"
+    path.write_text(text)
+    assert f"error: {path}: " in complaint("warp", picture, path, "--out", tmp_path / "warped.png")
+    assert not (tmp_path / "warped.png").exists()
+
+
+@pytest.mark.parametrize(
+    "flag, value",
+    [
+        ("cells", 100_000_000),
+        ("min_overlap", -5),
+        ("ok_spread", 7),
+        ("nudge", 1e9),
+        ("sure_inliers", -3),
+        ("limits.scale", 0),
+        ("device", "cuda:77"),
+        ("device", "meta"),
+        ("device", "nowhere"),
+    ],
+)
+def test_a_setting_that_cannot_work_is_named_before_any_work(complaint, picture, tmp_path, flag, value):
+    said = complaint("register", picture, picture, "--out", tmp_path / "out", f"--{flag}", value)
+    assert flag.partition(".")[0] in said and str(value).rstrip("0") in said
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_path_with_a_nul_is_named(complaint, picture, tmp_path):
+    for words in (("register", "a\0b", picture), ("register", picture, picture, "--weights", "a\0b")):
+        assert "'a\\x00b'" in complaint(*words, "--out", tmp_path / "out")
+    with pytest.raises(FileError, match="a.x00b': no file has such a name"):
+        read_bytes("a\0b")
+    with pytest.raises(FileError, match="a.x00b': expected a folder without a NUL"), only_run("a\0b"):
+        pass
+
+
+def test_a_field_of_a_table_that_is_too_long_is_named(complaint, tmp_path):
+    path = tmp_path / "pairs.csv"
+    path.write_text("id,fixed,moving\n" + "x" * 200_000 + ",a.png,a.png\n")
+    assert f"{path}: line 2" in complaint("register-many", path, "--out", tmp_path / "out")
+
+
+def cut_off(path):
+    path.write_bytes(path.read_bytes()[:100])
+
+
+def emptied(path):
+    path.write_bytes(b"")
+
+
+def incomplete(path):
+    np.savez(path, look=1)
+
+
+def another_array(path):
+    with open(path, "wb") as file:
+        np.save(file, np.zeros(3))
+
+
+@pytest.mark.parametrize("spoil", [cut_off, emptied, incomplete, another_array])
+@pytest.mark.parametrize("name", ["probes.npz", "epoch_0000.npz"])
+def test_a_spoilt_recording_is_named(complaint, tmp_path, name, spoil):
+    folder = tmp_path / "recording"
+    folder.mkdir()
+    planes = {f"{n}_0": np.zeros((4, 4)) for n in ("image0", "image1", "fov0", "fov1", "mask0", "mask1")}
+    np.savez(folder / "probes.npz", names=["a"], kinds=["b"], fixed_to_moving=np.eye(3)[None], **planes)
+    np.savez(folder / "epoch_0000.npz", look=1)
+    spoil(folder / name)
+    assert f"error: {folder / name}: " in complaint("diagnose", tmp_path)
+
+
+FACTS = {
+    "configuration": {"config": 3},
+    "data": {"config": {"data": 3}},
+    "steps": {"steps": "many"},
+    "before": {"before": [1]},
+    "twice before": {"before": {"before": "x"}},
+}
+
+
+@pytest.mark.parametrize("facts", FACTS.values(), ids=FACTS)
+def test_strange_facts_of_weights_are_named(complaint, tmp_path, matcher, facts):
+    path = tmp_path / "a.safetensors"
+    save_matcher(path, matcher, facts)
+    assert f"error: {path}: expected numbers and objects among the facts" in complaint("weights", path)
+
+
+@pytest.mark.parametrize("more", [{}, {"train": {"data": 3}}], ids=["no training", "a strange one"])
+def test_weights_without_training_facts_have_a_card(tmp_path, capsys, checkpoint, more):
+    settings = checkpoint["hyper_parameters"] | more
+    torch.save(checkpoint | {"hyper_parameters": settings}, tmp_path / "a.ckpt")
+    assert main(["weights", str(tmp_path / "a.ckpt")]) == 0
+    assert "not told by the file" in capsys.readouterr().out
+
+
+CONFIGS = {
+    "list": "[1]",
+    "number": "3",
+    "data": '{"data": 3}',
+    "files": '{"init": 3}',
+    "nested": "[" * 100_000,
+    "empty": "",
+    "cut off": "{",
+}
+
+
+@pytest.mark.parametrize("text", CONFIGS.values(), ids=CONFIGS)
+def test_a_configuration_of_another_kind_in_the_folder_of_a_run_is_named(complaint, tiny, tmp_path, text):
+    out = tmp_path / "run"
+    out.mkdir()
+    (out / "last.ckpt").write_bytes(b"x")
+    (out / "config.json").write_text(text)
+    assert f"error: {out / 'config.json'}: " in complaint("train", "--config", tiny, "--out", out)
+
+
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory):
+    "The folder of a run of one short epoch, and the words that go on with it."
+    folder = tmp_path_factory.mktemp("begun")
+    (folder / "tiny.yaml").write_text(TINY.replace("CACHE", str(folder / "eyes")))
+    words = ["--data.workers", "0", "--data.pairs_per_epoch", "4", "--epochs", "1"]
+    words = ["train", "--config", str(folder / "tiny.yaml"), "--out", str(folder / "run"), *words]
+    assert main(words) == 0
+    return folder / "run", words
+
+
+@pytest.mark.parametrize("how", BROKEN)
+def test_a_run_names_a_broken_last_checkpoint_and_runs_nothing_of_it(complaint, begun, checkpoint, how):
+    out, words = begun
+    broken_checkpoint(out / "last.ckpt", how, checkpoint)
+    said = complaint(*words)
+    assert f"error: {out / 'last.ckpt'}: expected a" in said
+    assert "weights_only" not in said and "torch.load" not in said
+    assert not (out / "run").exists()

@@ -17,6 +17,7 @@ __all__ = [
     "write_epoch",
     "EpochRecord",
     "read_epoch",
+    "probes_in",
     "read_probes",
     "Recording",
     "summary",
@@ -30,13 +31,15 @@ __all__ = [
 ]
 
 # %% ../../nbs/07_evaluation/07_recording.ipynb #f1e99bf3
+import io
 from dataclasses import dataclass, fields
+from functools import wraps
 from pathlib import Path
 
 import numpy as np
 
 from ..geometry import invert
-from ..io.files import FileError, atomic_path
+from ..io.files import FileError, atomic_path, read_bytes
 from ..model.config import Matches
 from .collapse import (
     THRESHOLD,
@@ -219,17 +222,37 @@ class EpochRecord:
 # %% ../../nbs/07_evaluation/07_recording.ipynb #50400851
 def _load(path):
     try:
-        with np.load(path, allow_pickle=False) as data:
-            return {k: data[k] for k in data.files}
-    except FileNotFoundError:
+        arrays = np.load(io.BytesIO(read_bytes(path)), allow_pickle=False)
+        return {k: arrays[k] for k in arrays.files}
+    except FileError:
+        if Path(path).exists():
+            raise
         raise FileError(
             f"{path}: no such file; is this the folder of a training run with record_every above 0?"
         ) from None
-    except (OSError, ValueError, EOFError) as e:
-        raise FileError(f"{path}: expected a file of a recording ({e})") from None
+    except Exception:  # a broken archive fails in many ways
+        raise FileError(f"{path}: expected a file of a recording, this one is cut off or damaged") from None
+
+
+def _in_recording(make):
+    "The function of a path that makes its answer of a file; FileError where the file lacks something."
+
+    @wraps(make)
+    def made(path):
+        try:
+            return make(path)
+        except (KeyError, IndexError, TypeError, AttributeError) as error:
+            raise FileError(f"{path}: expected a file of a recording, it lacks {error}") from None
+        except ValueError as error:
+            if isinstance(error, FileError):
+                raise
+            raise FileError(f"{path}: expected a file of a recording ({error})") from None
+
+    return made
 
 
 # %% ../../nbs/07_evaluation/07_recording.ipynb #e9c1dd72
+@_in_recording
 def read_epoch(
     path,  # epoch_NNNN.npz
 ) -> EpochRecord:
@@ -253,11 +276,12 @@ def read_epoch(
 
 
 # %% ../../nbs/07_evaluation/07_recording.ipynb #e3929573
-def read_probes(
-    folder,  # of the recording
+@_in_recording
+def probes_in(
+    path,  # probes.npz
 ) -> list:  # of Probe
-    "The pairs of a recording; raises FileError."
-    a = _load(Path(folder) / "probes.npz")
+    "The pairs in a file; raises FileError that names it."
+    a = _load(path)
 
     def part(k):
         return [a[f"{name}_{k}"] for name in ("image0", "image1", "fov0", "fov1", "mask0", "mask1")]
@@ -266,6 +290,13 @@ def read_probes(
         Probe(str(name), str(kind), *part(k), T if np.isfinite(T).all() else None)
         for k, (name, kind, T) in enumerate(zip(a["names"], a["kinds"], a["fixed_to_moving"]))
     ]
+
+
+def read_probes(
+    folder,  # of the recording
+) -> list:  # of Probe
+    "The pairs of a recording; raises FileError."
+    return probes_in(Path(folder) / "probes.npz")
 
 
 # %% ../../nbs/07_evaluation/07_recording.ipynb #37c71f4e

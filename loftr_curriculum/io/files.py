@@ -122,6 +122,8 @@ def read_json(
         return json.loads(data.decode("utf-8-sig"))
     except (UnicodeDecodeError, json.JSONDecodeError) as e:
         raise FileError(f"{path}: expected JSON, {e}") from None
+    except RecursionError:
+        raise FileError(f"{path}: expected JSON, this one is nested too deeply") from None
 
 
 # %% ../../nbs/02_io/00_files.ipynb #7c1d90a2

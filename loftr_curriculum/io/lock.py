@@ -111,6 +111,8 @@ def only_run(
     Raises FileError where another one does, or where the folder cannot be written.
     Where the system has no such locks (Windows, some network drives), nothing is locked."""
     path = Path(folder) / LOCK
+    if "\0" in str(path):
+        raise FileError(f"{str(folder)!r}: expected a folder without a NUL character")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor = open_locked(path)

@@ -27,6 +27,7 @@ import loftr_curriculum
 
 from ..geometry import PointMap, map_from_dict, map_from_matrix
 from .files import FileError, atomic_path, read_json, write_json
+from .images import MOST_PIXELS
 
 # %% ../../nbs/02_io/02_transforms.ipynb #55423b3d
 DIRECTION = "moving_to_fixed"
@@ -147,8 +148,25 @@ def _size(
     if value is None:
         return None
     if isinstance(value, (list, tuple)) and len(value) == 2 and all(type(v) is int and v > 0 for v in value):
+        if value[0] * value[1] > MOST_PIXELS:
+            raise FileError(
+                f"{path}: expected {name} of at most {MOST_PIXELS:,} pixels, got {str(value)[:60]}"
+            )
         return tuple(value)
-    raise FileError(f"{path}: expected {name} to be [height, width], got {value!r}")
+    raise FileError(f"{path}: expected {name} to be [height, width], got {str(value)[:60]}")
+
+
+def _optional(
+    data,  # dict as read
+    name,  # of the field
+    kind,  # list or dict
+    path,  # for the error
+):  # an empty one where there is none
+    "A field that may be missing; raises FileError where it is something else."
+    value = data.get(name) or kind()
+    if not isinstance(value, kind):
+        raise FileError(f"{path}: expected {name} to be a {kind.__name__}, got {str(value)[:60]}")
+    return value
 
 
 # %% ../../nbs/02_io/02_transforms.ipynb #98156622
@@ -168,12 +186,12 @@ def load_transform(
     return TransformRecord(
         matrix,
         verdict=data.get("verdict"),
-        reasons=tuple(data.get("reasons") or ()),
-        versions=dict(data.get("versions") or {}),
+        reasons=tuple(_optional(data, "reasons", list, path)),
+        versions=_optional(data, "versions", dict, path),
         point_map=_read_map(data.get("map"), path),
-        evidence=dict(data.get("evidence") or {}),
-        files=tuple(data.get("files") or ()),
-        facts=dict(data.get("images") or {}),
+        evidence=_optional(data, "evidence", dict, path),
+        files=tuple(_optional(data, "files", list, path)),
+        facts=_optional(data, "images", dict, path),
         **sizes,
     )
 

@@ -9,6 +9,8 @@ __all__ = [
     "FORMAT",
     "CHECKSUM",
     "HUB_FILE",
+    "NUMBERS",
+    "MOST_RUNS",
     "LARGEST",
     "make_matcher",
     "checksum_of",
@@ -21,6 +23,8 @@ __all__ = [
     "open_checkpoint",
     "tensors_in",
     "object_in",
+    "refuse_strange_facts",
+    "refuse_strange_run",
     "is_of_kind",
     "config_from",
     "refuse_other_shapes",
@@ -280,13 +284,49 @@ def object_in(
     return value
 
 
+NUMBERS = ("steps", "pairs", "seconds", "epochs", "kept_epoch")  # among the facts
+
+
+MOST_RUNS = 100  # behind one file, each of which went on from the one before
+
+
+def refuse_strange_facts(
+    facts,  # what a file says about a training
+    path,  # of the file, for the error
+) -> None:
+    "FileError where a fact that the package reads is of another kind; all others are free."
+    for _ in range(MOST_RUNS):
+        refuse_strange_run(facts, path)
+        facts = facts.get("before")
+        if not facts:
+            return
+    raise FileError(f"{path}: expected the facts of at most {MOST_RUNS} runs")
+
+
+def refuse_strange_run(
+    facts,  # of one run
+    path,  # of the file, for the error
+) -> None:
+    "The same for one run."
+    wrong = [n for n in NUMBERS if not isinstance(facts.get(n, 0), (int, float, type(None)))]
+    wrong += [n for n in ("config", "val", "before") if not isinstance(facts.get(n, {}), dict)]
+    if not wrong and not isinstance((facts.get("config") or {}).get("data", {}), dict):
+        wrong = ["data"]
+    if wrong:
+        raise FileError(
+            f"{path}: expected numbers and objects among the facts, other values in {', '.join(wrong)}"
+        )
+
+
 def _safetensors(path):
     meta, state = _open_safetensors(path)
     found = meta.get("format", "")
     if found == FORMAT:
         if meta.get(CHECKSUM, "") not in ("", checksum_of(state)):
             raise FileError(f"{path}: the weights are damaged, their checksum disagrees; fetch the file anew")
-        return object_in(meta, "config", path), state, object_in(meta, "facts", path)
+        facts = object_in(meta, "facts", path)
+        refuse_strange_facts(facts, path)
+        return object_in(meta, "config", path), state, facts
     if found.startswith(FORMAT[:-1]):
         raise FileError(
             f"{path}: weights of format {found}, another network than that of {FORMAT}; train them anew"

@@ -26,7 +26,6 @@ __all__ = [
     "score_real",
     "runs_of",
     "totals",
-    "facts_from",
     "training_text",
     "scores_text",
     "card_of",
@@ -60,6 +59,7 @@ from ..registration.config import RegistrationConfig, Verdict
 from ..registration.many import fingerprint
 from ..registration.pair import register
 from ..retina.config import GENERATOR_VERSION, MODES
+from ..training.history import facts_from
 from .study import begun, hardware, resample
 
 
@@ -348,34 +348,6 @@ def totals(
     first_config = runs[0].get("config") or {}
     sums = {key: sum(run.get(key, 0) for run in runs) for key in ("steps", "pairs", "seconds")}
     return sums | dict(complete=told and not first_config.get("init"))
-
-
-# %% ../../nbs/11_studies/11_card.ipynb #ad35892b
-def facts_from(
-    path,  # weights file or checkpoint
-    facts,  # `matcher.facts` as loaded
-) -> dict:  # with pairs, steps, seconds, where these are told
-    """The facts of a weights file.
-
-    Those of a checkpoint are read from what it carries, and from `before.json` in the folder of its run."""
-    if "global_step" not in facts:
-        return facts
-    import torch
-
-    saved = torch.load(path, map_location="cpu", weights_only=True)
-    config = saved["hyper_parameters"]["train"]
-    watch = (saved.get("callbacks") or {}).get("Stopwatch", {})
-    told = dict(
-        config=config,
-        steps=facts["global_step"],
-        pairs=facts["global_step"] * config["data"]["batch_size"],
-        seconds=round(watch.get("seconds", 0)),
-        epochs=facts["epoch"] + 1,
-    )
-    before = Path(path).with_name("before.json")
-    if before.is_file():
-        told["before"] = read_json(before)
-    return told
 
 
 # %% ../../nbs/11_studies/11_card.ipynb #394c2e5d

@@ -4,9 +4,11 @@
 
 # %% auto #0
 __all__ = [
+    "HELD",
     "MOMENT",
     "not_written",
     "AtomicCheckpointIO",
+    "refuse_other_checkpoint",
     "polite_stop",
     "no_process_left",
     "LastCheckpoint",
@@ -29,6 +31,7 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from ..io.files import FileError, atomic_path
 from ..io.lock import heeded
+from ..model.weights import open_checkpoint, refuse_endless
 from .callbacks import say
 from .history import RunFolder
 
@@ -49,7 +52,7 @@ def not_written(
 
 # %% ../../nbs/09_training/11_resume.ipynb #0be2618e
 class AtomicCheckpointIO(TorchCheckpointIO):
-    "A checkpoint is there as a whole, or it is the one that was there before."
+    "A checkpoint is there as a whole, or it is the one that was there before; nothing in it is run."
 
     def save_checkpoint(self, checkpoint, path, storage_options=None):
         try:
@@ -57,6 +60,38 @@ class AtomicCheckpointIO(TorchCheckpointIO):
                 torch.save(checkpoint, half)
         except (OSError, RuntimeError) as error:
             raise FileError(not_written(Path(path), error)) from error
+
+    def load_checkpoint(self, path, map_location=None, weights_only=True):
+        return open_checkpoint(path)
+
+
+# %% ../../nbs/09_training/11_resume.ipynb #e1f00c04
+HELD = (
+    "pytorch-lightning_version",
+    "epoch",
+    "global_step",
+    "loops",
+    "callbacks",
+    "optimizer_states",
+    "lr_schedulers",
+)
+
+
+def refuse_other_checkpoint(
+    saved,  # dict, as read
+    module,  # PL_LoFTR that shall go on
+    path,  # of the checkpoint, for the error
+) -> None:
+    "FileError where a run cannot go on from it."
+    lacking = [name for name in HELD if name not in saved]
+    if lacking:
+        raise FileError(f"{path}: expected a checkpoint of a training run, it lacks {', '.join(lacking)}")
+    state = saved.get("state_dict")
+    wanted = {name: tensor.shape for name, tensor in module.state_dict().items()}
+    good = isinstance(state, dict) and all(isinstance(tensor, torch.Tensor) for tensor in state.values())
+    if not good or {name: tensor.shape for name, tensor in state.items()} != wanted:
+        raise FileError(f"{path}: expected the weights of this run, it holds others")
+    refuse_endless(state, path)
 
 
 # %% ../../nbs/09_training/11_resume.ipynb #03c77842

@@ -9,6 +9,7 @@ __all__ = [
     "FILES",
     "what_counts",
     "is_elsewhere",
+    "config_written",
     "claim_folder",
     "computes_bf16",
     "precision_of",
@@ -45,9 +46,9 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from ..data.module import PairDataModule
-from ..io.files import read_json, write_json
+from ..io.files import FileError, read_json, write_json
 from ..io.lock import end_in_order, only_run
-from ..model.weights import SHIPPED, load_matcher, order_for_cpu, save_matcher
+from ..model.weights import SHIPPED, load_matcher, open_checkpoint, order_for_cpu, save_matcher
 from ..retina.config import GENERATOR_VERSION
 from .callbacks import (
     BestWhenIndependent,
@@ -67,7 +68,13 @@ from .history import (
 )
 from .module import PL_LoFTR
 from .recorder import MatchRecorder, ProbeSources
-from .resume import AtomicCheckpointIO, LastCheckpoint, no_process_left, polite_stop
+from .resume import (
+    AtomicCheckpointIO,
+    LastCheckpoint,
+    no_process_left,
+    polite_stop,
+    refuse_other_checkpoint,
+)
 
 # %% ../../nbs/09_training/06_run.ipynb #88751c31
 # fields that may differ when a run is resumed: what only watches changes no weight
@@ -110,6 +117,23 @@ def is_elsewhere(
     return init not in (None, SHIPPED) and not Path(init).exists()
 
 
+# %% ../../nbs/09_training/06_run.ipynb #e1f00c02
+def config_written(
+    path,  # config.json of a run
+) -> dict:
+    "The configuration of the run in a folder; FileError where it is something else."
+    found = read_json(path)
+    good = isinstance(found, dict) and isinstance(found.get("data", {}), dict)
+    if good:
+        files = [found.get("init"), *(found.get("data", {}).get(name) for name in ("triplets", "pairs"))]
+        good = all(isinstance(name, (str, type(None))) for name in files)
+    if not good:
+        raise FileError(
+            f"{path}: expected the configuration of a training run, a JSON object with its fields"
+        )
+    return found
+
+
 # %% ../../nbs/09_training/06_run.ipynb #de38adc5
 def claim_folder(
     config,  # TrainConfig
@@ -123,7 +147,7 @@ def claim_folder(
         folder.path.mkdir(parents=True, exist_ok=True)
         write_json(folder.config, mine)
         return folder
-    theirs, ours = what_counts(read_json(folder.config)), what_counts(mine)
+    theirs, ours = what_counts(config_written(folder.config)), what_counts(mine)
     differ = ", ".join(k for k in ours if theirs.get(k) != ours[k])
     if differ:
         raise ValueError(
@@ -380,13 +404,18 @@ def keep_weights(
 @contextmanager
 def own_folder(
     config,  # TrainConfig
+    module,  # PL_LoFTR that the last checkpoint is for
 ):
     """Inside, no other run works in the folder; yields its RunFolder.
 
+    Raises FileError where the last checkpoint is none of this run.
     Of a run on several GPUs, the first process holds the folder for all."""
     lock = only_run(config.out) if pl.utilities.rank_zero_only.rank == 0 else nullcontext()
     with lock:
-        yield claim_folder(config)
+        folder = claim_folder(config)
+        if folder.last.is_file():
+            refuse_other_checkpoint(open_checkpoint(folder.last), module, folder.last)
+        yield folder
 
 
 # %% ../../nbs/09_training/06_run.ipynb #e14bd8ac
@@ -406,7 +435,7 @@ def train(
         watch = callbacks_of(config, Path(config.out))
         data = PairDataModule(config.data)
         module = module_of(config, RunFolder(Path(config.out)).last)
-        with own_folder(config) as folder:
+        with own_folder(config, module) as folder:
             keep_before(folder.path, config, module.matcher)
             data.setup()
             if not torch.cuda.is_available():
