@@ -1667,6 +1667,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                          'loftr_curriculum/registration/table.py'),
                                                      'loftr_curriculum.registration.table.by_key': ( '06_registration/table.html#by_key',
                                                                                                      'loftr_curriculum/registration/table.py'),
+                                                     'loftr_curriculum.registration.table.check_pairs': ( '06_registration/table.html#check_pairs',
+                                                                                                          'loftr_curriculum/registration/table.py'),
                                                      'loftr_curriculum.registration.table.describe_pairs': ( '06_registration/table.html#describe_pairs',
                                                                                                              'loftr_curriculum/registration/table.py'),
                                                      'loftr_curriculum.registration.table.faults_of': ( '06_registration/table.html#faults_of',

@@ -24,7 +24,7 @@ from loftr_curriculum.registration.journal import (
     read_results,
 )
 from loftr_curriculum.registration.many import Shard, merge_shards
-from loftr_curriculum.registration.table import find_pairs, read_batch
+from loftr_curriculum.registration.table import Pair, find_pairs, read_batch
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -433,3 +433,32 @@ def test_shards_of_other_settings_are_not_merged(tmp_path):
         merge_shards(table, out)
     with pytest.raises(FileError, match="results of shards"):
         merge_shards(table, tmp_path / "nothing")
+
+
+# ---- pairs that a program makes
+
+
+def test_pairs_of_a_program_are_checked_and_named(tmp_path):
+    write_batch(tmp_path, 1)
+    pairs = [Pair(id, "img/f.png", "img/m.png", tmp_path) for id in ("a/1", "a:1")]
+    more = dict(matcher=UprightSift(), config=QUICK, progress=False)
+    assert register_many(pairs, tmp_path / "out", **more)["ok"] == 2
+    for wrong, says in ((pairs[:1] * 2, "pair 2: id a/1 was used in pair 1"), ([], "no pairs")):
+        with pytest.raises(FileError, match=says):
+            register_many(wrong, tmp_path / "wrong", **more)
+    with pytest.raises(FileError, match="id verdicts is kept for transforms.json"):
+        register_many([Pair("verdicts", "f.png", "m.png", tmp_path)], tmp_path / "wrong", **more)
+
+
+def test_a_script_without_a_guard_is_told_so(tmp_path):
+    write_batch(tmp_path, 2)
+    (tmp_path / "batch.py").write_text(BATCH.replace('if __name__ == "__main__":', "if True:"))
+    path = os.pathsep.join((str(ROOT), str(ROOT / "tests")))
+    done = subprocess.run(
+        [sys.executable, tmp_path / "batch.py", tmp_path],
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode and "a script needs if __name__ == '__main__'" in done.stderr

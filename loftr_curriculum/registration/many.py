@@ -59,7 +59,7 @@ from .journal import (
     write_results,
 )
 from .pair import shipped_matcher
-from .table import read_batch
+from .table import check_pairs, read_batch
 from .workers import (
     Crew,
     Job,
@@ -287,7 +287,7 @@ def pairs_of(
     table,  # path of a table, or list of Pair
 ) -> list:  # of Pair
     "The pairs; raises FileError for a faulty table."
-    return list(table) if isinstance(table, list) else read_batch(table)
+    return check_pairs("the list of pairs", table) if isinstance(table, list) else read_batch(table)
 
 
 def refuse_own_files(

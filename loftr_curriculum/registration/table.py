@@ -15,6 +15,7 @@ __all__ = [
     "name_folders",
     "faults_of",
     "refuse_faults",
+    "check_pairs",
     "read_batch",
     "FoundPairs",
     "key_of",
@@ -134,6 +135,21 @@ def refuse_faults(
     raise FileError(f"{source}: {'; '.join(faults[:20])}{more}")
 
 
+# %% ../../nbs/06_registration/11_table.ipynb #c0ffee11
+def check_pairs(
+    source: str | Path,  # what the error names
+    pairs: list,  # of Pair, from names of files or made by a program
+) -> list:  # of Pair, with names of folders
+    "The pairs themselves; FileError where two share an id, or an id is none."
+    faults, seen = [], {}
+    for number, pair in enumerate(pairs, 1):
+        values = {"id": pair.id, "fixed": pair.fixed, "moving": pair.moving}
+        faults += [fault.replace("line", "pair") for fault in faults_of(number, values, seen)]
+        seen.setdefault(pair.id, number)
+    refuse_faults(source, faults or ([] if pairs else ["no pairs"]))
+    return name_folders(pairs)
+
+
 # %% ../../nbs/06_registration/11_table.ipynb #01b1ebe6
 def read_batch(
     path,  # table with the columns id, fixed, moving; paths relative to it
@@ -222,7 +238,7 @@ def find_pairs(
     if not pairs and not faults:
         faults.append(f"no image has a partner in {moving} by {match}")
     refuse_faults(fixed, faults)
-    return FoundPairs(name_folders(pairs), alone)
+    return FoundPairs(check_pairs(fixed, pairs), alone)
 
 
 # %% ../../nbs/06_registration/11_table.ipynb #d249abd1

@@ -257,7 +257,10 @@ class LocalProcesses(Crew):
             first, *_ = [self.pool.submit(say_ready) for _ in range(self.workers)]
             first.result()
         except BrokenExecutor:
-            raise RuntimeError("no worker process could start, see above; use workers=1") from None
+            guarded = "a script needs if __name__ == '__main__': around what it runs"
+            raise ValueError(
+                f"no worker process could start, see above; {guarded}, or use workers=1"
+            ) from None
         return self
 
     def __exit__(self, *error):
