@@ -539,3 +539,46 @@ def test_a_run_names_a_broken_last_checkpoint_and_runs_nothing_of_it(complaint, 
     assert f"error: {out / 'last.ckpt'}: expected a" in said
     assert "weights_only" not in said and "torch.load" not in said
     assert not (out / "run").exists()
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs a limit that is set from outside")
+def test_a_full_disk_ends_a_training_with_a_whole_checkpoint(tiny, tmp_path):
+    import resource
+
+    out = tmp_path / "run"
+    process = start("train", "--config", tiny, "--out", out, "--data.workers", "0")
+    wait_for(out / "last.ckpt", process)
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (100_000, 100_000))
+    status, said = end_with(process)
+    assert status == 2
+    last = said.strip().splitlines()[-1]
+    assert last.startswith(f"loftr-curriculum train: error: {out}: cannot be written"), said
+    assert "last.ckpt is whole" in last and "Traceback" not in said
+    assert torch.load(out / "last.ckpt", weights_only=True)["global_step"] >= 20
+    assert not list(out.glob(".*"))
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    "Mounts a file system of a size at a folder, where the rights allow."
+    folder = tmp_path / "disk"
+    folder.mkdir()
+
+    def mount(options):
+        words = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)]
+        try:
+            subprocess.run(words, check=True, capture_output=True)
+        except (OSError, subprocess.CalledProcessError):
+            pytest.skip("a file system cannot be mounted here")
+        return folder
+
+    yield mount
+    subprocess.run(["umount", "-l", str(folder)], capture_output=True)
+
+
+@pytest.mark.parametrize("options, why", [("size=64k", "No space left"), ("ro", "Read-only file system")])
+def test_a_training_on_a_full_or_read_only_disk_says_so(complaint, begun, small_disk, options, why):
+    folder = small_disk(options)
+    words = [str(folder) if word == str(begun[0]) else word for word in begun[1]]
+    said = complaint(*words, "--record_every", "1")
+    assert f"error: {folder}: " in said and why in said

@@ -122,8 +122,11 @@ def save_matcher(
         "facts": json.dumps(facts or {}),
         CHECKSUM: checksum_of(state),
     }
-    with atomic_path(path) as tmp:
-        save_file(state, str(tmp), metadata=text)
+    try:
+        with atomic_path(path) as tmp:
+            save_file(state, str(tmp), metadata=text)
+    except SafetensorError as error:
+        raise FileError(f"{path}: cannot be written ({error})") from error
 
 
 # %% ../../nbs/05_model/08_weights.ipynb #0e60ba61

@@ -4,6 +4,7 @@
 
 # %% auto #0
 __all__ = [
+    "NO_ROOM",
     "HELD",
     "MOMENT",
     "not_written",
@@ -18,6 +19,7 @@ __all__ = [
 ]
 
 # %% ../../nbs/09_training/11_resume.ipynb #0e46fc93
+import errno
 import multiprocessing
 import shutil
 import signal
@@ -35,19 +37,21 @@ from ..model.weights import open_checkpoint, refuse_endless
 from .callbacks import say
 from .history import RunFolder
 
-
 # %% ../../nbs/09_training/11_resume.ipynb #b1f00c05
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)  # why a file cannot be written
+
+
 def not_written(
-    path,  # Path of a checkpoint
+    folder,  # RunFolder
     error,  # OSError, or the RuntimeError of torch's writer
 ) -> str:
-    "What a run says when its checkpoint cannot be written: why, and what is still there."
-    why = getattr(error, "strerror", None) or str(error).splitlines()[0]
-    free = ""
-    if path.parent.is_dir():
-        free = f", {shutil.disk_usage(path.parent).free / 2**20:.0f} MiB are free there"
-    kept = "the checkpoint before it is whole" if path.is_file() else "there is no checkpoint before it"
-    return f"{path}: cannot be written ({why}){free}; {kept}"
+    "What a run says when it cannot write into its folder: why, and what is still there."
+    why = getattr(error, "strerror", None) or "the disk is full, or a limit is reached"
+    free = shutil.disk_usage(folder.path).free / 2**20
+    kept = "there is no checkpoint yet"
+    if folder.last.is_file():
+        kept = f"{folder.last.name} is whole, make room and start it again to go on"
+    return f"{folder.path}: cannot be written ({why}; {free:.0f} MiB are free); {kept}"
 
 
 # %% ../../nbs/09_training/11_resume.ipynb #0be2618e
@@ -59,7 +63,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             with atomic_path(path) as half:
                 torch.save(checkpoint, half)
         except (OSError, RuntimeError) as error:
-            raise FileError(not_written(Path(path), error)) from error
+            raise FileError(not_written(RunFolder(Path(path).parent), error)) from error
 
     def load_checkpoint(self, path, map_location=None, weights_only=True):
         return open_checkpoint(path)

@@ -69,9 +69,11 @@ from .history import (
 from .module import PL_LoFTR
 from .recorder import MatchRecorder, ProbeSources
 from .resume import (
+    NO_ROOM,
     AtomicCheckpointIO,
     LastCheckpoint,
     no_process_left,
+    not_written,
     polite_stop,
     refuse_other_checkpoint,
 )
@@ -408,14 +410,19 @@ def own_folder(
 ):
     """Inside, no other run works in the folder; yields its RunFolder.
 
-    Raises FileError where the last checkpoint is none of this run.
+    Raises FileError where the last checkpoint is none of this run, and where the folder is full.
     Of a run on several GPUs, the first process holds the folder for all."""
     lock = only_run(config.out) if pl.utilities.rank_zero_only.rank == 0 else nullcontext()
     with lock:
         folder = claim_folder(config)
         if folder.last.is_file():
             refuse_other_checkpoint(open_checkpoint(folder.last), module, folder.last)
-        yield folder
+        try:
+            yield folder
+        except OSError as error:
+            if error.errno not in NO_ROOM:
+                raise
+            raise FileError(not_written(folder, error)) from error
 
 
 # %% ../../nbs/09_training/06_run.ipynb #e14bd8ac
