@@ -96,7 +96,7 @@ def exif_orientation(
 
 # %% ../../nbs/02_io/00b_headers.ipynb #492090a5
 APP1, SCAN, END = 0xE1, 0xDA, 0xD9
-FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}  # frame headers of all kinds of JPEG
+FRAMES = {*range(0xC0, 0xD0), 0xF7} - {0xC4, 0xC8, 0xCC}  # frame headers of all kinds of JPEG
 ALONE = {0x01, *range(0xD0, 0xD9)}  # markers without content
 
 

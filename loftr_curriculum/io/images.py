@@ -12,12 +12,14 @@ __all__ = [
     "refuse_giants",
     "Opened",
     "open_tiff",
+    "open_dicom",
     "open_single",
     "open_file",
     "Picture",
     "seen_through",
     "turn_upright",
     "decode",
+    "picture_of_dicom",
     "read_picture",
     "read_image",
     "write_image",
@@ -79,7 +81,8 @@ class Opened:
     format: str
     data: bytes  # with one image
     header: Header
-    number: int | None = None  # of the page or frame, where the file can hold several
+    number: int | None = None  # of the page, where the file can hold several
+    dicom: object = None  # `io.dicom.DicomImage` where it is one
 
     @property
     def size(self) -> tuple:
@@ -108,6 +111,20 @@ def open_tiff(
 
 
 # %% ../../nbs/02_io/01_images.ipynb #a1f0c004
+def open_dicom(
+    data: bytes,  # of the file
+    path: Path,  # as the user wrote it
+    file: Path,
+    number: int | None,  # of the frame; None: nobody chose
+) -> Opened:
+    "One frame of a DICOM file."
+    from .dicom import open_dicom_image
+
+    image = open_dicom_image(data, file, number)
+    refuse_giants(image.size, path)
+    return Opened(path, "DICOM", data, Header(image.size), dicom=image)
+
+
 FORMATS = "PNG, JPEG, TIFF, DICOM, WebP, GIF, BMP, JPEG 2000, PGM or PPM"
 
 
@@ -141,6 +158,8 @@ def open_file(
         raise ImageError(str(error)) from None
     if format_of(data) == "TIFF":
         return open_tiff(data, path, file, number)
+    if format_of(data) == "DICOM":
+        return open_dicom(data, path, file, number)
     return open_single(data, path, number)
 
 
@@ -200,6 +219,16 @@ def decode(
 
 
 # %% ../../nbs/02_io/01_images.ipynb #a1f0c00a
+def picture_of_dicom(
+    opened: Opened,  # a DICOM file
+) -> Picture:
+    "A frame with its spacing and laterality."
+    from .dicom import decode_dicom, dicom_facts
+
+    facts = {"format": "DICOM", "orientation": 1, **dicom_facts(opened.dicom)}
+    return Picture(decode_dicom(opened.data, opened.dicom, opened.path), facts=facts)
+
+
 def read_picture(
     path: str | Path,  # image file, or one image of it as `file.tif[2]`
 ) -> Picture:
@@ -208,6 +237,8 @@ def read_picture(
     Raises ImageError (a ValueError) that names the file where it is missing, unreadable or of another kind.
     """
     opened = open_file(path)
+    if opened.dicom is not None:
+        return picture_of_dicom(opened)
     pixels, alpha = decode(opened)
     seen = None if alpha is None else seen_through(alpha)
     turned = opened.header.orientation
