@@ -397,8 +397,14 @@ def _matcher(a):
 def _add_register(parser):
     from .registration.config import RegistrationConfig
 
-    parser.add_argument("fixed", type=str, help="image that stays: PNG, JPEG or TIFF, 8 or 16 bits")
+    parser.add_argument("fixed", type=str, help="image that stays: PNG, JPEG, TIFF, DICOM, ..., 8 to 16 bits")
     parser.add_argument("moving", type=str, help="image that is mapped onto it, of any size")
+    parser.add_argument(
+        "--frame",
+        type=int | None,
+        default=None,
+        help="page of a TIFF or frame of a DICOM file that holds several, from 0; or write file.tif[2]",
+    )
     parser.add_argument(
         "--out",
         type=str,
@@ -427,6 +433,7 @@ def _add_register(parser):
 # %% ../nbs/12_cli/00_cli.ipynb #fb7e95f9
 def _register(a):
     from .io.files import refuse_to_overwrite
+    from .io.images import with_frame
     from .model.config import Guidance
     from .registration.config import RegistrationConfig
     from .registration.pair import register
@@ -435,16 +442,17 @@ def _register(a):
     given = [p for p in (a.fixed, a.moving, a.fixed_mask, a.moving_mask, a.weights) if p]
     refuse_to_overwrite(outputs_of(a.out), given)
     config, guidance = settings(RegistrationConfig, a), Guidance(a.vessel_soft_lambda)
+    fixed, moving = with_frame([a.fixed, a.moving], a.frame)
     r = register(
-        a.fixed,
-        a.moving,
+        fixed,
+        moving,
         matcher=_matcher(a),
         config=config,
         fixed_mask=a.fixed_mask,
         moving_mask=a.moving_mask,
         guidance=guidance,
     )
-    written = write_registration(r, a.fixed, a.moving, a.out)
+    written = write_registration(r, fixed, moving, a.out)
     agree = (
         f"{r.matches.inliers.sum()} of {len(r.matches)} matches agree"
         if r.moving_to_fixed is not None
@@ -607,6 +615,12 @@ def _many(a):
 def _add_warp(parser):
     parser.add_argument("image", type=str, help="image or mask in the frame of the moving image")
     parser.add_argument(
+        "--frame",
+        type=int | None,
+        default=None,
+        help="page of a TIFF or frame of a DICOM file that holds several, from 0; or write file.tif[2]",
+    )
+    parser.add_argument(
         "transform", type=str, help="transform.json of a registration; with --id the folder of a batch"
     )
     parser.add_argument("--id", type=str | None, default=None, help="pair of a batch whose map is taken")
@@ -625,14 +639,14 @@ def _add_warp(parser):
 # %% ../nbs/12_cli/00_cli.ipynb #4ed63053
 def _warp(a):
     from .io.files import FileError, refuse_to_overwrite
-    from .io.images import read_image, write_image
+    from .io.images import read_image, with_frame, write_image
     from .io.transforms import load_transform, map_of_record
     from .registration.frames import warp_to_fixed
     from .registration.journal import load_batch_transform
 
     refuse_to_overwrite([a.out], [a.image, a.transform])
     record = load_transform(a.transform) if a.id is None else load_batch_transform(a.transform, a.id)
-    image = read_image(a.image)
+    image = read_image(with_frame([a.image], a.frame)[0])
     if record.matrix is None:
         raise FileError(f"{a.transform}: holds no transform, the registration failed")
     if record.fixed_size is None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+from loftr_curriculum.cli import main
 from loftr_curriculum.data.preprocess import to_gray
 from loftr_curriculum.io import images
 from loftr_curriculum.io.files import FileError, read_json, refuse_to_overwrite
@@ -356,3 +357,18 @@ def test_an_answer_for_floats_is_drawn_and_stored(tmp_path):
     write_registration(answer, floats, floats, tmp_path)
     stored = read_image(tmp_path / "warped.png")
     assert stored.dtype == np.uint16 and np.abs(stored / 65535 - answer.warped).max() < 1e-4
+
+
+def test_the_command_line_chooses_a_frame(tmp_path, capsys):
+    black = np.zeros((40, 60), np.uint8)
+    Image.fromarray(black).save(tmp_path / "f.png")
+    (tmp_path / "m.tif").write_bytes(tiff_of([black, rgb()[..., 0]]))
+    words = ["register", str(tmp_path / "f.png"), str(tmp_path / "m.tif"), "--out", str(tmp_path / "out")]
+    assert main(words) == 2 and "2 pages; write" in capsys.readouterr().err
+    assert main([*words, "--frame", "1"]) == 4  # one image is black
+    said = read_json(tmp_path / "out" / "transform.json")
+    assert said["images"]["moving"]["page"] == 1 and said["moving_size"] == [90, 120]
+    assert main([*words, "--frame", "2"]) == 2 and "has no page 2" in capsys.readouterr().err
+    assert main([*words, "--frame", "-1"]) == 2 and "counted from 0" in capsys.readouterr().err
+    words[2] = words[1]
+    assert main([*words, "--frame", "1"]) == 2 and "hold no frames" in capsys.readouterr().err

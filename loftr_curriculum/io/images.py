@@ -22,6 +22,8 @@ __all__ = [
     "picture_of_dicom",
     "read_picture",
     "read_image",
+    "count_images",
+    "with_frame",
     "write_image",
     "image_size",
 ]
@@ -36,7 +38,7 @@ import numpy as np
 
 from .files import FileError, ImageError, atomic_path, read_bytes, split_number
 from .headers import Header, format_of, read_header
-from .tiff import choose_page, with_one_page
+from .tiff import choose_page, pages_of, with_one_page
 
 # %% ../../nbs/02_io/01_images.ipynb #cff8bce1
 SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff")  # that are written, and looked for in folders
@@ -253,6 +255,37 @@ def read_image(
 ) -> np.ndarray:  # (H, W) or (H, W, 3) RGB, uint8 or uint16
     "The pixels of the upright image: RGB, alpha dropped, palettes resolved. Raises what `read_picture` does."
     return read_picture(path).pixels
+
+
+# %% ../../nbs/02_io/01_images.ipynb #a1f0c011
+def count_images(
+    path: str | Path,  # image file
+) -> int:
+    "Pages of a TIFF or frames of a DICOM file, 1 for all other formats."
+    from .dicom import open_dicom_image
+
+    try:
+        data = read_bytes(path, most_bytes())
+    except FileError as error:
+        raise ImageError(str(error)) from None
+    if format_of(data) == "TIFF":
+        return len(pages_of(data, path))
+    return open_dicom_image(data, Path(path), 0).frames if format_of(data) == "DICOM" else 1
+
+
+def with_frame(
+    paths: list,  # of image files; those that choose for themselves, as `file.tif[2]`, stay
+    frame: int | None,  # counted from 0; None: nobody chose
+) -> list:  # of paths
+    "The paths, with the number where the file holds several images; ImageError where none of them does."
+    if frame is None:
+        return paths
+    if frame < 0:
+        raise ImageError(f"--frame {frame}: frames and pages are counted from 0")
+    several = [split_number(path)[1] is None and count_images(path) > 1 for path in paths]
+    if not any(several):
+        raise ImageError(f"--frame {frame}: {' and '.join(map(str, paths))} hold no frames to choose from")
+    return [f"{path}[{frame}]" if many else path for path, many in zip(paths, several)]
 
 
 # %% ../../nbs/02_io/01_images.ipynb #57adbb9f
