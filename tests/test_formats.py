@@ -372,3 +372,12 @@ def test_the_command_line_chooses_a_frame(tmp_path, capsys):
     assert main([*words, "--frame", "-1"]) == 2 and "counted from 0" in capsys.readouterr().err
     words[2] = words[1]
     assert main([*words, "--frame", "1"]) == 2 and "hold no frames" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("at", [2**63 - 1, 2**64 - 1])
+def test_an_offset_beyond_all_memory_is_refused(tmp_path, at):
+    data = bytearray(tiff_of([picture(), picture(seed=1)], big=True))
+    struct.pack_into("<Q", data, len(data) - 8, at)
+    (tmp_path / "far.tif").write_bytes(data)
+    with pytest.raises(ImageError, match="far.tif: expected a whole TIFF, it is damaged or cut short"):
+        read_image(tmp_path / "far.tif[0]")

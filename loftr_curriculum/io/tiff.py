@@ -100,6 +100,8 @@ def read_directory(
 
     struct.error where the file ends before the directory does.
     """
+    if at > len(data):
+        raise struct.error("a directory beyond the end of the file")
     count = struct.unpack_from(layout.order + ("Q" if layout.big else "H"), data, at)[0]
     if count > MOST_TAGS:
         raise struct.error("too many tags")
