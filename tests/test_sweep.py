@@ -4,7 +4,6 @@ True pairs, honest curves, a sweep that goes on where it stopped, the command.
 """
 
 import json
-import sys
 from types import SimpleNamespace
 
 import numpy as np

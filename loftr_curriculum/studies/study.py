@@ -125,6 +125,11 @@ STUDIES = {
         "studies.ablation.run_ablation",
         "studies.ablation.summary_text",
     ),
+    "generator-value": Study(
+        "what a better generator is worth on real pairs",
+        "studies.generator_value.compare_versions",
+        "studies.generator_value.lines_of",
+    ),
 }
 
 
