@@ -208,12 +208,10 @@ def test_controls_train_with_the_masks_that_they_name(tmp_path):
         )
         module.matcher.register_forward_pre_hook(lambda m, args: seen.update({arm: args[4:6]}))
         loss[arm] = module.training_step(batch, 0).item()
-    for k, name in enumerate(("mask0", "mask1")):
-        assert torch.equal(seen["v2.2"][k], batch[name]) and torch.equal(
-            seen["control-other-eye"][k][0], batch[name][1]
-        )
+    for k, mask in enumerate((batch.mask0, batch.mask1)):
+        assert torch.equal(seen["v2.2"][k], mask) and torch.equal(seen["control-other-eye"][k][0], mask[1])
         assert (
-            torch.allclose(seen["control-uniform"][k].mean((1, 2)), batch[name].mean((1, 2)))
+            torch.allclose(seen["control-uniform"][k].mean((1, 2)), mask.mean((1, 2)))
             and float(seen["control-uniform"][k].std((1, 2)).max()) == 0
         )
     assert len({round(v, 5) for v in loss.values()}) == 4

@@ -526,11 +526,11 @@ class Recorder(L.LightningModule):
         self.weight, self.seen, self.val = torch.nn.Parameter(torch.zeros(1)), [], []
 
     def training_step(self, batch, _):
-        self.seen.append((self.current_epoch, batch["image0"].double().sum().item()))
+        self.seen.append((self.current_epoch, batch.image0.double().sum().item()))
         return self.weight.sum()
 
     def validation_step(self, batch, _):
-        self.val.append(batch["fixed_to_moving"].double().sum().item())
+        self.val.append(batch.fixed_to_moving.double().sum().item())
 
     def configure_optimizers(self):
         return torch.optim.SGD(self.parameters(), 0.1)
@@ -587,8 +587,10 @@ def test_true_maps_reach_every_batch_of_mixed_sources(cases, table):
     spread.train_pairs = data.train_pairs
     batches = list(data.train_dataloader())
     for a, b in zip(batches, spread.train_dataloader()):
-        assert all(torch.equal(a[k], b[k]) for k in ("image1", "map_0to1", "map_1to0"))
-    maps, T, modes = (sum((list(b[k]) for b in batches), []) for k in ("map_0to1", "fixed_to_moving", "id"))
+        assert all(torch.equal(getattr(a, k), getattr(b, k)) for k in ("image1", "map_0to1", "map_1to0"))
+    maps, T, modes = (
+        sum((list(getattr(b, k)) for b in batches), []) for k in ("map_0to1", "fixed_to_moving", "id")
+    )
     centres = torch.from_numpy(cell_points((64, 64))).float().reshape(-1, 2)
     off = np.array(
         [(m.reshape(-1, 2) - apply_transform(t, centres)).norm(dim=-1).max().item() for m, t in zip(maps, T)]

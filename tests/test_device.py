@@ -66,22 +66,23 @@ def both(source, indices, device="cpu"):
 def test_strength_0_is_cut_and_normalised_and_nothing_else(bank, deform):
     pairs, batch = both(GeneratedSource(bank, MODES, strength=0.0, deform=deform), range(12))
     for g, pair in enumerate(pairs):
-        assert batch["mode"][g] == pair.mode and batch["id"][g] == pair.id
-        np.testing.assert_allclose(batch["fixed_to_moving"][g], pair.fixed_to_moving, rtol=1e-5, atol=1e-4)
+        assert batch.mode[g] == pair.mode and batch.id[g] == pair.id
+        np.testing.assert_allclose(batch.fixed_to_moving[g], pair.fixed_to_moving, rtol=1e-5, atol=1e-4)
         for k in ("0", "1"):
-            assert np.array_equal(batch["fov" + k][g], getattr(pair, "fov" + k))
-            assert np.abs(batch["mask" + k][g].numpy() - getattr(pair, "mask" + k)).mean() < 0.004
-            assert np.abs(batch["image" + k][g, 0].numpy() - getattr(pair, "image" + k)).mean() < 0.02
+            assert np.array_equal(getattr(batch, "fov" + k)[g], getattr(pair, "fov" + k))
+            assert np.abs(getattr(batch, "mask" + k)[g].numpy() - getattr(pair, "mask" + k)).mean() < 0.004
+            assert (
+                np.abs(getattr(batch, "image" + k)[g, 0].numpy() - getattr(pair, "image" + k)).mean() < 0.02
+            )
         if deform:
-            np.testing.assert_allclose(batch["map_0to1"][g], pair.map_0to1, atol=1e-3)
-            np.testing.assert_allclose(batch["map_1to0"][g], pair.map_1to0, atol=1e-3)
+            np.testing.assert_allclose(batch.map_0to1[g], pair.map_0to1, atol=1e-3)
+            np.testing.assert_allclose(batch.map_1to0[g], pair.map_1to0, atol=1e-3)
 
 
 def test_a_shifted_view_would_be_noticed(bank):
     pairs, batch = both(GeneratedSource(bank, MODES, strength=0.0), range(12))
     off = [
-        np.abs(np.roll(batch["image0"][g, 0].numpy(), 1, 1) - pair.image0).mean()
-        for g, pair in enumerate(pairs)
+        np.abs(np.roll(batch.image0[g, 0].numpy(), 1, 1) - pair.image0).mean() for g, pair in enumerate(pairs)
     ]
     assert np.median(off) > 0.04
 
@@ -99,7 +100,7 @@ def test_time_stamps_are_those_of_numpy(bank):
     )
     without = {**recipe, "ink": recipe["ink"][:0], "inked": recipe["inked"][:0]}
     views = DeviceViews(source, SIZE, "cpu")
-    a, b = (torch.stack([out["image0"], out["image1"]]) for out in (views(recipe), views(without)))
+    a, b = (torch.stack([out.image0, out.image1]) for out in (views(recipe), views(without)))
     changed = (a != b).flatten(3).any(-1)[..., 0]
     assert changed[:, 0].any() and (changed.sum() == len(recipe["inked"]))
 
@@ -136,9 +137,9 @@ def test_the_law_of_200_views_is_that_of_numpy():
 def test_a_pair_is_the_same_again_and_in_other_company(bank):
     source = GeneratedSource(bank, MODES)
     batch, again, other = (both(source, indices)[1] for indices in (range(4), range(4), (7, 2)))
-    assert torch.equal(batch["image0"], again["image0"])
-    torch.testing.assert_close(batch["image1"][2], other["image1"][1], atol=2e-3, rtol=0)
-    assert (batch["image0"][0] - batch["image0"][1]).abs().mean() > 0.05
+    assert torch.equal(batch.image0, again.image0)
+    torch.testing.assert_close(batch.image1[2], other.image1[1], atol=2e-3, rtol=0)
+    assert (batch.image0[0] - batch.image0[1]).abs().mean() > 0.05
 
 
 def test_the_noise_of_the_two_views_and_of_two_pairs_differs(bank):
@@ -160,7 +161,7 @@ def test_batches_have_the_keys_shapes_and_kinds_of_numpy_batches(deform):
     b = device.on_after_batch_transfer(b, 0)
 
     def kind(batch):
-        return {k: (v.shape, v.dtype) if torch.is_tensor(v) else v for k, v in batch.items()}
+        return {name: (tensor.shape, tensor.dtype) for name, tensor in batch.tensors().items()}
 
     assert kind(a) == kind(b)
     assert device.on_after_batch_transfer(a, 0) is a
@@ -189,8 +190,8 @@ def test_one_epoch_of_training_twice(tmp_path):
 def test_a_gpu_makes_the_pictures_of_the_cpu(bank):
     source = GeneratedSource(bank, MODES, strength=0.0)
     cpu, gpu = (both(source, range(6), device)[1] for device in ("cpu", "cuda"))
-    assert gpu["image0"].is_cuda
+    assert gpu.image0.is_cuda
     for k in ("image0", "image1", "mask0", "mask1"):
-        assert (gpu[k].cpu() - cpu[k]).abs().mean() < 2e-3
+        assert (getattr(gpu, k).cpu() - getattr(cpu, k)).abs().mean() < 2e-3
     loud = both(GeneratedSource(bank, MODES), range(6), "cuda")[1]
-    assert torch.isfinite(loud["image0"]).all() and loud["image0"].abs().max() <= 1
+    assert torch.isfinite(loud.image0).all() and loud.image0.abs().max() <= 1

@@ -16,6 +16,7 @@ from kornia.feature.loftr.loftr import default_cfg
 from safetensors.torch import save_file
 
 from loftr_curriculum.cli import read_settings
+from loftr_curriculum.data.batch import PairBatch
 from loftr_curriculum.geometry import Grid, similarity
 from loftr_curriculum.model.config import PUBLISHED, REFERENCE, Guidance, MatcherConfig
 from loftr_curriculum.model.reference import ReferenceMatcher, vessel_weight
@@ -184,7 +185,7 @@ def a_step(precision, guidance=Guidance(2.0, 10.0)):
     image0, image1 = torch.rand(2, 2, 1, 64, 64, generator=g).mul(2).sub(1).unbind(0)
     mask = (torch.rand(2, 64, 64, generator=g) > 0.8).float()
     T = torch.from_numpy(np.stack([similarity(a, 1.1, (3, -2), (31.5, 31.5)) for a in (0, 10)])).float()
-    batch = dict(
+    batch = PairBatch(
         image0=image0,
         image1=image1,
         mask0=mask,

@@ -90,8 +90,8 @@ class Notes(pl.Callback):
         self.seen.append(
             (
                 trainer.global_step,
-                tuple(batch["image0"].shape),
-                float(batch["image0"].sum()),
+                tuple(batch.image0.shape),
+                float(batch.image0.sum()),
                 g.vessel_soft_lambda,
                 g.vessel_loss_weight_scaler,
             )

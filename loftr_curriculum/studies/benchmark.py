@@ -48,9 +48,9 @@ from pathlib import Path
 import cv2
 import numpy as np
 import torch
-from torch.utils.data import default_collate
 from torch.utils.flop_counter import FlopCounterMode
 
+from ..data.batch import PairBatch, collate_pairs
 from ..data.module import to_tensors
 from ..data.pairs import GeneratedSource
 from ..geometry import Motion, mild, resize_image
@@ -135,18 +135,12 @@ def draw_pairs(
             torch.stack([picture(getattr(v, image)) for v in views]) for image in ("image0", "image1")
         ]
 
-    def keep(batch):
-        return {k: v for k, v in batch.items() if torch.is_tensor(v)}
-
     def batch(k):
-        return default_collate(
-            [
-                to_tensors(draw(k * settings.batch + i, len(MOTIONS), settings.train_size, Motion()))
-                for i in range(settings.batch)
-            ]
-        )
+        first = k * settings.batch
+        pairs = [draw(first + i, len(MOTIONS), settings.train_size, Motion()) for i in range(settings.batch)]
+        return collate_pairs([to_tensors(pair) for pair in pairs])
 
-    torch.save(given | {"batches": [keep(batch(k)) for k in range(n)]}, path)
+    torch.save(given | {"batches": [batch(k).tensors() for k in range(n)]}, path)
 
 
 # %% ../../nbs/11_studies/04_benchmark.ipynb #6de4f697
@@ -257,11 +251,12 @@ def ask_training(
     "One training step."
     torch.manual_seed(0)
     step = training_steps(MatcherConfig(variant))
+    batches = [PairBatch(**tensors) for tensors in given["batches"]]
 
     def ask(k, what="32"):
         if what == "operations":
-            return {"operations": _operations(lambda: step(given["batches"][k], "32"))}
-        return {"seconds": _timed(lambda: step(given["batches"][k], what))[0]}
+            return {"operations": _operations(lambda: step(batches[k], "32"))}
+        return {"seconds": _timed(lambda: step(batches[k], what))[0]}
 
     return ask
 
@@ -512,7 +507,7 @@ def _cuda_jobs(
     for n in (1, 16):
         images = [x[torch.arange(n) % len(x)].cuda() for x in large]
         jobs[f"inference, batch {n}"] = (infer, (images,), n)
-    batch = {k: v.cuda() for k, v in given["batches"][0].items()}
+    batch = PairBatch(**given["batches"][0]).to("cuda")
     name = f"training, batch {settings.batch}, {settings.train_size} px"
     jobs[name] = (steps, (batch, precision), settings.batch)
     return jobs

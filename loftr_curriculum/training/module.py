@@ -33,7 +33,7 @@ import torch
 from torchmetrics import Metric
 from torchmetrics.aggregation import CatMetric
 
-from ..data.batch import PairBatch, batch_of
+from ..data.batch import PairBatch
 from ..evaluation.collapse import collapse_figures
 from ..evaluation.metrics import at_512, auc, corner_error
 from ..geometry import check_transform, invert
@@ -223,10 +223,10 @@ def forward_batch(
 # %% ../../nbs/09_training/04_module.ipynb #09cfa2bb
 def training_step(
     module,  # PL_LoFTR
-    batch,  # PairBatch, or a dict with its fields
+    batch,  # PairBatch
 ) -> torch.Tensor:
     "The weighted loss of a batch under the module's guidance."
-    batch = with_masks(batch_of(batch), module.config.phases.mask)
+    batch = with_masks(batch, module.config.phases.mask)
     result = forward_batch(module.matcher, batch, module.guidance)
     truth = cell_frame(batch, result.grid0, result.grid1)
     targets = supervise(
@@ -271,11 +271,10 @@ COLLAPSE = (
 
 def validate(
     module,  # PL_LoFTR
-    batch,  # PairBatch, or a dict with its fields
+    batch,  # PairBatch
     guidance,  # Guidance
 ) -> tuple:
     "Corner errors (B,) at 512 px, and the mean collapse figures of the batch."
-    batch = batch_of(batch)
     shown = with_masks(batch, module.config.phases.mask)
     found = module.matcher.match(
         shown.image0,
