@@ -54,12 +54,12 @@ def limit_from(
     return int(text) if text.isdecimal() and int(text) else default
 
 
-MOST_PIXELS = limit_from(os.environ, 100_000_000)
+MOST_PIXELS = limit_from(os.environ, 64_000_000)
 
 
 def most_bytes() -> int:
     "The largest file that is read."
-    return 6 * MOST_PIXELS + 64_000_000
+    return 8 * MOST_PIXELS + 64_000_000
 
 
 def refuse_giants(

@@ -315,7 +315,7 @@ def choose_page(
 def with_one_page(
     data: bytes,  # of a TIFF
     page: Page,
-) -> bytes:
+) -> bytearray:
     "The same file with this page alone, its orientation set to 1."
     layout = layout_of(data)
     changed = bytearray(data)
@@ -325,4 +325,4 @@ def with_one_page(
         kind, number, where = page.directory.tags[ORIENTATION]
         if number:
             struct.pack_into(layout.order + WHOLE[kind], changed, where, 1)
-    return bytes(changed)
+    return changed
