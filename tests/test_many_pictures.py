@@ -104,6 +104,29 @@ def test_the_page_of_shards_leads_to_the_pairs_folders(tmp_path):
     assert page_data(page, "p1")["id"] == rows[1]["id"]
 
 
+def test_the_page_is_there_while_the_batch_runs(tmp_path):
+    write_batch(tmp_path, 3)
+    seen = []
+
+    class Looking(Sent):
+        def match(self, *images, **rest):
+            page = tmp_path / "out" / "report.html"
+            seen.append(len(page_data(page.read_text(), "rows")) if page.exists() else 0)
+            return super().match(*images, **rest)
+
+    out = tmp_path / "out"
+    register_many(
+        tmp_path / "pairs.csv",
+        out,
+        matcher=Looking(),
+        config=QUICK,
+        progress=False,
+        save_every=0,
+        pictures=BatchPictures(out),
+    )
+    assert seen[0] == 0 and max(seen) >= 1
+
+
 @pytest.fixture(scope="module")
 def chromium():
     if importlib.util.find_spec("playwright") is None:

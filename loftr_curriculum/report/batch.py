@@ -205,7 +205,8 @@ class BatchPictures:
 
     def of_pair(self, pair: Pair, result) -> str:
         "Write the pair's files; its line of pictures.jsonl."
-        fixed, moving = (open_image(path, side) for path, side in zip(pair.files, ("fixed", "moving")))
+        fixed = open_image(pair.files[0], "fixed")
+        moving = open_image(pair.files[1], "moving") if result.moving is None else result.moving
         if self.save:
             folder = self.out / self.folder_of(pair)
             refuse_to_overwrite([folder / f"{name}.png" for name in SAVED], pair.files)
