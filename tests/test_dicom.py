@@ -183,6 +183,7 @@ def test_spacing_and_laterality_travel_into_the_answer_and_names_do_not(tmp_path
     said = read_json(tmp_path / "out" / "transform.json")["images"]
     assert said["fixed"]["spacing_mm"] == [0.01, 0.02] and said["fixed"]["laterality"] == "L"
     assert said["moving"]["spacing_mm"] == [0.005, 0.005] and said["moving"]["laterality"] == "R"
+    assert answer.reasons[-1].endswith("shows a left eye and the moving image a right eye")
     assert "Jane" not in (tmp_path / "out" / "transform.json").read_text()
 
 

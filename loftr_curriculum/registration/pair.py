@@ -6,6 +6,7 @@
 __all__ = [
     "NO_MATCHES",
     "SHOWN",
+    "EYES",
     "JudgedMatches",
     "Registration",
     "describe",
@@ -13,6 +14,8 @@ __all__ = [
     "shipped_matcher",
     "OpenPair",
     "open_pair",
+    "other_eye",
+    "heed_laterality",
     "hopeless",
     "map_of",
     "judged_matches",
@@ -24,7 +27,7 @@ __all__ = [
 
 # %% ../../nbs/06_registration/10_pair.ipynb #12ec3101
 import base64
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from html import escape
 from pathlib import Path
@@ -217,6 +220,31 @@ def open_pair(
     return OpenPair(frame0, frame1, size0, size1, image1, facts)
 
 
+# %% ../../nbs/06_registration/10_pair.ipynb #9efd3491
+EYES = {"R": "right", "L": "left"}
+
+
+def other_eye(
+    facts: dict,  # "fixed", "moving" -> what the files say of their images
+) -> str | None:
+    "A sentence where the files say that they show different eyes."
+    fixed, moving = (EYES.get(facts.get(side, {}).get("laterality")) for side in ("fixed", "moving"))
+    if fixed is None or moving is None or fixed == moving:
+        return None
+    return f"the files say that the fixed image shows a {fixed} eye and the moving image a {moving} eye"
+
+
+def heed_laterality(
+    answer: Registration,
+) -> Registration:
+    "The answer, at most doubtful where the files name different eyes."
+    sentence = other_eye(answer.facts)
+    if sentence is None:
+        return answer
+    verdict = Verdict.DOUBTFUL if answer.verdict == Verdict.OK else answer.verdict
+    return replace(answer, verdict=verdict, reasons=(*answer.reasons, sentence))
+
+
 # %% ../../nbs/06_registration/10_pair.ipynb #da60db04
 def hopeless(
     pair: OpenPair,
@@ -226,7 +254,8 @@ def hopeless(
     reasons = unusable(pair.fixed, "fixed", config) + unusable(pair.moving, "moving", config)
     if not reasons:
         return None
-    return Registration.failed(reasons, pair.fixed_size, pair.moving_size, facts=pair.facts)
+    failed = Registration.failed(reasons, pair.fixed_size, pair.moving_size, facts=pair.facts)
+    return heed_laterality(failed)
 
 
 # %% ../../nbs/06_registration/10_pair.ipynb #f87ab7eb
@@ -274,7 +303,8 @@ def answer_of(
     sizes = pair.fixed_size, pair.moving_size
     if outcome.verdict == Verdict.FAILED:
         matches = judged_matches(outcome, None, pair, config)
-        return Registration.failed(outcome.reasons, *sizes, outcome.evidence, matches, pair.facts)
+        failed = Registration.failed(outcome.reasons, *sizes, outcome.evidence, matches, pair.facts)
+        return heed_laterality(failed)
     point_map = map_of(outcome, pair)
     matches = judged_matches(outcome, point_map, pair, config)
     if config.transform == "similarity":
@@ -282,7 +312,7 @@ def answer_of(
         point_map = map_from_matrix(fit_similarity(kept.points1, kept.points0))
     matrix = affine_of(point_map)
     matrix = matrix / matrix[2, 2]
-    return Registration(
+    answer = Registration(
         matrix,
         outcome.verdict,
         outcome.reasons,
@@ -293,6 +323,7 @@ def answer_of(
         point_map,
         pair.facts,
     )
+    return heed_laterality(answer)
 
 
 # %% ../../nbs/06_registration/10_pair.ipynb #a9735f96
