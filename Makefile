@@ -70,8 +70,12 @@ nbtest: setup
 pytest: setup
 	$(QUIET) $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile
 
-test-full: test $(BROWSER) ## make test, then everything slow; results recorded in tests/last_full_run.md
+# Sizes of the fault campaign, such as FAULTS='--images 1000 --batches 20 --trainings 20 --eyes 5'
+FAULTS  ?=
+
+test-full: test $(BROWSER) ## make test, then everything slow and the fault campaign; recorded in tests/last_full_run.md and last_fault_campaign.json
 	$(QUIET) $(BIN)/python tools/full_run.py tests/last_full_run.md
+	$(QUIET) $(BIN)/python tools/fault_campaign.py tests/last_fault_campaign.json $(FAULTS)
 
 instep: setup ## are notebooks, package and README in step? (works on a copy, changes nothing)
 	@$(QUIET) $(BIN)/python tools/instep.py

@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 
 from loftr_curriculum.cli import main
 from loftr_curriculum.io.files import FileError, read_bytes
+from loftr_curriculum.io.images import read_image
 from loftr_curriculum.io.lock import LOCK, only_run
 from loftr_curriculum.model.config import MatcherConfig
 from loftr_curriculum.model.matcher import Matcher
@@ -582,3 +583,57 @@ def test_a_training_on_a_full_or_read_only_disk_says_so(complaint, begun, small_
     words = [str(folder) if word == str(begun[0]) else word for word in begun[1]]
     said = complaint(*words, "--record_every", "1")
     assert f"error: {folder}: " in said and why in said
+
+
+def campaign(tmp_path, **sizes) -> dict:
+    "What the fault campaign finds; each part is left out where no size is given."
+    record = tmp_path / "found.json"
+    words = [f"--{name}={sizes.get(name, 0)}" for name in ("images", "batches", "trainings", "eyes")]
+    tool = ROOT / "tools/fault_campaign.py"
+    process = subprocess.run([sys.executable, tool, record, *words], env=environment(), capture_output=True)
+    found = json.loads(record.read_text())
+    assert process.returncode == 0, found
+    return found
+
+
+needs_fork = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="forks, and reads /proc")
+
+
+@needs_fork
+def test_mutated_images_are_read_or_refused_by_name(tmp_path):
+    found = campaign(tmp_path, images=900)["images"]
+    assert sum(found["outcomes"].values()) == 900 and found["outcomes"]["read"] > 50
+    assert found["largest_mb"] < 1500 and found["slowest_s"] < 10
+
+
+@needs_fork
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "part, name", [("batches", "register-many"), ("trainings", "train"), ("eyes", "synth")]
+)
+def test_killed_runs_end_as_undisturbed_ones(tmp_path, part, name):
+    found = campaign(tmp_path, **{part: 4})[name]
+    assert found["kills"] >= 4 and found["failures"] == []
+
+
+def png_with_a_giant_chunk() -> bytes:
+    data = bytearray(cv2.imencode(".png", np.zeros((8, 8), np.uint8))[1].tobytes())
+    data[33:37] = (1_500_000_000).to_bytes(4, "big")  # the length of the pixels
+    return bytes(data)
+
+
+SPOILT = {
+    "giant.png": png_with_a_giant_chunk(),
+    "short.tif": b"II*\0\xd2O",
+    "far.tif": b"II+\0\x08\0\0\0" + b"\xff" * 8 + bytes(100),
+}
+
+
+@pytest.mark.parametrize("name", SPOILT)
+def test_headers_that_lie_are_refused_by_name(tmp_path, name):
+    path = tmp_path / name
+    path.write_bytes(SPOILT[name])
+    start = time.monotonic()
+    with pytest.raises(FileError, match=name):
+        read_image(path)
+    assert time.monotonic() - start < 2, "it took the memory that the header asked for"

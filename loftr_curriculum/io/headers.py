@@ -138,10 +138,12 @@ MOST_CHUNKS = 100_000
 def png_chunks(
     data: bytes,  # of a PNG file
 ) -> dict:  # letters -> content of the first such chunk, pixels left out
-    "The chunks of a PNG."
-    chunks, at, seen = {}, 8, 0
-    while at + 12 <= len(data) and seen < MOST_CHUNKS:
+    "The chunks of a PNG; struct.error for one beyond the file, for which a decoder would take memory."
+    chunks, at, seen, letters = {}, 8, 0, b""
+    while at + 12 <= len(data) and seen < MOST_CHUNKS and letters != b"IEND":
         length, letters = struct.unpack_from(">I4s", data, at)
+        if at + 12 + length > len(data):
+            raise struct.error("a chunk beyond the end of the file")
         if letters != b"IDAT":
             chunks.setdefault(letters, data[at + 8 : at + 8 + length])
         at += 12 + length

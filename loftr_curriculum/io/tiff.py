@@ -247,6 +247,8 @@ def pages_of(
 ) -> list:  # of Page, thumbnails and masks left out
     "The pages of a TIFF or BigTIFF; ImageError where one of them is damaged or cut short."
     layout = layout_of(data)
+    if layout is None:
+        raise ImageError(f"{name}: expected a whole TIFF, it is cut short within its first bytes")
     chain = directories_of(data, layout, name)
     at = struct.unpack_from(layout.offset, data, layout.first)[0]
     pages, full = [], []
