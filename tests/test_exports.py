@@ -56,7 +56,8 @@ def test_a_bent_answer_leaves_its_affine_and_the_whole_map(tmp_path):
     sitk = pytest.importorskip("SimpleITK")
     plain, bent = tmp_path / "transform.tfm", tmp_path / "transform_bent.tfm"
     moving_to_fixed = a_bend().inverse()
-    save_itk_files(plain, bent, moving_to_fixed, SIZE)
+    written = save_itk_files(plain, bent, tmp_path / "mm.tfm", moving_to_fixed, SIZE, {})
+    assert written == [plain, bent]
     points = np.random.default_rng(0).uniform(0, 1, (200, 2)) * (SIZE[1] - 1, SIZE[0] - 1)
 
     def theirs(path):
@@ -71,5 +72,18 @@ def test_a_bent_answer_leaves_its_affine_and_the_whole_map(tmp_path):
 
 
 def test_an_answer_that_does_not_bend_leaves_one_file(tmp_path):
-    save_itk_files(tmp_path / "transform.tfm", tmp_path / "transform_bent.tfm", Affine(T), SIZE)
+    paths = [tmp_path / name for name in ("transform.tfm", "transform_bent.tfm", "transform_mm.tfm")]
+    assert save_itk_files(*paths, Affine(T), SIZE, {"fixed": {"spacing_mm": [1, 1]}}) == paths[:1]
     assert [p.name for p in tmp_path.iterdir()] == ["transform.tfm"]
+
+
+@pytest.mark.parametrize("fixed_to_moving", [Affine(T), a_bend()], ids=["affine", "bent"])
+def test_with_spacings_the_map_is_in_millimetres(fixed_to_moving, tmp_path):
+    sitk = pytest.importorskip("SimpleITK")
+    paths = [tmp_path / name for name in ("transform.tfm", "transform_bent.tfm", "transform_mm.tfm")]
+    facts = {"fixed": {"spacing_mm": [0.01, 0.02]}, "moving": {"spacing_mm": [0.006, 0.005]}}
+    assert paths[2] in save_itk_files(*paths, fixed_to_moving.inverse(), SIZE, facts)
+    transform = sitk.ReadTransform(str(paths[2]))
+    points = np.random.default_rng(0).uniform(0, 1, (200, 2)) * (SIZE[1] - 1, SIZE[0] - 1)
+    theirs = np.array([transform.TransformPoint(point.tolist()) for point in points * (0.02, 0.01)])
+    assert np.abs(theirs / (0.005, 0.006) - fixed_to_moving(points)).max() < 0.05  # px

@@ -185,3 +185,12 @@ def test_the_library_never_imports_pyplot():
         "sys.exit('matplotlib.pyplot' in sys.modules or 'torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_files_of_others_are_not_taken_for_our_own(tmp_path):
+    fixed, moving = scene((90, 120)), scene((70, 100))
+    (tmp_path / "warped.png").write_bytes(b"of another program")
+    for _ in range(2):  # the second answer removes what the first one wrote
+        write_registration(a_result(moving, None, verdict=Verdict.FAILED), fixed, moving, tmp_path)
+    assert load_transform(tmp_path / "transform.json").files == ("matches.png",)
+    assert (tmp_path / "warped.png").read_bytes() == b"of another program"

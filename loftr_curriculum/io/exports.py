@@ -6,6 +6,7 @@
 __all__ = [
     "FINEST",
     "MOST",
+    "PIXELS",
     "step_of",
     "affine_lines",
     "field_lines",
@@ -33,6 +34,7 @@ from .files import atomic_path
 # %% ../../nbs/02_io/04_exports.ipynb #06a1a3f5
 FINEST = 4  # px of the fixed image between the nodes of a displacement field, at least
 MOST = 256  # nodes along a side; larger images get a wider lattice
+PIXELS = ((1.0, 1.0), (1.0, 1.0))  # distance of rows, distance of columns: fixed and moving image
 
 
 def step_of(
@@ -56,8 +58,8 @@ def affine_lines(
 
 # %% ../../nbs/02_io/04_exports.ipynb #f268c452
 def field_lines(
-    displacement: np.ndarray,  # (rows, columns, 2) px
-    step: int,  # px between the nodes
+    displacement: np.ndarray,  # (rows, columns, 2) px or mm
+    step: tuple,  # x, y between the nodes, px or mm
 ) -> list:  # lines of text
     "An ITK displacement field whose first node is the centre of the first pixel."
     rows, columns = displacement.shape[:2]
@@ -65,7 +67,7 @@ def field_lines(
     return [
         "Transform: DisplacementFieldTransform_double_2_2",
         f"Parameters: {numbers}",
-        f"FixedParameters: {columns} {rows} 0 0 {step} {step} 1 0 0 1",
+        f"FixedParameters: {columns} {rows} 0 0 {step[0]!r} {step[1]!r} 1 0 0 1",
     ]
 
 
@@ -81,19 +83,23 @@ def nodes_of(
 
 # %% ../../nbs/02_io/04_exports.ipynb #31c5f230
 def itk_transforms(
-    fixed_to_moving: PointMap,
+    fixed_to_moving: PointMap,  # pixels
     fixed_size: tuple,  # (height, width)
+    spacing: tuple = PIXELS,  # of the fixed and of the moving image
 ) -> list:  # of lists of lines, in the order of the file
     "The transforms of a file: an affine, or a composite of an affine and a field that acts before it."
+    unit0, unit1 = (np.array(pair[::-1], float) for pair in spacing)  # x, y
     if isinstance(fixed_to_moving, Affine):
-        return [affine_lines(fixed_to_moving.matrix)]
+        matrix = np.diag([*unit1, 1]) @ fixed_to_moving.matrix @ np.diag([*1 / unit0, 1])
+        return [affine_lines(matrix)]
     nodes = nodes_of(fixed_size)
-    flat = nodes.reshape(-1, 2)
-    mapped = fixed_to_moving(flat)
+    flat = nodes.reshape(-1, 2) * unit0
+    mapped = fixed_to_moving(nodes.reshape(-1, 2)) * unit1
     matrix = fit_affine(flat, mapped)
     before = apply_transform(np.linalg.inv(matrix), mapped) - flat
     composite = ["Transform: CompositeTransform_double_2_2"]
-    return [composite, affine_lines(matrix), field_lines(before.reshape(nodes.shape), step_of(fixed_size))]
+    step = tuple(float(unit) * step_of(fixed_size) for unit in unit0)
+    return [composite, affine_lines(matrix), field_lines(before.reshape(nodes.shape), step)]
 
 
 # %% ../../nbs/02_io/04_exports.ipynb #5b25ebc4
@@ -102,12 +108,13 @@ def save_itk(
     moving_to_fixed: PointMap,  # as `Registration.point_map`
     fixed_size: tuple,  # (height, width) of the fixed image
     note: str = "",  # a line of text that other programs skip
+    spacing: tuple = PIXELS,  # of the fixed and of the moving image; points are in its unit
 ) -> None:
-    "Write a transform that `SimpleITK.ReadTransform` reads; it maps fixed to moving points, in pixels."
+    "Write a transform that `SimpleITK.ReadTransform` reads; it maps fixed to moving points."
     lines = ["#Insight Transform File V1.0"]
     if note:
         lines.append(f"# {note}")
-    for number, transform in enumerate(itk_transforms(moving_to_fixed.inverse(), fixed_size)):
+    for number, transform in enumerate(itk_transforms(moving_to_fixed.inverse(), fixed_size, spacing)):
         lines += [f"#Transform {number}", *transform]
     with atomic_path(path) as temporary:
         temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
@@ -117,13 +124,20 @@ def save_itk(
 def save_itk_files(
     plain: str | Path,  # .tfm file of the matrix
     bent: str | Path,  # .tfm file of the whole map, written only where the map bends
+    millimetres: str | Path,  # .tfm file of the whole map, written only where spacings are known
     moving_to_fixed: PointMap,  # as `Registration.point_map`
     fixed_size: tuple,  # (height, width) of the fixed image
-) -> None:
-    "The matrix of `transform.json` as an ITK file, and the whole map beside it where it bends."
+    facts: dict,  # as `Registration.facts`
+) -> list:  # of the files that were written
+    "The matrix of `transform.json` as an ITK file, beside it the whole map where it bends or has a scale."
+    spacing = tuple(facts.get(side, {}).get("spacing_mm") for side in ("fixed", "moving"))
+    known = all(spacing)
+    if known:
+        save_itk(millimetres, moving_to_fixed, fixed_size, "in millimetres", spacing)
     if moving_to_fixed.matrix is not None:
         save_itk(plain, moving_to_fixed, fixed_size)
-        return
+        return [plain, millimetres] if known else [plain]
     note = f"the affine of a map that bends: {Path(bent).name} holds the whole map"
     save_itk(plain, map_from_matrix(affine_of(moving_to_fixed)), fixed_size, note)
     save_itk(bent, moving_to_fixed, fixed_size)
+    return [plain, bent, millimetres] if known else [plain, bent]

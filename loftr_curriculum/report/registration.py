@@ -6,6 +6,7 @@
 __all__ = [
     "FILES",
     "BENT",
+    "MILLIMETRES",
     "draw_matches",
     "draw_checkerboard",
     "outputs_of",
@@ -90,13 +91,14 @@ def draw_checkerboard(
 # %% ../../nbs/08_report/01_registration.ipynb #24ca99a6
 FILES = ("transform.json", "transform.tfm", "warped.png", "checkerboard.png", "matches.png")
 BENT = "transform_bent.tfm"  # only where the map bends
+MILLIMETRES = "transform_mm.tfm"  # only where both images state their spacing
 
 
 def outputs_of(
     out_dir: str | Path,  # folder
 ) -> list:  # of Path
     "The files that a registration writes."
-    return [Path(out_dir) / name for name in (*FILES, BENT)]
+    return [Path(out_dir) / name for name in (*FILES, BENT, MILLIMETRES)]
 
 
 def remove_earlier(
@@ -106,7 +108,7 @@ def remove_earlier(
     if not transform.exists():
         return
     written = load_transform(transform).files
-    for name in set(written) & {*FILES, BENT}:
+    for name in set(written) & {*FILES, BENT, MILLIMETRES}:
         (transform.parent / name).unlink(missing_ok=True)
     transform.unlink()
 
@@ -119,7 +121,8 @@ def write_registration(
 ) -> list:  # the paths written
     """Write transform.json, transform.tfm (ITK), warped.png, checkerboard.png and matches.png.
 
-    Where the map bends, transform_bent.tfm holds the whole map and transform.tfm its affine.
+    Where the map bends, transform_bent.tfm holds the whole map and transform.tfm its affine. Where both
+    images state their spacing, transform_mm.tfm is the whole map in millimetres.
 
     Each file is written atomically.
     FileError, before anything is written, where one of them is an input.
@@ -128,13 +131,17 @@ def write_registration(
     refuse_to_overwrite(outputs_of(out), [p for p in (fixed, moving) if isinstance(p, (str, Path))])
     fixed, moving = open_image(fixed, "fixed"), open_image(moving, "moving")
     out.mkdir(parents=True, exist_ok=True)
-    transform, itk, warped, board, matches, bent = outputs_of(out)
+    transform, itk, warped, board, matches, bent, millimetres = outputs_of(out)
     remove_earlier(transform)
+    written = []
     save_figure(matches, draw_matches(result, fixed, moving))
     if result.moving_to_fixed is not None:
-        save_itk_files(itk, bent, result.point_map, result.fixed_size)
+        itk_files = itk, bent, millimetres
+        written = save_itk_files(*itk_files, result.point_map, result.fixed_size, result.facts)
         write_image(warped, storable(result.warped))
         write_image(board, draw_checkerboard(result, fixed, moving))
+        written += [warped, board]
+    written.append(matches)
     save_transform(
         transform,
         TransformRecord(
@@ -146,7 +153,7 @@ def write_registration(
             point_map=result.point_map,
             evidence=dict(result.evidence.to_dict()),
             facts=result.facts,
-            files=tuple(p.name for p in (itk, bent, warped, board, matches) if p.exists()),
+            files=tuple(path.name for path in written),
         ),
     )
-    return [p for p in (transform, itk, bent, warped, board, matches) if p.exists()]
+    return [transform, *written]
