@@ -15,7 +15,9 @@ __all__ = [
     "LEAST_GAIN",
     "FADE",
     "COARSE_PATCHES",
+    "CLOSE_PATCHES",
     "FINE_PATCHES",
+    "BENT",
     "LARGE",
     "Samples",
     "samples_of",
@@ -28,6 +30,7 @@ __all__ = [
     "held_out",
     "gains",
     "choose",
+    "choose_least",
     "support_of",
     "map_of_fit",
     "is_sound",
@@ -39,6 +42,7 @@ __all__ = [
 ]
 
 # %% ../../nbs/06_registration/06_bend.ipynb #18bb6635
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import cv2
@@ -244,6 +248,28 @@ def choose(
     return chosen
 
 
+# %% ../../nbs/06_registration/06_bend.ipynb #3f0e11b1
+def choose_least(
+    samples: Samples,
+    coordinates: Coordinates,
+    incumbent: PointMap,  # fixed -> moving: the map that is there
+    models: tuple = MODELS,  # candidates
+) -> Model | None:  # None: the incumbent stays
+    "The model with the least held-out loss."
+    if len(samples) < LEAST_SAMPLES:
+        return None
+    _, group = blocks_of(samples.points)
+    if len(np.unique(group)) < 2:
+        return None
+    least, chosen = losses(incumbent(samples.points), samples).sum(), None
+    for model in models:
+        design = coordinates.design(samples.points, model)
+        loss = losses(held_out(design, samples, model, group), samples).sum()
+        if loss < least:
+            least, chosen = loss, model
+    return chosen
+
+
 # %% ../../nbs/06_registration/06_bend.ipynb #db87ab9c
 FADE = 0.15  # share of the fixed image's long side within which the bend goes outside the support
 
@@ -298,7 +324,9 @@ def is_sound(
 
 # %% ../../nbs/06_registration/06_bend.ipynb #00a5b8b2
 COARSE_PATCHES = PatchSettings()
+CLOSE_PATCHES = PatchSettings(long_side=512, side=96, step=32, reach=12)
 FINE_PATCHES = PatchSettings(long_side=1536, side=96, step=96, reach=14, sigma=2.0)
+BENT = ("quadratic", "flow")
 LARGE = 2  # an image is large where its long side is this many times the working one
 
 
@@ -328,6 +356,7 @@ def refine_once(
     fixed_to_moving: PointMap,  # original pixels
     settings: PatchSettings,
     config: RegistrationConfig,
+    choice: Callable = choose,  # (samples, coordinates, incumbent, models) -> Model or None
 ) -> tuple:  # (PointMap, name of the model or None, Patches)
     "Compare patches under a map, and take a better one where they want it."
     patches = compare(fixed, moving, fixed_to_moving.inverse(), settings)
@@ -339,7 +368,7 @@ def refine_once(
     samples = samples_of(patches, to_frame, fixed_to_moving, size)
     coordinates = coordinates_of(samples, size)
     margin = settings.side / 4 / local_scale(to_frame, centre(size))
-    chosen = choose(samples, coordinates, fixed_to_moving, models)
+    chosen = choice(samples, coordinates, fixed_to_moving, models)
     while chosen is not None:
         found = map_of_fit(samples, coordinates, chosen, size, margin)
         if is_sound(found, size):
@@ -371,8 +400,12 @@ def refine_by_patches(
     "The simplest map that the patches support, and what they say about it."
     refined, name, patches = refine_once(fixed, moving, fixed_to_moving, COARSE_PATCHES, config)
     model = name or "matches"
-    if max(fixed.gray.shape) > LARGE * config.long_side and candidates(config.transform):
+    large = max(fixed.gray.shape) > LARGE * config.long_side and candidates(config.transform)
+    if large:
         refined, name, _ = refine_once(fixed, moving, refined, FINE_PATCHES, config)
+        model = name or model
+    elif model in BENT:
+        refined, name, _ = refine_once(fixed, moving, refined, CLOSE_PATCHES, config, choose_least)
         model = name or model
     _, to_frame = comparison_frame(fixed, COARSE_PATCHES)
     predicted = np.zeros((0, 2))

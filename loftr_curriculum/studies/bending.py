@@ -8,13 +8,17 @@ __all__ = [
     "STRENGTHS",
     "EYES",
     "LOST_PX",
+    "BINS",
     "BentPair",
     "as_picture",
     "sees",
     "bent_pair",
-    "bent_pairs",
+    "bent_eyes",
+    "bent_pair_number",
     "median_distance",
-    "measure",
+    "residual_of",
+    "measure_pair",
+    "medians_of",
     "summarise",
     "measure_bending",
     "in_words",
@@ -23,7 +27,8 @@ __all__ = [
 # %% ../../nbs/11_studies/10_bending.ipynb #fffb0ecd
 import json
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
 
 import cv2
 import numpy as np
@@ -31,12 +36,13 @@ from tqdm.auto import tqdm
 
 from ..data.pairs import GeneratedSource, PairSample
 from ..geometry import Motion, apply_transform, folds
-from ..io.files import write_json
+from ..io.files import read_json, write_json
 from ..model.coarse import COARSE
 from ..registration.config import RegistrationConfig
 from ..registration.pair import Registration, register
-from ..retina.config import MODES, EyeConfig, seeds_of
+from ..retina.config import GENERATOR_VERSION, MODES, EyeConfig, seeds_of
 from ..retina.world import WorldBank
+from .study import begun, this_machine
 
 # %% ../../nbs/11_studies/10_bending.ipynb #b8f419c8
 MOTION = Motion(rotation_deg=30, scale=1.4, shift=0.33, min_overlap=0.4)
@@ -90,16 +96,19 @@ def bent_pair(
 
 
 # %% ../../nbs/11_studies/10_bending.ipynb #addd0a30
-def bent_pairs(
-    count: int,  # pairs
-    seed: int = 0,  # another one gives other pairs
-):  # generator of (deform, BentPair)
-    "Pairs of report eyes, always the same ones."
-    bank = WorldBank(seeds_of("report", EYES, start=9000), EyeConfig(size=1536), progress=False)
-    for k in range(count):
-        deform = STRENGTHS[k % len(STRENGTHS)]
-        source = GeneratedSource(bank, MODES, 0.7, field=(0.35, 0.9), deform=deform)
-        yield deform, bent_pair(source.draw(k, np.random.default_rng((seed, k)), (512, 512), MOTION))
+@lru_cache(1)
+def bent_eyes() -> WorldBank:
+    "The eyes of the pairs, of the report seeds."
+    return WorldBank(seeds_of("report", EYES, start=9000), EyeConfig(size=1536), progress=False)
+
+
+def bent_pair_number(
+    k: int,  # 0, 1, ...
+) -> BentPair:
+    "A pair of report eyes, always the same one."
+    deform = STRENGTHS[k % len(STRENGTHS)]
+    source = GeneratedSource(bent_eyes(), MODES, 0.7, field=(0.35, 0.9), deform=deform)
+    return bent_pair(source.draw(k, np.random.default_rng((0, k)), (512, 512), MOTION))
 
 
 # %% ../../nbs/11_studies/10_bending.ipynb #e2ee324c
@@ -114,73 +123,106 @@ def median_distance(
     return float(np.median(np.linalg.norm(answer.to_fixed(pair.moving_points) - pair.fixed_points, axis=1)))
 
 
+def residual_of(
+    pair: BentPair,
+) -> float:  # px of the moving image, root mean square
+    "What the best affine through the true points leaves."
+    design = np.c_[np.ones(len(pair.fixed_points)), pair.fixed_points]
+    coefficients = np.linalg.lstsq(design, pair.moving_points, rcond=None)[0]
+    left = design @ coefficients - pair.moving_points
+    return float(np.sqrt((left**2).sum(1).mean()))
+
+
 # %% ../../nbs/11_studies/10_bending.ipynb #8a2ef00a
-def measure(
-    count: int,  # pairs
+def measure_pair(
+    pair: BentPair,
     matcher=None,  # as in `register`
-) -> list:  # of dicts: deform, affine and auto (px), model, folds
-    "Register every pair with both settings."
+) -> dict | None:  # residual, affine and auto (px), model, folds; None where the affine is lost
+    "Register a pair with both settings."
     auto = RegistrationConfig()
     affine = replace(auto, transform="affine")
-    rows = []
-    for deform, pair in tqdm(bent_pairs(count), total=count, unit="pair"):
-        straight = register(pair.fixed, pair.moving, matcher=matcher, config=affine)
-        bent = register(pair.fixed, pair.moving, matcher=matcher, config=auto)
-        if straight.point_map is None or bent.point_map is None:
-            continue
-        before = median_distance(straight, pair)
-        if before > LOST_PX:
-            continue
-        folded = folds(bent.point_map.inverse(), pair.fixed.shape)
-        after = median_distance(bent, pair)
-        rows.append(
-            {"deform": deform, "affine": before, "auto": after, "model": bent.evidence.model, "folds": folded}
-        )
-    return rows
+    straight = register(pair.fixed, pair.moving, matcher=matcher, config=affine)
+    bent = register(pair.fixed, pair.moving, matcher=matcher, config=auto)
+    if straight.point_map is None or bent.point_map is None:
+        return None
+    before = median_distance(straight, pair)
+    if before > LOST_PX:
+        return None
+    return {
+        "residual": round(residual_of(pair), 3),
+        "affine": round(before, 3),
+        "auto": round(median_distance(bent, pair), 3),
+        "model": bent.evidence.model,
+        "folds": folds(bent.point_map.inverse(), pair.fixed.shape),
+    }
 
 
 # %% ../../nbs/11_studies/10_bending.ipynb #e91f1f30
-def summarise(
-    rows: list,  # from `measure`
+BINS = ((0, 0.3), (0.3, 1), (1, 3), (3, 10))  # px of residual
+
+
+def medians_of(
+    rows: list,  # from `measure_pair`
 ) -> dict:
-    "Medians by strength, their ratio for 3 px and more, harm where there is hardly a residual, and folds."
-    by_strength = {}
-    for deform in STRENGTHS:
-        of = [row for row in rows if row["deform"] == deform]
-        if of:
-            by_strength[f"{deform:g}"] = {
-                "pairs": len(of),
-                "affine": round(float(np.median([row["affine"] for row in of])), 3),
-                "auto": round(float(np.median([row["auto"] for row in of])), 3),
-                "models": dict(Counter(row["model"] for row in of)),
-            }
-    bent = [row for row in rows if row["deform"] >= 3]
-    little = [row["auto"] - row["affine"] for row in rows if row["deform"] <= 1]
-    affine, auto = (np.median([row[name] for row in bent]) for name in ("affine", "auto"))
+    "Errors and chosen models of some pairs."
+    affine = np.median([row["affine"] for row in rows])
+    auto = np.median([row["auto"] for row in rows])
     return {
-        "by_strength": by_strength,
+        "pairs": len(rows),
+        "affine": round(float(affine), 3),
+        "auto": round(float(auto), 3),
         "ratio": round(float(auto / affine), 3),
+        "models": dict(Counter(row["model"] for row in rows)),
+    }
+
+
+def summarise(
+    rows: list,  # from `measure_pair`
+) -> dict:
+    "Medians by residual, harm where the residual is below 1 px, and folds."
+    by_residual = {}
+    for low, high in BINS:
+        some = [row for row in rows if low <= row["residual"] < high]
+        if some:
+            by_residual[f"{low:g} to {high:g}"] = medians_of(some)
+    little = [row["auto"] - row["affine"] for row in rows if row["residual"] < 1]
+    return {
+        "by_residual": by_residual,
         "harm_median": round(float(np.median(little)), 3),
         "harm_most": round(float(np.max(little)), 3),
+        "harmed": sum(harm > 0.05 for harm in little),
+        "of": len(little),
         "folds": sum(row["folds"] for row in rows),
     }
 
 
 # %% ../../nbs/11_studies/10_bending.ipynb #a46966e8
 def measure_bending(
-    out: str = "bending.json",  # file to write
-    pairs: int = 100,  # generated pairs
+    out: str = "bending.json",  # file to write, or to go on with
+    pairs: int = 1000,  # generated pairs
 ) -> dict:  # what was written
-    "Register pairs that are known to bend, with an affine and with `auto`, and write both."
-    rows = measure(pairs)
-    found = {**summarise(rows), "rows": rows}
-    write_json(out, found)
-    return found
+    "Register pairs that are known to bend, with an affine and with `auto`."
+    told = {
+        "config": asdict(RegistrationConfig()),
+        "generator": GENERATOR_VERSION,
+        "hardware": this_machine(),
+    }
+    settings = json.loads(json.dumps(told))
+    found = {**settings, **begun(out, settings)}
+    tried, rows = found.setdefault("tried", 0), found.setdefault("rows", [])
+    for k in tqdm(range(tried, pairs), unit="pair", initial=tried, total=pairs):
+        row = measure_pair(bent_pair_number(k))
+        if row is not None:
+            rows.append(row)
+        found["tried"] = k + 1
+        if (k + 1) % 10 == 0 or k + 1 == pairs:
+            write_json(out, {**found, **(summarise(rows) if rows else {})})
+    return read_json(out)
 
 
 def in_words(
     found: dict,  # from `measure_bending`
 ) -> str:
     "Everything but the single pairs."
-    told = {name: value for name, value in found.items() if name != "rows"}
-    return json.dumps(told, indent=1)
+    left_out = ("rows", "config", "hardware")
+    return json.dumps({name: value for name, value in found.items() if name not in left_out}, indent=1)
