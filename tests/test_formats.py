@@ -19,6 +19,8 @@ from loftr_curriculum.io.images import ImageError, image_size, limit_from, read_
 from loftr_curriculum.io.inputs import as_picture
 from loftr_curriculum.io.transforms import load_transform
 from loftr_curriculum.registration.config import RegistrationConfig, Verdict
+from loftr_curriculum.registration.journal import read_results
+from loftr_curriculum.registration.many import register_many
 from loftr_curriculum.registration.pair import NO_MATCHES, Registration, open_pair, register
 from loftr_curriculum.registration.verdict import Evidence
 from loftr_curriculum.report.registration import write_registration
@@ -381,3 +383,25 @@ def test_an_offset_beyond_all_memory_is_refused(tmp_path, at):
     (tmp_path / "far.tif").write_bytes(data)
     with pytest.raises(ImageError, match="far.tif: expected a whole TIFF, it is damaged or cut short"):
         read_image(tmp_path / "far.tif[0]")
+
+
+def test_a_jpeg_of_thousands_of_scans_is_not_decoded(tmp_path, monkeypatch):
+    file = io.BytesIO()
+    Image.fromarray(picture((64, 64))).save(file, "JPEG", progressive=True)
+    data = file.getvalue()
+    scan = data[data.rindex(b"\xff\xda") : -2]
+    (tmp_path / "a.jpg").write_bytes(data[:-2] + 1000 * scan + data[-2:])
+    monkeypatch.setattr(cv2, "imdecode", lambda *_: pytest.fail("decoded"))
+    with pytest.raises(ImageError, match=r"a.jpg: a JPEG of 10\d\d scans, at most 64 are decoded"):
+        read_image(tmp_path / "a.jpg")
+
+
+def test_a_table_names_pages(tmp_path):
+    black = np.zeros((40, 60), np.uint8)
+    (tmp_path / "scan.tif").write_bytes(tiff_of([rgb()[..., 0], black]))
+    rows = "a,scan.tif[0],scan.tif[1]\nb,scan.tif[0],scan.tif\n"
+    (tmp_path / "pairs.csv").write_text("id,fixed,moving\n" + rows)
+    register_many(tmp_path / "pairs.csv", tmp_path / "out", matcher=object(), progress=False)
+    answers = read_results(tmp_path / "out" / "results.csv")
+    assert "black" in answers["a"]["reasons"] and not answers["a"]["error"]
+    assert "2 pages; write" in answers["b"]["error"]

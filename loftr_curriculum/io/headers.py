@@ -75,6 +75,7 @@ class Header:
     size: tuple  # (height, width) as stored
     orientation: int = 1  # EXIF: 1 upright, 2 to 8 turned or mirrored
     animated: bool = False  # several pictures that follow each other
+    scans: int = 1  # how often a decoder goes over the image
 
 
 # %% ../../nbs/02_io/00b_headers.ipynb #33a7bb4f
@@ -128,7 +129,8 @@ def jpeg_header(
     asked = [exif_orientation(block) for block in blocks if block.startswith(b"Exif")]
     if not frames:
         return None
-    return Header(struct.unpack_from(">HH", data, frames[0] + 1), asked[0] if asked else 1)
+    size = struct.unpack_from(">HH", data, frames[0] + 1)
+    return Header(size, asked[0] if asked else 1, scans=data.count(b"\xff\xda"))
 
 
 # %% ../../nbs/02_io/00b_headers.ipynb #9bdf1661

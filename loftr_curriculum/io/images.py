@@ -6,6 +6,7 @@
 __all__ = [
     "SUFFIXES",
     "MOST_PIXELS",
+    "MOST_SCANS",
     "FORMATS",
     "limit_from",
     "most_bytes",
@@ -127,6 +128,7 @@ def open_dicom(
     return Opened(path, "DICOM", data, Header(image.size), dicom=image)
 
 
+MOST_SCANS = 64  # of a progressive JPEG
 FORMATS = "PNG, JPEG, TIFF, DICOM, WebP, GIF, BMP, JPEG 2000, PGM or PPM"
 
 
@@ -143,6 +145,8 @@ def open_single(
         raise ImageError(f"{path}: expected one image, found an animation; save the picture that is meant")
     if number:
         raise ImageError(f"{path}: has no image {number}, the file holds one image")
+    if header.scans > MOST_SCANS:
+        raise ImageError(f"{path}: a JPEG of {header.scans} scans, at most {MOST_SCANS} are decoded")
     refuse_giants(header.size, path)
     return Opened(path, format_of(data), data, header)
 
