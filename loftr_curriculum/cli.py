@@ -504,7 +504,8 @@ def _add_work(parser):
         "--scheduler",
         type=str | None,
         default=None,
-        help="address of a Dask scheduler whose workers register, such as tcp://10.0.0.1:8786; null: this machine",
+        help="address of a Dask scheduler whose workers register, such as tcp://10.0.0.1:8786; "
+        "null: this machine",
     )
     parser.add_argument(
         "--shard",

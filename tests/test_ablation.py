@@ -3,6 +3,8 @@ repeated, and what is paired with what.
 """
 
 from dataclasses import replace
+from functools import partial
+from unittest.mock import Mock
 
 import lightning.pytorch as pl
 import numpy as np
@@ -199,21 +201,23 @@ def test_controls_train_with_the_masks_that_they_name(tmp_path):
     data.setup()
     batch = next(iter(data.train_dataloader()))
     loss, seen = {}, {}
+
+    def keep_masks(arm, matcher, args):
+        seen[arm] = args[4:6]
+
     for arm in ("v2.1", "v2.2", "control-other-eye", "control-uniform"):
         torch.manual_seed(0)
         module = PL_LoFTR(replace(c, curriculum=arm, precision="32"))
-        module.log, module.guidance = (
-            (lambda *a, **k: None),
-            Guidance(2.0, 10.0) if arm != "v2.1" else Guidance(),
-        )
-        module.matcher.register_forward_pre_hook(lambda m, args: seen.update({arm: args[4:6]}))
+        module.log = Mock()
+        module.guidance = Guidance(2.0, 10.0) if arm != "v2.1" else Guidance()
+        module.matcher.register_forward_pre_hook(partial(keep_masks, arm))
         loss[arm] = module.training_step(batch, 0).item()
     for k, mask in enumerate((batch.mask0, batch.mask1)):
-        assert torch.equal(seen["v2.2"][k], mask) and torch.equal(seen["control-other-eye"][k][0], mask[1])
-        assert (
-            torch.allclose(seen["control-uniform"][k].mean((1, 2)), mask.mean((1, 2)))
-            and float(seen["control-uniform"][k].std((1, 2)).max()) == 0
-        )
+        assert torch.equal(seen["v2.2"][k], mask)
+        assert torch.equal(seen["control-other-eye"][k][0], mask[1])
+        uniform = seen["control-uniform"][k]
+        assert torch.allclose(uniform.mean((1, 2)), mask.mean((1, 2)))
+        assert float(uniform.std((1, 2)).max()) == 0
     assert len({round(v, 5) for v in loss.values()}) == 4
     assert CURRICULA["control-other-eye"] == replace(CURRICULA["v2.2"], mask="other")
 

@@ -56,7 +56,9 @@ def run(*words):
 
 @pytest.fixture
 def complains(capsys):
-    "Runs a command that must be refused: exit code 2, nothing on standard output, one line on standard error, which is returned."
+    """Runs a command that must be refused, and returns what it says.
+
+    Exit code 2, nothing on standard output, one line on standard error."""
 
     def refused(*words):
         assert run(*words) == 2
@@ -201,15 +203,13 @@ def test_the_packaged_weights_are_those_of_their_configuration_files(tmp_path):
     )
     assert totals(facts)["complete"] and len(runs_of(facts)) <= len(files)
     for file, run in zip(files, runs_of(facts)):
-        # a field that is newer than the weights has its default in both, one that is gone is left out, and so is the cap, which no view of a training reaches
-        known, matcher = (
-            tmp_path / "facts.json",
-            {k: v for k, v in run["config"]["matcher"].items() if k not in ("fine_radius", "coarse_side")},
-        )
-        assert run["config"]["data"]["size"] <= load_matcher().config.coarse_side
-        known.write_text(
-            json.dumps({k: v for k, v in run["config"].items() if k != "out"} | {"matcher": matcher})
-        )
+        trained = run["config"]
+        # A field that is newer than the weights has its default in both, one that is gone is left out,
+        # and so is the cap, which no view of a training reaches.
+        assert trained["data"]["size"] <= load_matcher().config.coarse_side
+        matcher = {k: v for k, v in trained["matcher"].items() if k not in ("fine_radius", "coarse_side")}
+        known = tmp_path / "facts.json"
+        known.write_text(json.dumps({k: v for k, v in trained.items() if k != "out"} | {"matcher": matcher}))
         theirs, mine = asdict(read(known)), asdict(read(ROOT / "configs" / file))
         for config in (theirs, mine):
             config["out"] = config["data"]["cache"] = None

@@ -1,4 +1,6 @@
-"Guards against what goes wrong outside: signals, two runs in one folder, full disks, broken and hostile files."
+"""Guards against what goes wrong outside: signals, two runs in one folder, full disks, broken and
+hostile files.
+"""
 
 import json
 import os

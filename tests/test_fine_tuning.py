@@ -79,7 +79,8 @@ def test_what_does_not_fit_is_refused_before_a_folder_is_made(weights, tmp_path)
         ),
         (
             TrainConfig(out=str(out), init=str(weights), matcher=MatcherConfig(dims=(16, 48, 96), heads=3)),
-            r"tiny.safetensors: holds a matcher with dims \(8, 16, 32\), heads 4; leave out --matcher.dims, --matcher.heads",
+            r"tiny.safetensors: holds a matcher with dims \(8, 16, 32\), heads 4; "
+            "leave out --matcher.dims, --matcher.heads",
         ),
         (
             TrainConfig(out=str(out), init=str(weights), matcher=MatcherConfig("reference")),

@@ -5,6 +5,7 @@ package is asked, and refusals.
 import json
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -58,9 +59,11 @@ class Versions:
         self.asked.append((root.name, words[0]))
         if words[0] == "train":
             return self.train(root.name, words)
-        if words[0] == "evaluate":
-            return self.evaluate(Path(words[words.index("--weights") + 1]))
-        return json.dumps({"facts": {"steps": 4, "seconds": 1, "kept_epoch": 0, "hardware": "none"}})
+        assert words[0] == "evaluate"
+        return self.evaluate(Path(words[words.index("--weights") + 1]))
+
+    def load(self, weights):
+        return SimpleNamespace(facts={"steps": 4, "seconds": 1, "kept_epoch": 0, "hardware": "none"})
 
     def train(self, version, words):
         out = Path(next(word for word in words if word.startswith("--out=")).removeprefix("--out="))
@@ -99,6 +102,7 @@ def versions(clone, tmp_path, monkeypatch):
     monkeypatch.setattr(study, "copy_commit", made_up.copy)
     monkeypatch.setattr(study, "copy_as_it_is", made_up.copy)
     monkeypatch.setattr(study, "call", made_up.call)
+    monkeypatch.setattr(study, "load_matcher", made_up.load)
     return made_up
 
 
@@ -113,7 +117,7 @@ def test_versions_take_turns_and_the_new_one_judges_both(versions, clone, capsys
     assert "corner_AUC@10" not in record["summary"]["new"]
     assert record["settings_that_differ"] == {"data.gap": [3, 9]}
     assert record["modules_that_differ"] == ["retina/world.py"]
-    assert record["steps"] == 4
+    assert record["steps"] == record["runs"][0]["steps"] == 4
     assert record["seeds"] == [0, 1]
     assert record["revisions"]["old"] == record["revisions"]["new"] == study.commit_of(clone, "HEAD")
     assert "landmark_AUC@20    0.205   (0.200 to 0.210)" in capsys.readouterr().out

@@ -123,7 +123,12 @@ from test_many_cluster import Careful, QUICK
 from loftr_curriculum.registration import register_many
 folder = Path()
 count = register_many(
-    folder / "pairs.csv", folder / "many", matcher=Careful(), config=QUICK, scheduler=sys.argv[1], progress=False
+    folder / "pairs.csv",
+    folder / "many",
+    matcher=Careful(),
+    config=QUICK,
+    scheduler=sys.argv[1],
+    progress=False,
 )
 assert count == dict(ok=12, doubtful=0, failed=0, unreadable=1), count
 """

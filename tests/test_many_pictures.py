@@ -1,4 +1,6 @@
-"""Guards of a batch's pictures: a folder for every pair, and the page, in a real Chromium where there is one."""
+"""Guards of a batch's pictures: a folder for every pair, and the page, in a real Chromium where
+there is one.
+"""
 
 import importlib.util
 import json

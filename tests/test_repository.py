@@ -168,7 +168,7 @@ def test_every_dependency_has_its_reason():
 
 
 def imported_names(path, package_parts):
-    """(line, dotted name) of every import in a module, those inside functions and by import_module included."""
+    """(line, dotted name) of every import in a module, inside functions and by import_module too."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             yield from ((node.lineno, alias.name) for alias in node.names)
@@ -183,7 +183,7 @@ def imported_names(path, package_parts):
 
 
 def order_violations(package):
-    """One line for every import of a room from a room below it, and for every module outside the list of rooms."""
+    """One line for every import of a room from a room below it, and for every module outside the rooms."""
     found = []
     for path in sorted(package.rglob("*.py")):
         parts = path.relative_to(package).with_suffix("").parts
@@ -236,8 +236,12 @@ def test_the_checker_lets_the_order_pass(tmp_path):
     path = tmp_path / "loftr_curriculum" / "registration" / "register.py"
     path.parent.mkdir(parents=True)
     path.write_text(
-        "import torch\nfrom .estimate import x\nfrom ..geometry import y\nfrom ..model.weights import load_matcher\n"
-        "from .. import __version__\nfrom loftr_curriculum.data import preprocess\n"
+        "import torch\n"
+        "from .estimate import x\n"
+        "from ..geometry import y\n"
+        "from ..model.weights import load_matcher\n"
+        "from .. import __version__\n"
+        "from loftr_curriculum.data import preprocess\n"
     )
     assert order_violations(tmp_path / "loftr_curriculum") == []
 

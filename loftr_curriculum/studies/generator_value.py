@@ -62,6 +62,7 @@ from pathlib import Path
 
 from ..io.files import FileError, read_json, write_json
 from ..io.lock import only_run
+from ..model.weights import load_matcher
 
 # %% ../../nbs/11_studies/14_generator_value.ipynb #5a3ff00d
 PACKAGE = "loftr_curriculum"
@@ -307,14 +308,13 @@ KEPT_FACTS = ("steps", "kept_epoch", "seconds", "hardware", "torch", "precision"
 
 
 def score_of(
-    root: Path,  # folder of the version that trained
     judge: Path,  # folder of the version that registers
     weights: Path,  # of the run
     real: Path,  # folder of real pairs
 ) -> dict:
     "Figures of the real pairs, and facts of the training."
     evaluation = call(judge, "evaluate", "--set", real, "--weights", weights, *REGISTRATION, capture=True)
-    facts = json.loads(call(root, "weights", weights, capture=True))["facts"]
+    facts = load_matcher(weights).facts
     return {"figures": json.loads(evaluation)} | {name: facts.get(name) for name in KEPT_FACTS}
 
 
@@ -336,7 +336,7 @@ def run_one(
     weights = out / "weights.safetensors"
     if not weights.is_file():
         call(versions[name], *words)
-    write_json(done, {"judged_by": judged_by, **score_of(versions[name], versions["new"], weights, real)})
+    write_json(done, {"judged_by": judged_by, **score_of(versions["new"], weights, real)})
     return read_json(done)
 
 
