@@ -671,6 +671,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                  'loftr_curriculum/geometry/maps.py'),
                                                 'loftr_curriculum.geometry.maps.dense_points': ( '01_geometry/maps.html#dense_points',
                                                                                                  'loftr_curriculum/geometry/maps.py'),
+                                                'loftr_curriculum.geometry.maps.depth_of': ( '01_geometry/maps.html#depth_of',
+                                                                                             'loftr_curriculum/geometry/maps.py'),
                                                 'loftr_curriculum.geometry.maps.local_scale': ( '01_geometry/maps.html#local_scale',
                                                                                                 'loftr_curriculum/geometry/maps.py'),
                                                 'loftr_curriculum.geometry.maps.map_from_dict': ( '01_geometry/maps.html#map_from_dict',

@@ -5,6 +5,7 @@
 # %% auto #0
 __all__ = [
     "UNKNOWN_KEY",
+    "LONGEST",
     "EXIT",
     "COMMANDS",
     "ENDED",
@@ -40,6 +41,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields, is_dataclass
 from operator import attrgetter
 from pathlib import Path
+from typing import get_args
 
 from jsonargparse import ActionConfigFile, ArgumentParser
 
@@ -115,6 +117,11 @@ def settings(
     values,  # what the parser read: has every field as an item, nested ones as items of items
 ):
     "The dataclass, nested ones included; ValueError where a value is not allowed."
+    for f in fields(kind):
+        if values[f.name] is None and type(None) not in get_args(f.type):
+            raise ValueError(f"{f.name} null: expected {getattr(f.type, '__name__', f.type)}")
+        if is_dataclass(f.type) and not hasattr(values[f.name], "keys"):
+            raise ValueError(f"{f.name}: expected the keys of {f.type.__name__}, each with its value")
     return kind(
         **{
             f.name: settings(f.type, values[f.name]) if is_dataclass(f.type) else values[f.name]
@@ -178,6 +185,9 @@ def refuse_classes(
 
 
 # %% ../nbs/12_cli/00_cli.ipynb #fb4b0179
+LONGEST = 600  # letters of a complaint
+
+
 def parse(
     parser,  # ArgumentParser made with exit_on_error=False
     argv,  # list of str
@@ -200,9 +210,11 @@ def parse(
         return parser.parse_args(argv)
     except ArgumentError as e:
         message = explain(str(e), known)
+    except RecursionError:
+        message = "parsing config: nested too deeply, or within itself"
     if "parsing config" in message:
         message += f" (in {', '.join(b for a, b in zip(argv, argv[1:]) if a == '--config')})"
-    raise ValueError(message)
+    raise ValueError(message if len(message) < LONGEST else f"{message[:LONGEST]} ...")
 
 
 # %% ../nbs/12_cli/00_cli.ipynb #e41a9335

@@ -7,6 +7,7 @@ __all__ = [
     "FAMILIES",
     "LATTICE",
     "READERS",
+    "LONGEST_CHAIN",
     "PointMap",
     "MatrixMap",
     "check_matrix",
@@ -21,6 +22,7 @@ __all__ = [
     "warp_by_points",
     "reads",
     "map_from_dict",
+    "depth_of",
     "read_chain",
 ]
 
@@ -289,12 +291,14 @@ def map_from_dict(
 ) -> PointMap:
     "The map; ValueError says what is wrong with the numbers."
     model = values.get("model") if isinstance(values, dict) else None
-    if model not in READERS:
+    if not isinstance(model, str) or model not in READERS:
         raise ValueError(f"unknown model {model!r} of a map: expected one of {', '.join(READERS)}")
     try:
         return READERS[model](values)
     except (KeyError, TypeError) as error:
         raise ValueError(f"a map of the model {model} lacks or misstates {error}") from None
+    except RecursionError:
+        raise ValueError("a map is nested too deeply") from None
 
 
 # %% ../../nbs/01_geometry/03_maps.ipynb #8ca4eb09
@@ -302,7 +306,23 @@ for _family in FAMILIES:
     READERS[_family.model] = lambda values, family=_family: family(values["matrix"])
 
 
+LONGEST_CHAIN = 64  # maps within maps
+
+
+def depth_of(
+    values,  # of a chain, or of anything else
+) -> int:  # how far maps lie within maps, at most 1 above `LONGEST_CHAIN`
+    "How deeply a chain is nested."
+    depth, level = 0, [values]
+    while level and depth <= LONGEST_CHAIN:
+        depth += 1
+        level = [part for map_ in level if isinstance(map_, dict) for part in map_.get("parts") or ()]
+    return depth
+
+
 @reads("chain")
 def read_chain(values):
     "A chain from its dict."
+    if depth_of(values) > LONGEST_CHAIN:
+        raise ValueError(f"a chain is nested deeper than {LONGEST_CHAIN} maps")
     return Chain(tuple(map_from_dict(part) for part in values["parts"]))
