@@ -4,21 +4,28 @@ there is one.
 
 import importlib.util
 import json
+import os
 import re
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 from test_many import Sent, write_batch
 from test_registration import QUICK
 
+from loftr_curriculum.geometry import centre, similarity, warp_image
 from loftr_curriculum.io.files import FileError
 from loftr_curriculum.io.images import read_image, write_image
 from loftr_curriculum.registration import register, register_many
 from loftr_curriculum.registration.journal import FIELDS, PICTURES, read_results
 from loftr_curriculum.registration.many import Shard, merge_shards
 from loftr_curriculum.report.batch import BatchPictures, as_text, write_report
+from loftr_curriculum.retina.config import EyeConfig, seeds_of
+from loftr_curriculum.retina.world import make_world
 
+ROOT = Path(__file__).resolve().parents[1]
+PICTURE = ROOT / "nbs" / "images" / "batch_page.png"
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 
 
@@ -197,4 +204,35 @@ def test_ten_thousand_pairs_are_filtered_sorted_and_looked_at(chromium, tmp_path
     assert page.locator("#body tr").count() == 1
     assert page.evaluate("document.querySelector('#body img').naturalWidth") > 100
     assert faults == []
+    page.close()
+
+
+def write_eyes(folder, n):
+    "Generated eyes: a photograph, an angiogram that is turned and shifted, and one pair of two different eyes."
+    lines = ["id,fixed,moving"]
+    for k in range(n):
+        eye = make_world(seeds_of("report", n)[k], EyeConfig(), ("cf", "fa"))
+        size = eye.images["cf"].shape[:2]
+        turn = similarity(7 * k - 10, 0.95, (20 - 9 * k, 12), center=centre(size))
+        write_image(folder / f"{k}_cf.png", eye.images["cf"])
+        write_image(folder / f"{k}_fa.png", warp_image(eye.images["fa"], turn, size))
+        lines.append(f"eye {k},{k}_cf.png,{k}_fa.png")
+    lines.append("two eyes,0_cf.png,1_fa.png")
+    (folder / "pairs.csv").write_text("\n".join(lines) + "\n")
+
+
+@pytest.mark.slow
+def test_the_page_looks_as_in_the_documentation(chromium, tmp_path):
+    "With SCREENSHOT set the picture of the documentation is taken anew."
+    write_eyes(tmp_path, 3)
+    out = tmp_path / "out"
+    count = register_many(tmp_path / "pairs.csv", out, progress=False, pictures=BatchPictures(out))
+    assert count["failed"] == 1 and count["ok"] + count["doubtful"] == 3
+    page = chromium.new_page(viewport={"width": 1000, "height": 560})
+    page.goto((out / "report.html").as_uri())
+    assert page.locator("#body img").count() == 8
+    wide = page.evaluate("document.documentElement.scrollWidth")
+    assert wide <= 1000, "the page is wider than its window"
+    if os.environ.get("SCREENSHOT"):
+        page.screenshot(path=PICTURE)
     page.close()
