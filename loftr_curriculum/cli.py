@@ -580,7 +580,9 @@ def _pairs(a):
 
     patterns = (a.fixed, a.moving, a.match)
     if a.pairs is not None and any(patterns):
-        raise ValueError("a table and --fixed, --moving, --match exclude each other")
+        raise ValueError(
+            "a table and --fixed, --moving, --match exclude each other; are the patterns in quotes?"
+        )
     if a.pairs is not None:
         return FoundPairs(read_batch(a.pairs), [])
     if not all(patterns):
