@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 
 from loftr_curriculum.cli import main
 from loftr_curriculum.io.files import FileError, read_bytes
-from loftr_curriculum.io.images import read_image
+from loftr_curriculum.io.images import MOST_PIXELS, read_image
 from loftr_curriculum.io.lock import LOCK, only_run
 from loftr_curriculum.model.config import MatcherConfig
 from loftr_curriculum.model.matcher import Matcher
@@ -639,3 +639,12 @@ def test_headers_that_lie_are_refused_by_name(tmp_path, name):
     with pytest.raises(FileError, match=name):
         read_image(path)
     assert time.monotonic() - start < 2, "it took the memory that the header asked for"
+
+
+def test_the_security_page_states_the_limit_that_holds_and_names_what_there_is():
+    page = (ROOT / "SECURITY.md").read_text(encoding="utf-8")
+    if not os.environ.get("LOFTR_CURRICULUM_MOST_PIXELS"):
+        assert f"{MOST_PIXELS // 10**6} million pixels" in page
+    assert "LOFTR_CURRICULUM_MOST_PIXELS" in page
+    for name in ("tests/test_faults.py", "tests/test_properties.py", "tools/fault_campaign.py"):
+        assert name in page and (ROOT / name).is_file()
