@@ -15,17 +15,9 @@ from loftr_curriculum.data.config import DataConfig, patient_of
 from loftr_curriculum.data.landmarks import LANDMARK_COLUMNS, PairTableSource, read_landmark_set, read_pairs
 from loftr_curriculum.data.masks import vesselness
 from loftr_curriculum.data.module import EpochSampler, PairDataModule, split_sources
-from loftr_curriculum.data.pairs import (
-    STEEPEST,
-    GeneratedSource,
-    cell_points,
-    cut_views,
-    draw_residual,
-    make_frame,
-    to_fixed,
-    to_moving,
-)
+from loftr_curriculum.data.pairs import GeneratedSource, cut_views, make_frame
 from loftr_curriculum.data.preprocess import estimate_fov, normalise, prepare, to_gray
+from loftr_curriculum.data.recipe import STEEPEST, draw_residual, map_grid, to_fixed, to_moving
 from loftr_curriculum.data.triplets import TripletSource, choose, parse_name
 from loftr_curriculum.geometry import (
     Motion,
@@ -451,12 +443,12 @@ def test_maps_do_not_fold_and_lead_there_and_back(size):
         assert difference.max() <= u.slope() <= STEEPEST + 1e-9
         T = similarity(10 * seed, 0.5 + 0.05 * seed, (20, -10), centre(size))
         assert np.abs(to_fixed(T, u, to_moving(T, u, p)) - p).max() < 0.05
-        c = cell_points(size).reshape(-1, 2)
+        c = map_grid(size).points().reshape(-1, 2)
         assert np.allclose(fit_affine(c, to_fixed(T, u, c)), invert(T), atol=1e-6)
 
 
 def test_the_largest_residual_is_nearly_always_reached():
-    c = cell_points((512, 512))
+    c = map_grid((512, 512)).points()
     rms = [
         np.sqrt((draw_residual(np.random.default_rng(s), (512, 512), 5.0).at(c) ** 2).sum(-1).mean())
         for s in range(400)
@@ -591,7 +583,7 @@ def test_true_maps_reach_every_batch_of_mixed_sources(cases, table):
     maps, T, modes = (
         sum((list(getattr(b, k)) for b in batches), []) for k in ("map_0to1", "fixed_to_moving", "id")
     )
-    centres = torch.from_numpy(cell_points((64, 64))).float().reshape(-1, 2)
+    centres = map_grid((64, 64)).centres()
     off = np.array(
         [(m.reshape(-1, 2) - apply_transform(t, centres)).norm(dim=-1).max().item() for m, t in zip(maps, T)]
     )

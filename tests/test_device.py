@@ -13,18 +13,19 @@ import torch
 from loftr_curriculum.data.config import DataConfig
 from loftr_curriculum.data.device import (
     DeviceViews,
-    apply_looks,
+    apply_photometry_batch,
     collate_recipes,
-    draw_recipe,
-    pack_look,
+    draw_grain,
+    pack_photometry,
     smoothers,
 )
 from loftr_curriculum.data.module import PairDataModule
 from loftr_curriculum.data.pairs import GeneratedSource
+from loftr_curriculum.geometry import Motion
 from loftr_curriculum.model.config import MatcherConfig
 from loftr_curriculum.model.weights import load_matcher
 from loftr_curriculum.retina.config import MODES, EyeConfig, seeds_of
-from loftr_curriculum.retina.randomise import draw_look, randomise
+from loftr_curriculum.retina.randomise import draw_photometry, randomise
 from loftr_curriculum.retina.world import WorldBank
 from loftr_curriculum.training.config import TrainConfig
 from loftr_curriculum.training.run import train
@@ -49,17 +50,19 @@ def bank():
     return WorldBank(seeds_of("report", 2), EyeConfig(size=512), workers=1, progress=False)
 
 
+def stream(g):
+    return np.random.default_rng((3, g))
+
+
+def recipe_of(source, g):
+    return source.recipe(g, stream(g), (SIZE, SIZE), Motion(), grain=False)
+
+
 def both(source, indices, device="cpu"):
     "Pairs drawn by NumPy, and the batch of the same seeds."
-
-    def stream(g):
-        return np.random.default_rng((3, g))
-
-    recipe = collate_recipes([draw_recipe(source, g, stream(g), (SIZE, SIZE)) for g in indices])
-    recipe = {k: v.to(device) if torch.is_tensor(v) else v for k, v in recipe.items()}
-    return [source.draw(g, stream(g), (SIZE, SIZE)) for g in indices], DeviceViews(source, SIZE, device)(
-        recipe
-    )
+    recipes = collate_recipes([recipe_of(source, g) for g in indices]).to(device)
+    pairs = [source.draw(g, stream(g), (SIZE, SIZE)) for g in indices]
+    return pairs, DeviceViews(source, device)(recipes)
 
 
 @pytest.mark.parametrize("deform", [0.0, 5.0])
@@ -89,20 +92,15 @@ def test_a_shifted_view_would_be_noticed(bank):
 
 def test_time_stamps_are_those_of_numpy(bank):
     source = GeneratedSource(bank, MODES, strength=1.0)
-
-    def stream(g):
-        return np.random.default_rng((3, g))
-
-    stamped = [g for g in range(120) if draw_recipe(source, g, stream(g), (SIZE, SIZE))["ink"]]
+    recipes = [recipe_of(source, g) for g in range(120)]
+    stamped = [g for g in range(120) if any(view.stamp for view in recipes[g].views)]
     assert 1 <= len(stamped) <= 20
-    recipe = collate_recipes(
-        [draw_recipe(source, g, stream(g), (SIZE, SIZE)) for g in (stamped[0], stamped[0] + 1)]
-    )
-    without = {**recipe, "ink": recipe["ink"][:0], "inked": recipe["inked"][:0]}
-    views = DeviceViews(source, SIZE, "cpu")
+    recipe = collate_recipes([recipes[stamped[0]], recipes[stamped[0] + 1]])
+    without = replace(recipe, ink=recipe.ink[:0], inked=recipe.inked[:0])
+    views = DeviceViews(source, "cpu")
     a, b = (torch.stack([out.image0, out.image1]) for out in (views(recipe), views(without)))
     changed = (a != b).flatten(3).any(-1)[..., 0]
-    assert changed[:, 0].any() and (changed.sum() == len(recipe["inked"]))
+    assert changed[:, 0].any() and (changed.sum() == len(recipe.inked))
 
 
 def test_the_law_of_200_views_is_that_of_numpy():
@@ -114,13 +112,10 @@ def test_the_law_of_200_views_is_that_of_numpy():
     )
     gray, fov, n = np.clip(gray, 0, 1), np.ones((64, 64), bool), 200
     theirs = np.stack([randomise(gray, fov, np.random.default_rng(k)) for k in range(n)])
-    packed = [pack_look(draw_look(np.random.default_rng((9, k)), (64, 64), grain=False)) for k in range(n)]
-    looks = {k: torch.from_numpy(np.stack([p[k] for p in packed])) for k in packed[0]}
+    drawn = [draw_photometry(np.random.default_rng((9, k)), (64, 64), grain=False) for k in range(n)]
     grain = torch.randn(n, 64, 64, generator=torch.Generator().manual_seed(0))
-    M = {k: torch.from_numpy(v) for k, v in smoothers(64).items()}
-    mine = apply_looks(
-        torch.from_numpy(gray).expand(n, -1, -1), torch.from_numpy(fov).expand(n, -1, -1), looks, grain, M
-    ).numpy()
+    grays, fovs = (torch.from_numpy(plane).expand(n, -1, -1) for plane in (gray, fov))
+    mine = apply_photometry_batch(grays, fovs, pack_photometry(drawn), grain, smoothers(64)).numpy()
 
     def flipped(views):
         return np.mean([np.corrcoef(v.ravel(), gray.ravel())[0, 1] < 0 for v in views])
@@ -142,8 +137,8 @@ def test_a_pair_is_the_same_again_and_in_other_company(bank):
     assert (batch.image0[0] - batch.image0[1]).abs().mean() > 0.05
 
 
-def test_the_noise_of_the_two_views_and_of_two_pairs_differs(bank):
-    grain = DeviceViews(GeneratedSource(bank), SIZE, "cpu").grain([1, 2, 1])
+def test_the_noise_of_the_two_views_and_of_two_pairs_differs():
+    grain = draw_grain([1, 2, 1], SIZE, torch.device("cpu"))
     assert torch.equal(grain[:2], grain[4:])
     assert (
         max(abs(np.corrcoef(grain[i].ravel(), grain[j].ravel())[0, 1]) for i, j in ((0, 1), (0, 2), (1, 3)))

@@ -9,7 +9,8 @@ import torch
 
 from loftr_curriculum.data.config import DataConfig
 from loftr_curriculum.data.module import PairDataModule
-from loftr_curriculum.data.pairs import CELL, cell_points, cut_views, make_frame
+from loftr_curriculum.data.pairs import cut_views, make_frame
+from loftr_curriculum.data.recipe import STRIDE, map_grid
 from loftr_curriculum.geometry import Grid, Motion
 from loftr_curriculum.io.images import write_image
 from loftr_curriculum.model.coarse import COARSE
@@ -159,8 +160,7 @@ def test_real_pairs_are_logged_and_never_monitored(tmp_path):
 
 
 def test_maps_of_the_data_are_those_of_the_coarse_grid():
-    assert CELL == COARSE
-    np.testing.assert_array_equal(cell_points((64, 96)).reshape(-1, 2), Grid(8, 12, COARSE).centres().numpy())
+    assert STRIDE == COARSE and map_grid((64, 96)) == Grid(8, 12, COARSE)
     seen = torch.ones(1, 64, dtype=torch.bool)
     with pytest.raises(ValueError, match="true map"):
         supervise(torch.eye(3)[None], Grid(8, 8, 8), Grid(8, 8, 8), seen, seen, torch.zeros(1, 4, 4, 2))

@@ -35,12 +35,14 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from ..geometry import NEAR, Motion, apply_transform, invert, mild
 from ..retina.config import GENERATOR_VERSION, SEEDS, seeds_of
-from ..retina.world import WorldBank, keep_memory
-from .batch import PairBatch, collate_pairs
+from ..retina.jobs import keep_memory
+from ..retina.world import WorldBank
+from .batch import collate_pairs
 from .config import DataConfig, held_out, shares_of
-from .device import DeviceViews, collate_recipes, draw_recipe
+from .device import DeviceViews, RecipeBatch, collate_recipes
 from .landmarks import PairTableSource
-from .pairs import GeneratedSource, PairSample, cell_points
+from .pairs import GeneratedSource, PairSample
+from .recipe import map_grid
 from .triplets import TripletSource
 
 
@@ -120,7 +122,9 @@ def to_tensors(
         for k, (T, size) in straight.items():
             points = getattr(sample, k)
             item[k] = torch.from_numpy(
-                np.asarray(apply_transform(T, cell_points(size)) if points is None else points, np.float32)
+                np.asarray(
+                    apply_transform(T, map_grid(size).points()) if points is None else points, np.float32
+                )
             )
     return item | {"mode": sample.mode, "id": sample.id}
 
@@ -189,7 +193,8 @@ class TrainPairs(Dataset):
 
     def __getitem__(self, g):
         if self.config.on_device:
-            return draw_recipe(*self.chosen(g))
+            source, *how = self.chosen(g)
+            return source.recipe(*how, grain=False)
         return to_tensors(self.sample(g), self.config.deform > 0)
 
 
@@ -376,9 +381,9 @@ class PairDataModule(L.LightningDataModule):
 
         Other batches stay as they are.
         """
-        if isinstance(batch, PairBatch):
+        if not isinstance(batch, RecipeBatch):
             return batch
-        device = batch["fov"].device
+        device = batch.fov.device
         if self.views is None or self.views.device != device:
-            self.views = DeviceViews(self.train_pairs.sources[0], self.config.size, device)
-        return self.views.resize(batch["fov"].shape[-1])(batch)
+            self.views = DeviceViews(self.train_pairs.sources[0], device)
+        return self.views(batch)

@@ -4,57 +4,58 @@
 
 # %% auto #0
 __all__ = [
-    "SHAPES",
-    "CELL",
-    "STEEPEST",
-    "WAVES",
-    "LENGTHS",
+    "SHRINKS",
+    "MOVED",
+    "RENAMED",
     "PairSample",
     "PairSource",
     "Frame",
+    "as_bytes",
+    "half_size",
     "make_frame",
+    "view_from_level",
     "cut",
-    "draw_fov",
+    "paint_stamp",
     "stamp",
-    "place_views",
-    "view_fov",
-    "Residual",
-    "cell_points",
-    "draw_residual",
-    "to_fixed",
-    "to_moving",
-    "draw_views",
+    "paint_view",
+    "paint_vessels",
+    "paint_pair",
     "cut_views",
+    "draw_from_bank",
+    "frame_of_world",
     "GeneratedSource",
     "pairs_per_second",
+    "cell_points",
 ]
 
 # %% ../../nbs/04_data/03_pairs.ipynb #9869a19b
 import time
+import warnings
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from typing import Protocol
 
 import cv2
 import numpy as np
 
-from ..geometry import (
-    Motion,
-    apply_transform,
-    centre,
-    compose,
-    corners,
-    fit_affine,
-    invert,
-    overlap,
-    random_transform,
-    resize_matrix,
-)
+from ..geometry import Motion, compose, invert, resize_matrix
+from ..io.deprecated import deprecated_names
 from ..retina.config import split_mode
-from ..retina.randomise import randomise
-from ..retina.render import scan_lines
-from ..retina.world import PLANES, WorldBank
+from ..retina.modality import plane_index
+from ..retina.randomise import apply_photometry
+from ..retina.scanner import paint_scan
+from ..retina.world import WorldBank
 from .preprocess import normalise
+from .recipe import (
+    FIELD,
+    PairRecipe,
+    Stamp,
+    ViewRecipe,
+    ViewSettings,
+    draw_pair,
+    draw_stamp,
+    map_grid,
+    true_maps,
+)
 
 
 # %% ../../nbs/04_data/03_pairs.ipynb #21477fc7
@@ -100,6 +101,25 @@ class Frame:
     fov1: np.ndarray | None = None  # (H, W) uint8 0 or 1: what the moving image saw
 
 
+# %% ../../nbs/04_data/03_pairs.ipynb #4e52a7c2
+def as_bytes(
+    plane: np.ndarray,  # (H, W) uint8, or float in [0, 1]
+) -> np.ndarray:  # (H, W) uint8
+    "A plane in 8 bits."
+    if plane.dtype == np.uint8:
+        return plane
+    return cv2.convertScaleAbs(np.asarray(plane, np.float32), alpha=255)
+
+
+# %% ../../nbs/04_data/03_pairs.ipynb #4e53a7c3
+def half_size(
+    plane: np.ndarray,  # (H, W) uint8
+) -> np.ndarray:  # (H/2, W/2) uint8
+    "A plane at half the size, averaged."
+    h, w = plane.shape
+    return cv2.resize(plane, (max(1, w // 2), max(1, h // 2)), interpolation=cv2.INTER_AREA)
+
+
 # %% ../../nbs/04_data/03_pairs.ipynb #4ede80d5
 def make_frame(
     plane0: np.ndarray,  # (H, W) float in [0, 1] or uint8, the fixed modality
@@ -109,19 +129,29 @@ def make_frame(
     fov1: np.ndarray = None,  # (H, W) bool, None = everything
 ) -> Frame:  # ready to be cut
     "A frame from aligned planes of one size; raises ValueError where the sizes differ."
-    planes = [
-        p if p.dtype == np.uint8 else cv2.convertScaleAbs(np.asarray(p, np.float32), alpha=255)
-        for p in (plane0, plane1, mask)
-    ]
-    views = [None if f is None else np.asarray(f).astype(np.uint8) for f in (fov0, fov1)]
-    sizes = {a.shape for a in (*planes, *views) if a is not None}
+    planes = [as_bytes(plane) for plane in (plane0, plane1, mask)]
+    fields = [None if fov is None else np.asarray(fov).astype(np.uint8) for fov in (fov0, fov1)]
+    sizes = {array.shape for array in (*planes, *fields) if array is not None}
     if len(sizes) != 1:
         raise ValueError(f"expected aligned planes of one size, got {sorted(sizes)}")
-    h, w = planes[0].shape
-    half = tuple(
-        cv2.resize(p, (max(1, w // 2), max(1, h // 2)), interpolation=cv2.INTER_AREA) for p in planes
-    )
-    return Frame(*planes, half, *views)
+    half = tuple(half_size(plane) for plane in planes)
+    return Frame(*planes, half, *fields)
+
+
+# %% ../../nbs/04_data/03_pairs.ipynb #4e54a7c4
+SHRINKS = 0.72  # views with fewer pixels than this for one of the frame are cut from the half-size level
+
+
+def view_from_level(
+    frame_to_view: np.ndarray,  # (3, 3)
+    frame_size,  # (height, width) of the frame
+    half_size,  # (height, width) of the half-size level
+) -> tuple[np.ndarray, bool]:  # level -> view (3, 3); is it the half-size level?
+    "The level that a view is cut from, and how it leads to the view."
+    half = bool(np.sqrt(abs(np.linalg.det(frame_to_view[:2, :2]))) < SHRINKS)
+    if half:
+        return compose(resize_matrix(half_size, frame_size), frame_to_view), half
+    return frame_to_view, half
 
 
 # %% ../../nbs/04_data/03_pairs.ipynb #395cb914
@@ -133,56 +163,21 @@ def cut(
     unbent=None,  # (H, W, 2) float32: where the view's pixels lay before it was bent; None = where they lie
 ) -> np.ndarray:  # size, uint8, 0 outside the frame
     "One view with one warp; from the half-size level where the view shrinks the frame by a third or more."
-    if np.sqrt(abs(np.linalg.det(A[:2, :2]))) < 0.72:
-        plane, A = half, compose(resize_matrix(half.shape, plane.shape), A)
+    A, halved = view_from_level(A, plane.shape[:2], half.shape[:2])
+    level = half if halved else plane
     if unbent is not None:
-        return cv2.remap(plane, cv2.transform(unbent, invert(A)[:2]), None, cv2.INTER_LINEAR)
-    return cv2.warpAffine(plane, A[:2], (size[1], size[0]), flags=cv2.INTER_LINEAR)
+        return cv2.remap(level, cv2.transform(unbent, invert(A)[:2]), None, cv2.INTER_LINEAR)
+    return cv2.warpAffine(level, A[:2], (size[1], size[0]), flags=cv2.INTER_LINEAR)
 
 
-# %% ../../nbs/04_data/03_pairs.ipynb #38f2d38d
-@lru_cache(8)
-def _grid(size):
-    y, x = (np.arange(n, dtype=np.float32) - (n - 1) / 2 for n in size)
-    return x[None], y[:, None], x[None] ** 2 + y[:, None] ** 2
-
-
-# %% ../../nbs/04_data/03_pairs.ipynb #4fbd0633
-SHAPES = {  # share of full, round, clipped and inset fields of view of each modality
-    "cf": (0.35, 0.30, 0.30, 0.05),
-    "fa": (0.40, 0.30, 0.25, 0.05),
-    "oct": (0.70, 0.05, 0.0, 0.25),
-    "octa": (0.75, 0.0, 0.0, 0.25),
-}
-
-
-def draw_fov(
-    rng: np.random.Generator,  # source of chance
-    size,  # (height, width)
-    shares=(0.5, 0.25, 0.25, 0.0),  # of full, round, clipped and inset fields
-) -> np.ndarray:  # size bool
-    """What the optics let through.
-
-    Everything, a disc (now and then with a notch), a disc with flat ends, or a smaller rectangle.
-    """
-    kind = rng.choice(4, p=np.asarray(shares) / np.sum(shares))
-    x, y, r2 = _grid(tuple(size))
-    if kind == 0:
-        return np.ones(size, bool)
-    if kind == 3:
-        h, w = size[0] * rng.uniform(0.55, 0.95), size[1] * rng.uniform(0.55, 0.95)
-        cy, cx = rng.uniform(-0.5, 0.5) * (size[0] - h), rng.uniform(-0.5, 0.5) * (size[1] - w)
-        return (np.abs(y - cy) < h / 2) & (np.abs(x - cx) < w / 2)
-    radius = min(size) * (rng.uniform(0.42, 0.52) if kind == 1 else rng.uniform(0.48, 0.62))
-    inside = r2 < radius * radius
-    if kind == 2:
-        inside = inside & (np.abs(y) < radius * rng.uniform(0.7, 0.95))
-    if rng.random() < 0.25:
-        a = rng.uniform(0, 2 * np.pi)
-        inside = inside | (
-            (x - radius * np.cos(a)) ** 2 + (y - radius * np.sin(a)) ** 2 < (0.04 * radius) ** 2
-        )
-    return inside
+# %% ../../nbs/04_data/03_pairs.ipynb #4e56a7c6
+def paint_stamp(
+    gray: np.ndarray,  # (H, W) uint8, changed in place
+    stamp: Stamp,  # for an image of this size
+) -> np.ndarray:  # the same array
+    "Write the text of a stamp."
+    cv2.putText(gray, stamp.text, stamp.start, stamp.font, stamp.scale, stamp.level, 1, cv2.LINE_AA)
+    return gray
 
 
 # %% ../../nbs/04_data/03_pairs.ipynb #59505f3a
@@ -190,205 +185,59 @@ def stamp(
     gray: np.ndarray,  # (H, W) uint8, changed in place
     rng: np.random.Generator,  # source of chance
 ) -> np.ndarray:  # the same array
-    "Write a time or a case number into a corner, as cameras do."
-    h, w = gray.shape
-    text = (
-        f"{rng.integers(0, 60):02d}:{rng.integers(0, 60):02d}.{rng.integers(0, 10)}"
-        if rng.random() < 0.6
-        else f"{rng.integers(1000, 99999)}"
+    "Draw a stamp and paint it."
+    return paint_stamp(gray, draw_stamp(rng, gray.shape))
+
+
+# %% ../../nbs/04_data/03_pairs.ipynb #4e57a7c7
+def paint_view(
+    plane: np.ndarray,  # (H, W) uint8, of the frame
+    half: np.ndarray,  # (H/2, W/2) uint8, the same at half the size
+    view: ViewRecipe,  # with its grain
+) -> np.ndarray:  # (H, W) float32 in [-1, 1], normalised, 0 outside the field of view
+    "One view as its recipe says."
+    pixels = cut(plane, half, view.frame_to_view, view.size, view.unbent)
+    if view.scan is not None:
+        pixels = paint_scan(pixels, view.scan)
+    if view.stamp is not None:
+        pixels = paint_stamp(pixels, view.stamp)
+    gray = pixels * np.float32(1 / 255)
+    if view.photometry is not None:
+        gray = apply_photometry(gray, view.fov, view.photometry)
+    return normalise(gray, view.fov)
+
+
+# %% ../../nbs/04_data/03_pairs.ipynb #4e58a7c8
+def paint_vessels(
+    frame: Frame,  # aligned planes of one eye
+    view: ViewRecipe,  # of either view
+) -> np.ndarray:  # (H, W) float32 in [0, 1], 0 outside the field of view
+    "The vessels where the view sees them."
+    mask = cut(frame.mask, frame.half[2], view.frame_to_view, view.size, view.unbent)
+    return mask * (view.fov * np.float32(1 / 255))
+
+
+# %% ../../nbs/04_data/03_pairs.ipynb #4e59a7c9
+def paint_pair(
+    frame: Frame,  # aligned planes of one eye
+    recipe: PairRecipe,  # with its grain
+) -> PairSample:
+    "Two views of one frame as their recipe says."
+    fixed, moving = recipe.views
+    map_0to1, map_1to0 = true_maps(recipe)
+    return PairSample(
+        image0=paint_view(frame.plane0, frame.half[0], fixed),
+        image1=paint_view(frame.plane1, frame.half[1], moving),
+        mask0=paint_vessels(frame, fixed),
+        mask1=paint_vessels(frame, moving),
+        fov0=fixed.fov,
+        fov1=moving.fov,
+        fixed_to_moving=recipe.fixed_to_moving,
+        mode=recipe.mode,
+        id=recipe.id,
+        map_0to1=map_0to1,
+        map_1to0=map_1to0,
     )
-    at = (int(rng.choice([0.02, 0.65]) * w), int(rng.choice([0.08, 0.97]) * h))
-    cv2.putText(
-        gray,
-        text,
-        at,
-        int(rng.choice([0, 1, 2])),
-        h / 256 * rng.uniform(0.35, 0.6),
-        int(rng.integers(180, 256)),
-        1,
-        cv2.LINE_AA,
-    )
-    return gray
-
-
-# %% ../../nbs/04_data/03_pairs.ipynb #40624a9a
-def place_views(
-    fixed_to_moving: np.ndarray,  # (3, 3) fixed view -> moving view
-    frame_size,  # (height, width) of the frame
-    size,  # (height, width) of both views
-    rng: np.random.Generator,  # source of chance
-    field=(0.28, 0.9),  # least and largest side of a view, as a share of the frame's shorter side
-) -> tuple[np.ndarray, np.ndarray]:  # A0, A1 (3, 3): frame -> view, with fixed_to_moving = A1 @ inv(A0)
-    "Choose where in the frame the two views lie: as large as allowed, inside the frame as far as they fit."
-    ratio = np.sqrt(abs(np.linalg.det(fixed_to_moving[:2, :2])))
-    least, largest = field[0] * max(1, ratio), field[1] * min(1, ratio)
-    share = np.exp(rng.uniform(np.log(least), np.log(max(least, largest))))
-    zoom = min(size) / (share * min(frame_size))
-    turn = np.deg2rad(rng.normal(0, 8) if rng.random() < 0.7 else rng.uniform(-180, 180))
-    c, s = np.cos(turn) / zoom, np.sin(turn) / zoom
-    B = np.array([[c, -s, 0], [s, c, 0], [0, 0, 1.0]])
-    box = np.r_[corners(size), apply_transform(invert(fixed_to_moving), corners(size))]
-    mid = centre(size)
-    box = apply_transform(B, 0.85 * (box - mid) + mid)
-    low, high = -box.min(0), np.array(frame_size[::-1]) - 1 - box.max(0)
-    B[:2, 2] = low + (high - low) * rng.uniform(0, 1, 2)
-    return invert(B), compose(invert(B), fixed_to_moving)
-
-
-# %% ../../nbs/04_data/03_pairs.ipynb #05bcb5ec
-def view_fov(
-    rng: np.random.Generator,  # source of chance
-    frame_fov,  # (H, W) uint8 or None: what the frame's image saw
-    frame_size,  # (height, width) of the frame
-    A: np.ndarray,  # (3, 3) frame -> view
-    size,  # (height, width) of the view
-    shares,  # of the four kinds of field
-    unbent=None,  # (H, W, 2) float32 of a bent view, as in `cut`
-) -> np.ndarray:  # size bool
-    "The field of view of a view: its optics, within what the frame holds."
-    fov = draw_fov(rng, size, shares)
-    if unbent is not None:
-        at, (h, w) = cv2.transform(unbent, invert(A)[:2]), frame_size
-        seen = (
-            cv2.inRange(at, (2, 2), (w - 3, h - 3))
-            if frame_fov is None
-            else cv2.remap(frame_fov, at, None, cv2.INTER_NEAREST)
-        )
-    elif frame_fov is None:
-        seen = np.zeros(size, np.uint8)
-        edge = corners(frame_size) + 2.0 * np.array([[1, 1], [-1, 1], [-1, -1], [1, -1]])
-        cv2.fillConvexPoly(seen, np.round(apply_transform(A, edge) * 16).astype(np.int32), 1, cv2.LINE_8, 4)
-    else:
-        seen = cv2.warpAffine(frame_fov, A[:2], (size[1], size[0]), flags=cv2.INTER_NEAREST)
-    return fov & (seen > 0)
-
-
-# %% ../../nbs/04_data/03_pairs.ipynb #5e46f730
-CELL = 8  # px, side of the cells whose centres carry the true map
-STEEPEST = 0.3  # largest slope of a residual
-WAVES = 4  # waves of a residual
-LENGTHS = (0.7, 1.5)  # their shortest and longest length, as a share of the view's longer side
-
-
-@dataclass(frozen=True)
-class Residual:
-    "A smooth displacement of the points of a view, in pixels."
-
-    waves: np.ndarray  # (K, 2) radians per pixel
-    phases: np.ndarray  # (K,) radians
-    amplitude: np.ndarray  # (K, 2) pixels
-    affine: np.ndarray  # (3, 2) pixels per (x, y, 1): the best affine of the waves, taken out
-
-    def at(
-        self,
-        points: np.ndarray,  # (..., 2) pixels of the view
-    ) -> np.ndarray:  # (..., 2) pixels
-        "The displacement of points."
-        return (
-            np.cos(points @ self.waves.T + self.phases) @ self.amplitude
-            - points @ self.affine[:2]
-            - self.affine[2]
-        )
-
-    def slope(self) -> float:
-        "No two points are displaced more differently than this times their distance."
-        steep = np.linalg.norm(self.waves, axis=1) @ np.linalg.norm(self.amplitude, axis=1)
-        return float(steep + np.linalg.norm(self.affine[:2], 2))
-
-    def unbent(
-        self,
-        size,  # (height, width) of the view
-    ) -> np.ndarray:  # (H, W, 2) float32
-        """Every pixel plus its displacement.
-
-        Each wave is a product of rows and columns, by cos(a + b), so that no cosine is taken per pixel.
-        """
-        y, x = (np.arange(n) for n in size)
-        a, b = np.outer(y, self.waves[:, 1]), np.outer(self.waves[:, 0], x) + self.phases[:, None]
-        rows, columns = np.hstack([np.cos(a), -np.sin(a)]), np.vstack([np.cos(b), np.sin(b)])
-        K = np.eye(3, 2) - self.affine
-        out = [
-            (rows * np.tile(self.amplitude[:, c], 2)) @ columns
-            + (x * K[0, c] + y[:, None] * K[1, c] + K[2, c])
-            for c in (0, 1)
-        ]
-        return np.stack(out, -1).astype(np.float32)
-
-
-# %% ../../nbs/04_data/03_pairs.ipynb #9f793bfa
-def cell_points(
-    size,  # (height, width) of an image
-) -> np.ndarray:  # (H/8, W/8, 2) float64, (x, y) in pixels
-    "Centres of the 8-px cells."
-    y, x = np.mgrid[: size[0] // CELL, : size[1] // CELL]
-    return np.stack([x, y], -1) * float(CELL) + (CELL - 1) / 2
-
-
-# %% ../../nbs/04_data/03_pairs.ipynb #1850fd1a
-def draw_residual(
-    rng: np.random.Generator,  # source of chance
-    size,  # (height, width) of the view
-    deform: float,  # largest root-mean-square displacement, px at 512 px on the long side
-) -> Residual:  # its rms is uniform between 0 and `deform`; less where the slope would pass `STEEPEST`
-    "A random residual without an affine part."
-    angle, side = rng.uniform(0, 2 * np.pi, WAVES), max(size)
-    length = side * np.exp(rng.uniform(*np.log(LENGTHS), WAVES))
-    waves = np.c_[np.cos(angle), np.sin(angle)] * (2 * np.pi / length)[:, None]
-    raw = Residual(waves, rng.uniform(0, 2 * np.pi, WAVES), rng.standard_normal((WAVES, 2)), np.zeros((3, 2)))
-    p = cell_points(size).reshape(-1, 2)
-    raw = replace(raw, affine=fit_affine(p, raw.at(p))[:2].T)
-    rms = np.sqrt((raw.at(p) ** 2).sum(-1).mean())
-    factor = min(rng.uniform(0, deform) * side / 512 / rms, STEEPEST / raw.slope())
-    return replace(raw, amplitude=factor * raw.amplitude, affine=factor * raw.affine)
-
-
-# %% ../../nbs/04_data/03_pairs.ipynb #c6d5620e
-def to_fixed(
-    fixed_to_moving: np.ndarray,  # (3, 3) the affine part
-    residual: Residual,  # of the moving view
-    points: np.ndarray,  # (..., 2) pixels of the moving image
-) -> np.ndarray:  # (..., 2) pixels of the fixed image
-    "Where points of the moving image truly lie in the fixed one."
-    return apply_transform(invert(fixed_to_moving), points + residual.at(points))
-
-
-# %% ../../nbs/04_data/03_pairs.ipynb #82c620bf
-def to_moving(
-    fixed_to_moving: np.ndarray,  # (3, 3) the affine part
-    residual: Residual,  # of the moving view
-    points: np.ndarray,  # (..., 2) pixels of the fixed image
-    rounds: int = 10,  # of the fixed-point iteration
-) -> np.ndarray:  # (..., 2) pixels of the moving image
-    "Where points of the fixed image truly lie in the moving one."
-    straight = q = apply_transform(fixed_to_moving, points)
-    for _ in range(rounds):
-        q = straight - residual.at(q)
-    return q
-
-
-# %% ../../nbs/04_data/03_pairs.ipynb #e9a28c2a
-def draw_views(
-    rng: np.random.Generator,  # source of chance
-    frame_size,  # (height, width) of the frame
-    size,  # (height, width) of both views
-    motion: Motion,  # range of relative motion
-    names,  # modality of the fixed and of the moving view
-    field=(0.28, 0.9),  # side of a view as a share of the frame's shorter side
-    optics: bool = True,  # draw fields of view; False leaves the frame's own
-    frame_fovs=(None, None),  # (H, W) uint8 or None each: what the frame's images saw
-    unbent=(None, None),  # (H, W, 2) float32 or None each, as in `cut`
-) -> tuple[np.ndarray, tuple, list]:  # fixed_to_moving, frame -> view of both, fields of view of both
-    "Where two views lie and what they see."
-    for _ in range(6):
-        T = random_transform(rng, size, size, motion)
-        A = place_views(T, frame_size, size, rng, field)
-        fovs = [
-            view_fov(rng, f, frame_size, a, size, SHAPES[n] if optics else (1, 0, 0, 0), u)
-            for f, a, n, u in zip(frame_fovs, A, names, unbent)
-        ]
-        if overlap(T, size, size, *fovs) >= motion.min_overlap and min(f.mean() for f in fovs) > 0.2:
-            break
-    return T, A, fovs
 
 
 # %% ../../nbs/04_data/03_pairs.ipynb #2f673c58
@@ -397,37 +246,48 @@ def cut_views(
     rng: np.random.Generator,  # source of chance
     size: tuple[int, int],  # (height, width) of both views
     motion: Motion = Motion(),  # range of relative motion
-    strength: float = 1.0,  # photometric randomisation, 0 leaves the planes' own look
+    strength: float = 1.0,  # photometric randomisation, 0 leaves the planes as they are
     mode: str = "cf-fa",  # names the two planes
     id: str = "",  # kept in the sample
-    field: tuple = (0.28, 0.9),  # side of a view as a share of the frame's shorter side
-    optics: bool = True,  # draw fields of view and stamps; False leaves the frame's own
+    field: tuple = FIELD,  # side of a view as a share of the frame's shorter side
+    optics: bool = True,  # draw fields of view, scan lines and stamps; False leaves the frame's own
     deform: float = 0.0,  # largest smooth residual of the moving view, rms px at 512; 0: the map is affine
 ) -> PairSample:
-    "Two random views of one frame, each cut with one warp, randomised and normalised."
-    names = split_mode(mode)
-    residual = draw_residual(rng.spawn(1)[0], size, deform) if deform > 0 else None
-    unbent = None, residual and residual.unbent(size)
-    T, A, fovs = draw_views(
-        rng, frame.mask.shape, size, motion, names, field, optics, (frame.fov0, frame.fov1), unbent
-    )
-    images, masks = [], []
-    for a, plane, half, fov, name, u in zip(
-        A, (frame.plane0, frame.plane1), frame.half[:2], fovs, names, unbent
-    ):
-        view = cut(plane, half, a, size, u)
-        if optics and name in ("oct", "octa"):
-            view = scan_lines(view, rng, name == "octa", strength)
-        if optics and rng.random() < 0.04 * min(strength, 1):
-            view = stamp(view, rng)
-        images.append(normalise(randomise(view * np.float32(1 / 255), fov, rng, strength), fov))
-        masks.append(cut(frame.mask, frame.half[2], a, size, u) * (fov * np.float32(1 / 255)))
-    maps = (
-        [f(T, residual, cell_points(size)).astype(np.float32) for f in (to_moving, to_fixed)]
-        if residual
-        else ()
-    )
-    return PairSample(*images, *masks, *fovs, T, mode, id, *maps)
+    "Draw two views of one frame and paint them."
+    settings = ViewSettings(strength, field, optics, deform)
+    fovs = frame.fov0, frame.fov1
+    recipe = draw_pair(rng, frame.mask.shape, size, motion, mode, settings, fovs)
+    return paint_pair(frame, replace(recipe, id=id))
+
+
+# %% ../../nbs/04_data/03_pairs.ipynb #4e60a7c0
+def draw_from_bank(
+    source,  # GeneratedSource whose eyes, modes and settings these are
+    index: int,  # any number >= 0
+    rng: np.random.Generator,  # decides everything else
+    size: tuple[int, int],  # (height, width)
+    motion: Motion,  # range of relative motion
+    grain: bool,  # draw the noise of every pixel
+) -> PairRecipe:
+    "The recipe of a pair of generated eyes."
+    world = int(index) % len(source)
+    mode = source.modes[rng.integers(len(source.modes))]
+    side = source.bank.config.size
+    settings = replace(source.settings, grain=grain)
+    recipe = draw_pair(rng, (side, side), size, motion, mode, settings)
+    return replace(recipe, id=f"eye{source.bank.seeds[world]}", world=world)
+
+
+# %% ../../nbs/04_data/03_pairs.ipynb #4e61a7c1
+def frame_of_world(
+    bank: WorldBank,  # rendered eyes
+    world: int,  # number of one of them
+    mode: str,  # names the two planes
+) -> Frame:
+    "The two planes of a mode, and the vessels."
+    full, half = bank[world]
+    chosen = [plane_index(name) for name in (*split_mode(mode), "vessels")]
+    return Frame(*(full[k] for k in chosen), tuple(half[k] for k in chosen))
 
 
 # %% ../../nbs/04_data/03_pairs.ipynb #49170fb4
@@ -439,22 +299,30 @@ class GeneratedSource:
         bank: WorldBank,  # rendered eyes
         modes=("cf-fa", "cf-oct"),  # drawn with equal chance
         strength: float = 1.0,  # photometric randomisation
-        field: tuple = (0.28, 0.9),  # side of a view as a share of the world's side
+        field: tuple = FIELD,  # side of a view as a share of the world's side
         deform: float = 0.0,  # largest residual of the moving view, rms px at 512; 0: none
     ):
-        self.bank, self.modes, self.strength, self.field, self.deform = (
-            bank,
-            tuple(modes),
-            float(strength),
-            field,
-            float(deform),
-        )
+        self.bank = bank
+        self.modes = tuple(modes)
+        self.settings = ViewSettings(float(strength), field, deform=float(deform))
         if not self.modes:
             raise ValueError("expected at least one mode")
-        self._planes = {m: tuple(PLANES.index(n) for n in split_mode(m)) for m in self.modes}
+        for mode in self.modes:
+            split_mode(mode)
 
     def __len__(self) -> int:
         return len(self.bank)
+
+    def recipe(
+        self,
+        index: int,  # any number >= 0; the world is `index` modulo the bank's length
+        rng: np.random.Generator,  # decides everything else
+        size: tuple[int, int],  # (height, width)
+        motion: Motion = Motion(),  # range of relative motion
+        grain: bool = True,  # draw the noise of every pixel; False leaves it to the painter
+    ) -> PairRecipe:
+        "One pair of the chosen world, not yet painted."
+        return draw_from_bank(self, index, rng, size, motion, grain)
 
     def draw(
         self,
@@ -464,22 +332,8 @@ class GeneratedSource:
         motion: Motion = Motion(),  # range of relative motion
     ) -> PairSample:
         "One pair of the chosen world."
-        index = int(index) % len(self.bank)
-        mode = self.modes[rng.integers(len(self.modes))]
-        i, j = self._planes[mode]
-        full, half = self.bank[index]
-        frame = Frame(full[i], full[j], full[-1], (half[i], half[j], half[-1]))
-        return cut_views(
-            frame,
-            rng,
-            size,
-            motion,
-            self.strength,
-            mode,
-            f"eye{self.bank.seeds[index]}",
-            self.field,
-            deform=self.deform,
-        )
+        recipe = self.recipe(index, rng, size, motion)
+        return paint_pair(frame_of_world(self.bank, recipe.world, recipe.mode), recipe)
 
 
 # %% ../../nbs/04_data/03_pairs.ipynb #bdaac3a2
@@ -495,3 +349,25 @@ def pairs_per_second(
     for i in range(count):
         source.draw(i, np.random.default_rng((1, i)), size, Motion())
     return count / (time.perf_counter() - start)
+
+
+# %% ../../nbs/04_data/03_pairs.ipynb #4e65a7c5
+def cell_points(
+    size,  # (height, width) of an image
+) -> np.ndarray:  # (H/8, W/8, 2) float64, (x, y) in pixels
+    "Deprecated: `map_grid(size).points()`."
+    warnings.warn("cell_points is now Grid.points", DeprecationWarning, stacklevel=2)
+    return map_grid(size).points()
+
+
+# %% ../../nbs/04_data/03_pairs.ipynb #4e66a7c6
+MOVED = ("draw_fov", "place_views", "view_fov", "Residual", "draw_residual", "to_fixed", "to_moving")
+MOVED += ("draw_views", "STEEPEST", "WAVES", "LENGTHS")
+RENAMED = {"CELL": "STRIDE"}
+__getattr__ = deprecated_names(
+    __name__,
+    {
+        old: f"loftr_curriculum.data.recipe:{new}"
+        for old, new in {**dict(zip(MOVED, MOVED)), **RENAMED}.items()
+    },
+)

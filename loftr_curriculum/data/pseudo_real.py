@@ -32,12 +32,15 @@ from ..io.files import atomic_path
 from ..io.images import read_image, write_image
 from ..io.transforms import TransformRecord, load_transform, save_transform
 from ..retina.config import GENERATOR_VERSION, MODES, EyeConfig, seeds_of, split_mode
+from ..retina.drawing import to_bytes
+from ..retina.modality import modality
 from ..retina.randomise import randomise
-from ..retina.render import scan_lines, to_bytes
+from ..retina.scanner import scan_lines
 from ..retina.world import check_settings, make_world, run_jobs
 from .landmarks import LANDMARK_COLUMNS
-from .pairs import cut, draw_views, stamp
+from .pairs import cut, stamp
 from .preprocess import normalise, to_gray
+from .recipe import draw_views
 
 # %% ../../nbs/04_data/07_pseudo_real.ipynb #4312bb2d
 PSEUDO_REAL_VERSION = 2
@@ -110,8 +113,9 @@ def expose_view(
     "One picture as its camera would have taken it."
     half = cv2.resize(world_image, None, fx=0.5, fy=0.5, interpolation=cv2.INTER_AREA)
     view = cut(world_image, half, A, fov.shape)
-    if name in ("oct", "octa"):
-        view = scan_lines(view, rng, name == "octa", strength)
+    kind = modality(name)
+    if kind.row_scanner:
+        view = scan_lines(view, rng, kind.bright_stripes, strength)
     if rng.random() < 0.1:
         text = stamp(np.zeros(fov.shape, np.uint8), rng)
         view = np.maximum(view, text if view.ndim == 2 else text[..., None])

@@ -8,6 +8,8 @@ __all__ = ["Grid", "points_of", "cells_of"]
 # %% ../../nbs/01_geometry/06_grid.ipynb #642a0ed8
 from dataclasses import dataclass
 
+import numpy as np
+
 
 # %% ../../nbs/01_geometry/06_grid.ipynb #bfe05c93
 @dataclass(frozen=True)
@@ -57,8 +59,13 @@ class Grid:
         height, width = size
         return cls(-(-height // stride), -(-width // stride), stride, offset)
 
+    def points(self) -> np.ndarray:
+        "The points that the cells stand for, (rows, columns, 2) float64, pixels (x, y)."
+        y, x = np.mgrid[: self.rows, : self.columns]
+        return np.stack([x, y], -1) * float(self.stride) + (self.offset - 0.5)
+
     def centres(self, device=None):
-        "The points that the cells stand for, (rows * columns, 2) float32 tensor, pixels (x, y), row by row."
+        "`points` as a (rows * columns, 2) float32 tensor, row by row."
         return points_of(self, device)
 
     def index(self, points):

@@ -20,7 +20,8 @@ __all__ = [
 # %% ../../nbs/11_studies/07_collapse.ipynb #ea2bb577
 import numpy as np
 
-from ..data.pairs import cut, draw_views
+from ..data.pairs import cut
+from ..data.recipe import draw_views
 from ..evaluation.collapse import (
     CARRIED,
     THRESHOLD,

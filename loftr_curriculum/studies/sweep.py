@@ -25,8 +25,8 @@ from itertools import product
 import numpy as np
 from tqdm.auto import tqdm
 
-from ..data.pairs import place_views, view_fov
 from ..data.pseudo_real import RawPair, expose_view, shared_grid
+from ..data.recipe import FULL, place_views, view_fov
 from ..evaluation.metrics import at_512, landmark_error, success_rate
 from ..geometry import centre, similarity
 from ..io.files import write_json
@@ -99,7 +99,7 @@ def sweep_pair(
     rng = np.random.default_rng([seed, MODES.index(mode)])
     T = swept_transform(axis, value, config.side, rng)
     A = place_views(T, world.vessels.shape, size, rng, config.field)
-    fovs = [view_fov(rng, None, world.vessels.shape, a, size, (1, 0, 0, 0)) for a in A]
+    fovs = [view_fov(rng, None, world.vessels.shape, a, size, FULL) for a in A]
     images = [
         expose_view(world.images[n], n, a, fov, rng, config.strength) for n, a, fov in zip(names, A, fovs)
     ]
