@@ -13,6 +13,8 @@ __all__ = [
     "make_probe",
     "Entry",
     "measure",
+    "probes_file",
+    "epoch_files",
     "write_probes",
     "write_epoch",
     "EpochRecord",
@@ -124,6 +126,22 @@ def measure(
     return Entry(number, guided, matches, agreeing(T, p, q, size0), dict(figures, error_px=error))
 
 
+# %% ../../nbs/07_evaluation/07_recording.ipynb #284c6a6b
+def probes_file(
+    folder,  # of the recording
+) -> Path:
+    "Where the pairs lie."
+    return Path(folder) / "probes.npz"
+
+
+# %% ../../nbs/07_evaluation/07_recording.ipynb #52389eeb
+def epoch_files(
+    folder,  # of the recording
+) -> list[Path]:
+    "The files of the recorded epochs, in order."
+    return sorted(Path(folder).glob("epoch_*.npz"))
+
+
 # %% ../../nbs/07_evaluation/07_recording.ipynb #c7db0d8d
 STEPS = 16  # a pixel is stored in so many steps
 MOST = 500  # matches of one look that are kept
@@ -145,7 +163,7 @@ def write_probes(
         arrays |= {
             f"{name}_{k}": getattr(p, name) for name in ("image0", "image1", "fov0", "fov1", "mask0", "mask1")
         }
-    with atomic_path(Path(folder) / "probes.npz") as temporary:
+    with atomic_path(probes_file(folder)) as temporary:
         np.savez_compressed(temporary, **arrays)
 
 
@@ -296,7 +314,7 @@ def read_probes(
     folder,  # of the recording
 ) -> list:  # of Probe
     "The pairs of a recording; raises FileError."
-    return probes_in(Path(folder) / "probes.npz")
+    return probes_in(probes_file(folder))
 
 
 # %% ../../nbs/07_evaluation/07_recording.ipynb #37c71f4e
@@ -314,7 +332,7 @@ class Recording:
 
     def refresh(self) -> list:  # of int
         "Read epochs that are new; the numbers of all of them, ascending."
-        for path in sorted(self.folder.glob("epoch_*.npz")):
+        for path in epoch_files(self.folder):
             stamp = path.stat().st_mtime_ns
             if self._read.get(path, (None,))[0] != stamp:
                 self._read[path] = stamp, read_epoch(path)

@@ -14,6 +14,8 @@ __all__ = [
     "MEASURES",
     "PANELS",
     "Settings",
+    "check",
+    "data_of",
     "config_of",
     "pseudo_probes",
     "final",
@@ -24,9 +26,17 @@ __all__ = [
     "Job",
     "SilentRecorder",
     "EndsWithCommand",
+    "recorders_of",
+    "train_quietly",
+    "found_by",
     "one_run",
     "cache_of",
     "do_runs",
+    "say",
+    "folder_of_real",
+    "jobs_that_choose",
+    "jobs_that_compare",
+    "told_of",
     "run_ablation",
     "value",
     "differences",
@@ -51,6 +61,7 @@ import time
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
+from operator import itemgetter
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -63,7 +74,14 @@ from ..data.pseudo_real import SPECIFICATION, pseudo_real_pair
 from ..evaluation.collapse import THRESHOLD
 from ..evaluation.metrics import auc
 from ..evaluation.probes import estimated_probe, match_probes, real_probes, validation_probes
-from ..evaluation.recording import Recording, measure, read_probes, write_epoch, write_probes
+from ..evaluation.recording import (
+    Recording,
+    measure,
+    probes_file,
+    read_probes,
+    write_epoch,
+    write_probes,
+)
 from ..evaluation.sets import evaluate_set
 from ..geometry import Motion
 from ..io.files import read_json, write_json
@@ -74,11 +92,12 @@ from ..report.plots import new_figure, phase_of, shade_phases
 from ..retina.config import GENERATOR_VERSION, MODES
 from ..retina.world import run_jobs
 from ..training.config import TrainConfig, find_curriculum
+from ..training.history import RunFolder
 from ..training.recorder import MatchRecorder
 from ..training.run import train
 from .study import this_machine
 
-# %% ../../nbs/11_studies/13_ablation.ipynb #29253595
+# %% ../../nbs/11_studies/13_ablation.ipynb #978f6ba1
 ARMS = (
     "v2.1",
     "bias-attention",
@@ -93,6 +112,7 @@ ARMS = (
 )
 
 
+# %% ../../nbs/11_studies/13_ablation.ipynb #a7219da9
 @dataclass(frozen=True)
 class Settings:
     "What is trained and looked at. By default 33 runs."
@@ -118,18 +138,54 @@ class Settings:
     real_side: int = 256  # long side of real pairs, px
 
     def __post_init__(self):
-        for arm in self.arms:
-            find_curriculum(arm)
-        if "v2.1" not in self.arms:
-            raise ValueError("arms: expected v2.1 among them, everything is compared with it")
-        if not self.seeds or not self.strengths:
-            raise ValueError("seeds and strengths: expected at least one of each")
-        if self.choice_seed in self.seeds:
-            raise ValueError(f"choice_seed {self.choice_seed}: expected a seed that is not in seeds")
-        if not all(0 <= s <= 1 for s in self.strengths):
-            raise ValueError(f"strengths {self.strengths}: expected numbers in 0..1")
-        if self.batch < 2:
-            raise ValueError("batch: expected at least 2, a pair borrows the mask of the next one")
+        check(self)
+
+
+# %% ../../nbs/11_studies/13_ablation.ipynb #29253595
+def check(
+    settings: Settings,
+) -> None:
+    "Raises ValueError where these settings make no comparison."
+    for arm in settings.arms:
+        find_curriculum(arm)
+    if "v2.1" not in settings.arms:
+        raise ValueError("arms: expected v2.1 among them, everything is compared with it")
+    if not settings.seeds or not settings.strengths:
+        raise ValueError("seeds and strengths: expected at least one of each")
+    if settings.choice_seed in settings.seeds:
+        raise ValueError(f"choice_seed {settings.choice_seed}: expected a seed that is not in seeds")
+    if not all(0 <= s <= 1 for s in settings.strengths):
+        raise ValueError(f"strengths {settings.strengths}: expected numbers in 0..1")
+    if settings.batch < 2:
+        raise ValueError("batch: expected at least 2, a pair borrows the mask of the next one")
+
+
+# %% ../../nbs/11_studies/13_ablation.ipynb #9b3bda6a
+def data_of(
+    settings,  # Settings
+    seed,  # of the pairs
+    strength,  # of the gap, in 0..1
+    worlds,  # folder of rendered eyes
+) -> DataConfig:
+    "Pairs whose eyes lie a share `strength` of the whole gap away from the pseudo-real ones."
+    s, left, hard = settings, 1 - strength, SPECIFICATION
+    nearer = dict(gap=left * hard.eye.gap, disease=left * hard.eye.disease)
+    return DataConfig(
+        modes=MODES,
+        worlds=s.worlds,
+        val_worlds=max(1, s.probes // 2),
+        eye=replace(hard.eye, size=s.eye, field_deg=45.0, **nearer),
+        cache=str(worlds),
+        render_workers=1,
+        size=s.size,
+        motion=s.motion,
+        strength=left * hard.strength,
+        pairs_per_epoch=s.steps * s.batch,
+        val_pairs=s.probes,
+        batch_size=s.batch,
+        workers=0,
+        seed=seed,
+    )
 
 
 # %% ../../nbs/11_studies/13_ablation.ipynb #c1350507
@@ -142,34 +198,14 @@ def config_of(
     worlds,  # folder of rendered eyes
 ) -> TrainConfig:
     "One run. What is recorded is added by `one_run`."
-    s, left, hard = settings, 1 - strength, SPECIFICATION
-    eye = replace(
-        hard.eye, size=s.eye, field_deg=45.0, gap=left * hard.eye.gap, disease=left * hard.eye.disease
-    )
-    data = DataConfig(
-        modes=MODES,
-        worlds=s.worlds,
-        val_worlds=max(1, s.probes // 2),
-        eye=eye,
-        cache=str(worlds),
-        render_workers=1,
-        size=s.size,
-        motion=s.motion,
-        strength=left * hard.strength,
-        pairs_per_epoch=s.steps * s.batch,
-        val_pairs=s.probes,
-        batch_size=s.batch,
-        workers=0,
-        seed=seed,
-    )
     return TrainConfig(
         out=str(out),
         curriculum=arm,
-        epochs=s.epochs,
-        data=data,
-        matcher=s.matcher,
-        lr=s.lr,
-        warmup=s.warmup,
+        epochs=settings.epochs,
+        data=data_of(settings, seed, strength, worlds),
+        matcher=settings.matcher,
+        lr=settings.lr,
+        warmup=settings.warmup,
         seed=seed,
         keep="last",
         record_every=0,
@@ -190,9 +226,8 @@ def pseudo_probes(
     return [estimated_probe(p.id, "pseudo-real", p.fixed, p.moving, p.fixed_to_moving, s.size) for p in pairs]
 
 
-# %% ../../nbs/11_studies/13_ablation.ipynb #0a69ccf4
+# %% ../../nbs/11_studies/13_ablation.ipynb #5aa0dd50
 LAST = 0.25  # share of the epochs over which the end of a run is averaged
-
 RULE = (
     "One run of v2.1 for each strength, of a seed and on pseudo-real pairs that the comparison does not use. "
     "All figures are unguided means over the last quarter of the epochs. "
@@ -202,6 +237,7 @@ RULE = (
 )
 
 
+# %% ../../nbs/11_studies/13_ablation.ipynb #0a69ccf4
 def final(
     run,  # dict of `one_run`
     kind,  # "generated", "pseudo-real" or "real"
@@ -226,14 +262,15 @@ def choose(
         )
         for r in runs
     ]
-    rows = [row | {"learns": bool(row["auc"] >= 0.5 * max(r["auc"] for r in rows))} for row in rows]
-    return {
-        "rows": rows,
-        "strength": max((r for r in rows if r["learns"]), key=lambda r: r["index"])["strength"],
-    }
+    best = max(row["auc"] for row in rows)
+    for row in rows:
+        row["learns"] = bool(row["auc"] >= 0.5 * best)
+    learning = [row for row in rows if row["learns"]]
+    taken = max(learning, key=itemgetter("index"))
+    return {"rows": rows, "strength": taken["strength"]}
 
 
-# %% ../../nbs/11_studies/13_ablation.ipynb #83cbe9b7
+# %% ../../nbs/11_studies/13_ablation.ipynb #24b2dc46
 LOOKS = ("collapse_index", "coverage0", "coverage1", "vessel_gain", "inlier_ratio", "AUC@20", "median_px")
 
 
@@ -244,6 +281,7 @@ def _mean_known(
     return float(np.nanmean(values)) if np.isfinite(values).any() else np.nan
 
 
+# %% ../../nbs/11_studies/13_ablation.ipynb #83cbe9b7
 def look_figures(
     looks,  # list of (name -> number) of single probes
 ) -> dict:
@@ -275,7 +313,6 @@ def curves(
 
 # %% ../../nbs/11_studies/13_ablation.ipynb #288855a0
 LANDMARKS = ("landmark_SR@10", "landmark_AUC@10", "landmark_AUC@20", "no_answer")
-
 _real_probes = lru_cache(1)(real_probes)
 
 
@@ -319,10 +356,17 @@ class Job:
         return self.probes / f"strength_{self.strength:g}-{self.arm}-seed_{self.seed}"
 
     @property
+    def result(self) -> Path:
+        return self.folder / "result.json"
+
+    @property
+    def looks_at_real(self) -> bool:
+        return bool(self.real) and not self.choosing
+
+    @property
     def config(self) -> TrainConfig:
-        return config_of(
-            self.settings, self.arm, self.seed, self.strength, self.folder, Path(self.cache).parent / "worlds"
-        )
+        worlds = Path(self.cache).parent / "worlds"
+        return config_of(self.settings, self.arm, self.seed, self.strength, self.folder, worlds)
 
 
 # %% ../../nbs/11_studies/13_ablation.ipynb #1d90fa78
@@ -363,50 +407,79 @@ class EndsWithCommand(pl.Callback):
             raise SystemExit("the command is gone")
 
 
+# %% ../../nbs/11_studies/13_ablation.ipynb #8825c71f
+def recorders_of(
+    job,  # Job
+) -> list:  # of callbacks
+    "What looks at the probes of a run after every epoch, real pairs by a recorder of their own."
+
+    def known_pairs(val_pairs):
+        return [*validation_probes(val_pairs, job.settings.probes), *read_probes(job.probes)]
+
+    def real_pairs(val_pairs):
+        return _real_probes(job.real, job.settings.real_side)
+
+    recorders = [MatchRecorder(RunFolder(job.folder).recording, known_pairs)]
+    if job.looks_at_real:
+        recorders.append(SilentRecorder(job.folder / "real", real_pairs))
+    return recorders
+
+
+# %% ../../nbs/11_studies/13_ablation.ipynb #26d1e737
+def train_quietly(
+    job,  # Job
+    recorders,  # of `recorders_of`
+) -> Path:  # weights file
+    "Train; what is said goes into a file of the run's folder."
+    callbacks = [*recorders, EndsWithCommand(job.command)]
+    with open(job.folder / "log.txt", "a") as log, redirect_stdout(log), redirect_stderr(log):
+        logging.disable(logging.INFO)
+        try:
+            return train(job.config, progress=False, callbacks=callbacks).weights
+        finally:
+            logging.disable(logging.NOTSET)
+
+
+# %% ../../nbs/11_studies/13_ablation.ipynb #d3e4c289
+def found_by(
+    job,  # Job
+    recorders,  # of `recorders_of`
+    weights,  # file
+) -> dict:
+    "The figures of a run that has ended."
+    seen = [Recording(recorder.folder) for recorder in recorders]
+    records = seen[0].records
+    real = job.looks_at_real
+    return dict(
+        arm=job.arm,
+        seed=job.seed,
+        strength=job.strength,
+        epochs=seen[0].epochs,
+        lam=[round(r.lam, 4) for r in records],
+        scaler=[round(r.scaler, 4) for r in records],
+        **{kind: curves(recording, kind) for recording in seen for kind in recording.kinds},
+        landmarks=landmark_scores(weights, job.real, job.settings.real_side) if real else None,
+    )
+
+
 # %% ../../nbs/11_studies/13_ablation.ipynb #f9534fd6
 def one_run(
     job,  # Job
 ) -> dict:
     "Train, look, score; what was found, from its file where it was found before."
-    done = job.folder / "result.json"
-    if done.is_file():
-        return read_json(done)
+    if job.result.is_file():
+        return read_json(job.result)
     job.folder.mkdir(parents=True, exist_ok=True)
-    begin, real = time.monotonic(), job.real and not job.choosing
-    recorders = [
-        MatchRecorder(
-            job.folder / "recording",
-            lambda val_pairs: [*validation_probes(val_pairs, job.settings.probes), *read_probes(job.probes)],
-        )
-    ]
-    if real:
-        recorders.append(
-            SilentRecorder(job.folder / "real", lambda _: _real_probes(job.real, job.settings.real_side))
-        )
-    with open(job.folder / "log.txt", "a") as log, redirect_stdout(log), redirect_stderr(log):
-        logging.disable(logging.INFO)
-        try:
-            run = train(job.config, progress=False, callbacks=[*recorders, EndsWithCommand(job.command)])
-        finally:
-            logging.disable(logging.NOTSET)
-    seen = [Recording(r.folder) for r in recorders]
-    recording = seen[0]
-    found = dict(
-        arm=job.arm,
-        seed=job.seed,
-        strength=job.strength,
-        epochs=recording.epochs,
-        lam=[round(r.lam, 4) for r in recording.records],
-        scaler=[round(r.scaler, 4) for r in recording.records],
-        **{kind: curves(r, kind) for r in seen for kind in r.kinds},
-        landmarks=landmark_scores(run.weights, job.real, job.settings.real_side) if real else None,
-        seconds=round(time.monotonic() - begin),
-        threads=torch.get_num_threads(),
-    )
-    write_json(done, found)
-    for path in job.folder.glob("*.ckpt"):
-        path.unlink()
-    return read_json(done)
+    begin = time.monotonic()
+    recorders = recorders_of(job)
+    weights = train_quietly(job, recorders)
+    found = found_by(job, recorders, weights)
+    found |= dict(seconds=round(time.monotonic() - begin), threads=torch.get_num_threads())
+    write_json(job.result, found)
+    run = RunFolder(job.folder)
+    for checkpoint in (run.last, run.best):
+        checkpoint.unlink(missing_ok=True)
+    return read_json(job.result)
 
 
 # %% ../../nbs/11_studies/13_ablation.ipynb #b728d96e
@@ -431,7 +504,7 @@ def _prepare(
     "Write what the runs share: the generated eyes, and the probes of each folder of probes."
     for job in {(job.strength, job.probes): job for job in jobs}.values():
         PairDataModule(job.config.data).prepare_data()
-        if not (job.probes / "probes.npz").is_file():
+        if not probes_file(job.probes).is_file():
             count = job.settings.pseudo_real if job.choosing else 0
             write_probes(job.probes, pseudo_probes(job.settings, count))
 
@@ -460,7 +533,7 @@ def do_runs(
     say,  # function of one line of text
 ):  # generator of dicts of `one_run`, in order
     "Eyes and probes first, then the runs, with the time that is left."
-    todo = [not (job.folder / "result.json").is_file() for job in jobs]
+    todo = [not job.result.is_file() for job in jobs]
     _prepare([job for job, new in zip(jobs, todo) if new])
     begin, fresh = time.monotonic(), 0
     for k, run in enumerate(run_jobs(one_run, jobs, workers, "")):
@@ -471,6 +544,70 @@ def do_runs(
             line += f", about {spent / fresh * left / 60:.0f} min left"
         say(line)
         yield run
+
+
+# %% ../../nbs/11_studies/13_ablation.ipynb #6c67cdc3
+def say(
+    line,  # of text
+) -> None:
+    "Print at once."
+    print(line, flush=True)
+
+
+# %% ../../nbs/11_studies/13_ablation.ipynb #90e2f533
+def folder_of_real(
+    real,  # folder of real pairs, or None
+) -> str | None:  # absolute
+    "The folder where there is one; its absence is told."
+    if real and not Path(real).is_dir():
+        say(f"{real}: no such folder, no real pairs are looked at")
+        return None
+    return str(Path(real).resolve()) if real else None
+
+
+# %% ../../nbs/11_studies/13_ablation.ipynb #af0abbee
+def jobs_that_choose(
+    settings,  # Settings
+    cache,  # folder of these settings
+    real,  # folder of real pairs, or None
+) -> list[Job]:
+    "One run of v2.1 for each strength."
+    return [
+        Job(settings, "v2.1", settings.choice_seed, strength, True, cache, real, os.getpid())
+        for strength in settings.strengths
+    ]
+
+
+# %% ../../nbs/11_studies/13_ablation.ipynb #902c5e92
+def jobs_that_compare(
+    settings,  # Settings
+    strength,  # that was chosen
+    cache,  # folder of these settings
+    real,  # folder of real pairs, or None
+) -> list[Job]:
+    "Every arm with every seed, seed by seed."
+    return [
+        Job(settings, arm, seed, strength, False, cache, real, os.getpid())
+        for seed in settings.seeds
+        for arm in settings.arms
+    ]
+
+
+# %% ../../nbs/11_studies/13_ablation.ipynb #46ef43a7
+def told_of(
+    settings,  # Settings
+    workers,  # processes
+) -> dict:
+    "What the record says about how it was made."
+    return {
+        "made_by": "loftr-curriculum study ablation",
+        "settings": asdict(settings),
+        "generator": GENERATOR_VERSION,
+        "machine": this_machine(),
+        "workers": workers,
+        "threshold": THRESHOLD,
+        "rule": RULE,
+    }
 
 
 # %% ../../nbs/11_studies/13_ablation.ipynb #aaa8cfe8
@@ -485,45 +622,23 @@ def run_ablation(
 
     Real pairs are looked at every epoch and scored at the end of every run.
     """
-
-    def say(line):
-        print(line, flush=True)
-
-    if real and not Path(real).is_dir():
-        say(f"{real}: no such folder, no real pairs are looked at")
-        real = None
-    folder = cache_of(settings, cache)
-    if real:
-        real = str(Path(real).resolve())
-
-    def job(arm, seed, strength, choosing):
-        return Job(settings, arm, seed, strength, choosing, str(folder.resolve()), real, os.getpid())
-
-    told = {
-        "made_by": "loftr-curriculum study ablation",
-        "settings": asdict(settings),
-        "generator": GENERATOR_VERSION,
-        "machine": this_machine(),
-        "workers": workers,
-        "threshold": THRESHOLD,
-        "rule": RULE,
-    }
+    real = folder_of_real(real)
+    folder = str(cache_of(settings, cache).resolve())
+    result = told_of(settings, workers)
     say(f"1. strength of the gap: {RULE}")
-    jobs = [job("v2.1", settings.choice_seed, strength, True) for strength in settings.strengths]
-    runs = list(do_runs(jobs, workers, say))
-    result = told | {"choice": choose(runs) | {"runs": runs}, "runs": []}
+    runs = list(do_runs(jobs_that_choose(settings, folder, real), workers, say))
+    result |= {"choice": choose(runs) | {"runs": runs}, "runs": []}
     write_json(out, result)
     strength = result["choice"]["strength"]
     say(f"   strength {strength:g} is taken and written to {out}")
     say(f"2. {len(settings.arms)} arms, {len(settings.seeds)} seeds")
-    jobs = [job(arm, seed, strength, False) for seed in settings.seeds for arm in settings.arms]
-    for run in do_runs(jobs, workers, say):
+    for run in do_runs(jobs_that_compare(settings, strength, folder, real), workers, say):
         result["runs"].append(run)
         write_json(out, result)
     return read_json(out)
 
 
-# %% ../../nbs/11_studies/13_ablation.ipynb #a4932c0c
+# %% ../../nbs/11_studies/13_ablation.ipynb #77e3f056
 CONTRASTS = {  # what the difference is due to -> (arm, arm that it is compared with)
     "both engines": ("v2.2", "v2.1"),
     "Engine 1": ("bias-only", "v2.1"),
@@ -536,7 +651,6 @@ CONTRASTS = {  # what the difference is due to -> (arm, arm that it is compared 
     "weaning by the index instead of the calendar": ("v2.2-adaptive", "v2.2"),
     "nothing but a uniform weight": ("control-uniform", "v2.1"),
 }
-
 # chosen before the runs; what the conclusions speak of
 CHOSEN = ("index, pseudo-real", "inliers, pseudo-real", "landmark AUC@20, real")
 MEASURES = {  # name -> (kind of pairs or "landmarks", figure, +1 where more is better)
@@ -558,6 +672,7 @@ MEASURES = {  # name -> (kind of pairs or "landmarks", figure, +1 where more is 
 }
 
 
+# %% ../../nbs/11_studies/13_ablation.ipynb #a4932c0c
 def value(
     run,  # dict of `one_run`
     measure,  # name in MEASURES
@@ -715,7 +830,7 @@ def weaning_epochs(
     ]
 
 
-# %% ../../nbs/11_studies/13_ablation.ipynb #0e1fab18
+# %% ../../nbs/11_studies/13_ablation.ipynb #2b227150
 def _verdict_on_adaptive(
     differences_by_measure,  # name in MEASURES -> paired differences of adaptive and calendar
 ) -> str:
@@ -733,6 +848,7 @@ def _verdict_on_adaptive(
     return "It loses: worse in " + " and ".join(worse) + "."
 
 
+# %% ../../nbs/11_studies/13_ablation.ipynb #0e1fab18
 def adaptive_in_words(
     result,  # from `run_ablation`
     measures=CHOSEN,  # names in MEASURES

@@ -10,10 +10,14 @@ __all__ = [
     "GRID",
     "MARGIN",
     "Thresholds",
+    "passing",
+    "honest_combinations",
     "choose_thresholds",
     "collect",
     "table_of",
+    "answers_of",
     "promises_kept",
+    "halves",
     "calibrate",
     "in_words",
 ]
@@ -21,6 +25,7 @@ __all__ = [
 # %% ../../nbs/11_studies/08_calibration.ipynb #71df57a1
 from dataclasses import dataclass, replace
 from itertools import product
+from operator import itemgetter
 
 import numpy as np
 
@@ -55,18 +60,18 @@ class Thresholds:
         return ((evidence - wanted) * SIGNS >= 0).all(1)
 
 
-# %% ../../nbs/11_studies/08_calibration.ipynb #195b03a7
+# %% ../../nbs/11_studies/08_calibration.ipynb #0dcd97a6
+# values tried of each threshold, from loose to strict, the last from strict to loose
 GRID = (
     (15, 20, 25, 30, 40, 50, 60, 80, 100),
     (0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.5, 0.6, 0.7, 0.8),
     (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8),
     (1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 8.0),
 )
-
-
 MARGIN = 0.05  # share of the ok answers that may be given up for stricter thresholds
 
 
+# %% ../../nbs/11_studies/08_calibration.ipynb #ba6d4087
 def _strictness(at, grid):
     "Of the values at these places of the grid: 0 where all are the loosest, 4 where all are the strictest."
     shares = []
@@ -76,30 +81,57 @@ def _strictness(at, grid):
     return sum(shares)
 
 
+# %% ../../nbs/11_studies/08_calibration.ipynb #4bb08d8b
+def passing(
+    evidence: np.ndarray,  # (N, 4), columns as in `EVIDENCE`
+    grid,  # values tried of each threshold
+) -> list[np.ndarray]:  # of each threshold: (values, N) bool
+    "Which answers pass each value of each threshold."
+    passes = []
+    for k, (values, sign) in enumerate(zip(grid, SIGNS)):
+        passes.append(np.stack([(evidence[:, k] - value) * sign >= 0 for value in values]))
+    return passes
+
+
+# %% ../../nbs/11_studies/08_calibration.ipynb #beaf0dd2
+def honest_combinations(
+    evidence: np.ndarray,  # (N, 4), columns as in `EVIDENCE`
+    right: np.ndarray,  # (N,) bool: which answers are right
+    grid,  # values tried of each threshold
+) -> list[tuple]:  # (answers that are ok, strictness, places in the grid)
+    "The combinations of thresholds that call no false answer ok."
+    passes = passing(evidence, grid)
+    honest = []
+    for at in product(*(range(len(values)) for values in grid)):
+        ok = passes[0][at[0]] & passes[1][at[1]] & passes[2][at[2]] & passes[3][at[3]]
+        if not (ok & ~right).any():
+            honest.append((int(ok.sum()), _strictness(at, grid), at))
+    return honest
+
+
+# %% ../../nbs/11_studies/08_calibration.ipynb #195b03a7
 def choose_thresholds(
     evidence: np.ndarray,  # (N, 4), columns as in `EVIDENCE`; nan, which passes nothing, for no answer
     errors: np.ndarray,  # (N,) px at 512 px, inf for no answer
-    grid=GRID,  # values tried of each threshold, from loose to strict, the last from strict to loose
+    grid=GRID,  # values tried of each threshold
     margin=MARGIN,  # share of the most ok answers that stricter thresholds may lose
 ) -> Thresholds:
     """The strictest combination that promises nothing false and nearly as much that is right as any.
 
     Raises ValueError where no combination is free of false promises."""
-    passes = []  # of each threshold: (values, N), which answers pass
-    for k, (values, sign) in enumerate(zip(grid, SIGNS)):
-        passes.append(np.stack([(evidence[:, k] - value) * sign >= 0 for value in values]))
-    right = errors < RIGHT_PX
-    honest = []  # (answers that are ok, strictness, places in the grid)
-    for at in product(*(range(len(values)) for values in grid)):
-        ok = passes[0][at[0]] & passes[1][at[1]] & passes[2][at[2]] & passes[3][at[3]]
-        if not (ok & ~right).any():
-            honest.append((int(ok.sum()), _strictness(at, grid), at))
+    honest = honest_combinations(evidence, errors < RIGHT_PX, grid)
     if not honest:
         raise ValueError("every combination of thresholds calls a false answer ok")
     most = max(count for count, _, _ in honest)
     enough = [found for found in honest if found[0] >= (1 - margin) * most]
-    _, _, at = max(enough, key=lambda found: (found[1], found[0]))
+    _, _, at = max(enough, key=itemgetter(1, 0))
     return Thresholds(*(values[place] for values, place in zip(grid, at)))
+
+
+# %% ../../nbs/11_studies/08_calibration.ipynb #ddfa7ee3
+def _known(value):
+    "None for what is missing or not finite."
+    return value if value is not None and np.isfinite(value) else None
 
 
 # %% ../../nbs/11_studies/08_calibration.ipynb #f433b999
@@ -114,17 +146,9 @@ def collect(
         one_start = replace(config, first_long_side=side, retry_long_sides=())
         found = register(pair.fixed, pair.moving, matcher=matcher, config=one_start)
         error = landmark_error(found.moving_to_fixed, pair.fixed_points, pair.moving_points)
-        error = at_512(error, pair.fixed.shape[:2])
-        row = {
-            "id": pair.id,
-            "mode": pair.mode,
-            "first_long_side": side,
-            "error": error if np.isfinite(error) else None,
-        }
-        for name in EVIDENCE:
-            value = getattr(found.evidence, name)
-            row[name] = value if value is not None and np.isfinite(value) else None
-        rows.append(row)
+        row = {"id": pair.id, "mode": pair.mode, "first_long_side": side}
+        row["error"] = _known(at_512(error, pair.fixed.shape[:2]))
+        rows.append(row | {name: _known(getattr(found.evidence, name)) for name in EVIDENCE})
     return rows
 
 
@@ -138,22 +162,21 @@ def table_of(
     return np.array(evidence, float).reshape(-1, len(EVIDENCE)), np.array(errors, float)
 
 
-# %% ../../nbs/11_studies/08_calibration.ipynb #c0b3c6b5
+# %% ../../nbs/11_studies/08_calibration.ipynb #6e73bbac
 def _start_that_answers(starts):
     "The first start that is ok, or the one with the most inliers, an answer before none."
     for start in starts:
         if start[0]:
             return start
-    return max(starts, key=lambda start: start[:3])
+    return max(starts, key=itemgetter(0, 1, 2))
 
 
-def promises_kept(
+# %% ../../nbs/11_studies/08_calibration.ipynb #5d63093d
+def answers_of(
     rows: list[dict],  # from `collect`, starts of a pair in their order
     thresholds: Thresholds,  # judged
-) -> dict:  # pairs, answers, right, ok, ok_of_right, false_ok
-    """How far the `ok` of a registration can be believed with these thresholds.
-
-    The first start that is ok answers, or the one with the most inliers."""
+) -> tuple[np.ndarray, np.ndarray]:  # (P,) bool: ok; (P,) error in px at 512 px, inf for no answer
+    "What a registration with all its starts answers to each pair."
     evidence, errors = table_of(rows)
     answered = np.isfinite(errors)
     ok = thresholds.says_ok(evidence) & answered
@@ -162,7 +185,16 @@ def promises_kept(
         start = (bool(ok[k]), bool(answered[k]), row["inliers"] or 0, errors[k])
         starts.setdefault(row["id"], []).append(start)
     chosen = [_start_that_answers(some) for some in starts.values()]
-    ok, _, _, errors = (np.array(column) for column in zip(*chosen))
+    return np.array([start[0] for start in chosen]), np.array([start[3] for start in chosen])
+
+
+# %% ../../nbs/11_studies/08_calibration.ipynb #c0b3c6b5
+def promises_kept(
+    rows: list[dict],  # from `collect`, starts of a pair in their order
+    thresholds: Thresholds,  # judged
+) -> dict:  # pairs, answers, right, ok, ok_of_right, false_ok
+    "How far the `ok` of a registration can be believed with these thresholds."
+    ok, errors = answers_of(rows, thresholds)
     right = errors < RIGHT_PX
     return {
         "pairs": len(errors),
@@ -172,6 +204,18 @@ def promises_kept(
         "ok_of_right": round(float(ok[right].mean()), 3) if right.any() else None,
         "false_ok": int((ok & ~right).sum()),
     }
+
+
+# %% ../../nbs/11_studies/08_calibration.ipynb #ba78021a
+def halves(
+    rows: list[dict],  # from `collect`
+) -> tuple[list[dict], list[dict]]:
+    "The rows of every other pair, and those of the rest."
+    pairs = list(dict.fromkeys(row["id"] for row in rows))
+    taken = set(pairs[::2])
+    first = [row for row in rows if row["id"] in taken]
+    second = [row for row in rows if row["id"] not in taken]
+    return first, second
 
 
 # %% ../../nbs/11_studies/08_calibration.ipynb #aad5e177
@@ -187,10 +231,7 @@ def calibrate(
     matcher = load_matcher(weights)
     spec = replace(SPECIFICATION, split="calibration", per_mode=per_mode)
     rows = collect(pseudo_real_pairs(MODES, workers=workers, spec=spec), matcher)
-    pairs = list(dict.fromkeys(row["id"] for row in rows))
-    taken = set(pairs[::2])
-    first = [row for row in rows if row["id"] in taken]
-    second = [row for row in rows if row["id"] not in taken]
+    first, second = halves(rows)
     found = choose_thresholds(*table_of(first))
     result = {
         "generator": GENERATOR_VERSION,

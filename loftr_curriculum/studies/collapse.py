@@ -5,13 +5,22 @@
 # %% auto #0
 __all__ = [
     "SICK",
+    "KINDS",
     "calibration_pairs",
     "scatter",
     "true_matches",
     "number_of",
+    "at_one_point",
+    "in_the_top_third",
+    "at_few_places",
     "collapsed_ends",
+    "disordered_matches",
+    "collapsed_matches",
     "constructed_matches",
     "with_background",
+    "indices_by_kind",
+    "figures_of",
+    "threshold_between",
     "calibrate",
     "write_calibration",
     "in_words",
@@ -96,27 +105,95 @@ def number_of(
     return int(np.exp(rng.uniform(np.log(least), np.log(max(least + 1, field.sum() / 64)))))
 
 
-# %% ../../nbs/11_studies/07_collapse.ipynb #8b0bbba5
+# %% ../../nbs/11_studies/07_collapse.ipynb #dc1c9d18
 SICK = ("one point", "bundle", "bundle to bundle", "top third", "many to one")
 
 
+# %% ../../nbs/11_studies/07_collapse.ipynb #3d66ffcb
+def at_one_point(
+    rng,  # np.random.Generator
+    target,  # (1, 2)
+    spread,  # px
+    n,  # number of points
+) -> np.ndarray:  # (n, 2)
+    "All ends beside one point."
+    return target + rng.normal(0, spread, (n, 2))
+
+
+# %% ../../nbs/11_studies/07_collapse.ipynb #72960a6a
+def in_the_top_third(
+    rng,  # np.random.Generator
+    fov,  # (H, W) bool
+    n,  # number of points
+) -> np.ndarray:  # (n, 2)
+    "Ends all over the uppermost third of the field."
+    _, top, _, bottom = field_box(fov)
+    above = np.arange(len(fov)) < top + (bottom - top) / 3
+    return scatter(rng, fov & above[:, None], n)
+
+
+# %% ../../nbs/11_studies/07_collapse.ipynb #8643f39d
+def at_few_places(
+    rng,  # np.random.Generator
+    fov,  # (H, W) bool
+    n,  # number of points
+) -> np.ndarray:  # (n, 2)
+    "Many ends share a few places."
+    places = scatter(rng, fov, rng.integers(3, max(4, min(25, n // 8))))
+    return places[rng.integers(0, len(places), n)] + rng.normal(0, 1, (n, 2))
+
+
+# %% ../../nbs/11_studies/07_collapse.ipynb #8b0bbba5
 def collapsed_ends(
     kind,  # one of SICK
     rng,  # np.random.Generator
-    p,  # (N, 2) start points
+    n,  # number of points
     fov1,  # (H, W) bool
-) -> np.ndarray:  # (N, 2)
+) -> np.ndarray:  # (n, 2)
     "Where the lines of a collapse end."
     side, target = max(fov1.shape), scatter(rng, fov1, 1)
     if kind == "one point":
-        return target + rng.normal(0, 0.005 * side, p.shape)
+        return at_one_point(rng, target, 0.005 * side, n)
     if kind == "top third":
-        _, top, _, bottom = field_box(fov1)
-        return scatter(rng, fov1 & (np.arange(len(fov1)) < top + (bottom - top) / 3)[:, None], len(p))
+        return in_the_top_third(rng, fov1, n)
     if kind == "many to one":
-        places = scatter(rng, fov1, rng.integers(3, max(4, min(25, len(p) // 8))))
-        return places[rng.integers(0, len(places), len(p))] + rng.normal(0, 1, p.shape)
-    return target + rng.normal(0, rng.uniform(0.02, 0.08) * side, p.shape)
+        return at_few_places(rng, fov1, n)
+    return at_one_point(rng, target, rng.uniform(0.02, 0.08) * side, n)
+
+
+# %% ../../nbs/11_studies/07_collapse.ipynb #695e9d3b
+def disordered_matches(
+    rng,  # np.random.Generator
+    fov0,  # (H, W) bool
+    fov1,  # (H, W) bool
+) -> tuple:  # (N, 2), (N, 2), (N,) confidence
+    "Faint matches between random points: nothing was found, which is no collapse."
+    n = number_of(rng, 30, fov0)
+    p = scatter(rng, fov0, n)
+    return p, scatter(rng, fov1, n), np.exp(rng.normal(-6, rng.uniform(0.3, 1.5), n))
+
+
+# %% ../../nbs/11_studies/07_collapse.ipynb #f0e57811
+def collapsed_matches(
+    kind,  # one of SICK
+    rng,  # np.random.Generator
+    T,  # (3, 3) fixed -> moving
+    fov0,  # (H, W) bool
+    fov1,  # (H, W) bool
+    mask0,  # (H, W) vessels in [0, 1]
+) -> tuple:  # (N, 2), (N, 2), (N,) confidence
+    "Confident matches of a collapse, and among them up to a third as many true ones."
+    n = number_of(rng, 30, fov0)
+    p = scatter(rng, fov0, n)
+    if kind == "bundle to bundle":
+        p = scatter(rng, fov0, 1) + rng.normal(0, rng.uniform(0.04, 0.1) * max(fov0.shape), p.shape)
+    p1, q1, c1 = true_matches(rng, T, fov0, fov1, mask0, int(n * rng.uniform(0, 0.3)))
+    q = collapsed_ends(kind, rng, n, fov1)
+    return (
+        np.concatenate([p, p1]),
+        np.concatenate([q, q1]),
+        np.concatenate([rng.uniform(0.2, 0.95, n), 0.5 * c1]),
+    )
 
 
 # %% ../../nbs/11_studies/07_collapse.ipynb #c650308d
@@ -130,21 +207,11 @@ def constructed_matches(
 ) -> tuple:  # (N, 2), (N, 2), (N,) confidence
     "One set of matches of one kind, without the faint background."
     if kind == "healthy":
-        return true_matches(
-            rng, T, fov0, fov1, mask0, number_of(rng, 12, overlap_fields(fov0, fov1, T).start)
-        )
-    n = number_of(rng, 30, fov0)
-    p = scatter(rng, fov0, n)
+        n = number_of(rng, 12, overlap_fields(fov0, fov1, T).start)
+        return true_matches(rng, T, fov0, fov1, mask0, n)
     if kind == "disorder":
-        return p, scatter(rng, fov1, n), np.exp(rng.normal(-6, rng.uniform(0.3, 1.5), n))
-    if kind == "bundle to bundle":
-        p = scatter(rng, fov0, 1) + rng.normal(0, rng.uniform(0.04, 0.1) * max(fov0.shape), p.shape)
-    p1, q1, c1 = true_matches(rng, T, fov0, fov1, mask0, int(n * rng.uniform(0, 0.3)))
-    return (
-        np.concatenate([p, p1]),
-        np.concatenate([collapsed_ends(kind, rng, p, fov1), q1]),
-        np.concatenate([rng.uniform(0.2, 0.95, n), 0.5 * c1]),
-    )
+        return disordered_matches(rng, fov0, fov1)
+    return collapsed_matches(kind, rng, T, fov0, fov1, mask0)
 
 
 # %% ../../nbs/11_studies/07_collapse.ipynb #57cf3a83
@@ -165,48 +232,76 @@ def with_background(
     )
 
 
-# %% ../../nbs/11_studies/07_collapse.ipynb #2433b5bd
-def calibrate(
-    eyes=40,  # eyes of the calibration range
-    views=3,  # pairs of each eye
-    share=CARRIED,  # of the confidence that the matches must carry
-) -> dict:  # the threshold and the figures of every kind of matches
-    """Index of constructed matches, healthy and sick, with the true transform and with a fitted one.
+# %% ../../nbs/11_studies/07_collapse.ipynb #7c7351fc
+KINDS = ("healthy", "disorder", *SICK)
 
-    The threshold is in the middle of the gap between the two groups.
-    """
-    index = {kind: [] for kind in ("healthy", "disorder", *SICK)}
+
+def indices_by_kind(
+    eyes,  # of the calibration range
+    views,  # pairs of each eye
+    share,  # of the confidence that the matches must carry
+) -> dict[str, list[float]]:  # of every kind, with the true transform and with a fitted one, in turn
+    "Index of constructed matches, healthy and sick."
+    index = {kind: [] for kind in KINDS}
     for rng, T, fov0, fov1, mask0 in calibration_pairs(eyes, views):
-        for kind in ("healthy", "healthy", "healthy", "disorder", *SICK):
+        for kind in ("healthy", "healthy", *KINDS):
             matches = constructed_matches(kind, rng, T, fov0, fov1, mask0)
             p, q, c = with_background(rng, *matches, fov0, fov1)
             carrying = carriers(c, share)
             fit = believed_transform(p, q, fov0, fov1.shape, c)
             for t in (T, fit):
                 index[kind].append(collapse_index(p[carrying], q[carrying], fov0, fov1, t))
-    well = np.concatenate([index["healthy"], index["disorder"]])
-    ill = np.concatenate([index[kind] for kind in SICK])
+    return index
+
+
+# %% ../../nbs/11_studies/07_collapse.ipynb #13094225
+def figures_of(
+    values: list[float],  # of one kind of matches
+) -> dict:
+    "How many there are, their median, and the range of 98 % of them."
+    low, median, high = np.quantile(values, (0.01, 0.5, 0.99))
+    return dict(
+        n=len(values),
+        median=round(float(median), 3),
+        q01=round(float(low), 3),
+        q99=round(float(high), 3),
+    )
+
+
+# %% ../../nbs/11_studies/07_collapse.ipynb #8cafa72b
+def threshold_between(
+    well: np.ndarray,  # (N,) indices of healthy matches
+    ill: np.ndarray,  # (M,) indices of collapsed ones
+) -> dict:
+    "The threshold, and what lies on its wrong side."
     high = np.quantile(well, 0.99)
     low = np.quantile(ill, 0.01)
     threshold = round(float(high + low) / 2, 2)
     return dict(
-        generator=GENERATOR_VERSION,
-        eyes=eyes,
-        views=views,
         threshold=threshold,
         healthy_q99=round(float(high), 3),
         sick_q01=round(float(low), 3),
         false_alarms=round(float((well > threshold).mean()), 4),
         missed=round(float((ill <= threshold).mean()), 4),
-        kinds={
-            k: dict(
-                n=len(v),
-                median=round(float(np.median(v)), 3),
-                q01=round(float(np.quantile(v, 0.01)), 3),
-                q99=round(float(np.quantile(v, 0.99)), 3),
-            )
-            for k, v in index.items()
-        },
+    )
+
+
+# %% ../../nbs/11_studies/07_collapse.ipynb #2433b5bd
+def calibrate(
+    eyes=40,  # eyes of the calibration range
+    views=3,  # pairs of each eye
+    share=CARRIED,  # of the confidence that the matches must carry
+) -> dict:  # the threshold and the figures of every kind of matches
+    "The threshold that tells healthy matches from collapsed ones, and how well it does."
+    index = indices_by_kind(eyes, views, share)
+    well = np.concatenate([index["healthy"], index["disorder"]])
+    ill = np.concatenate([index[kind] for kind in SICK])
+    return dict(
+        generator=GENERATOR_VERSION,
+        eyes=eyes,
+        views=views,
+        **threshold_between(well, ill),
+        kinds={kind: figures_of(values) for kind, values in index.items()},
     )
 
 
@@ -218,9 +313,8 @@ def write_calibration(
 ) -> dict:  # what was written
     "Find the threshold and write it with the figures of every kind of matches."
     result = calibrate(eyes, views)
-    result["all_matches"] = {
-        k: v for k, v in calibrate(eyes, views, 1.0).items() if k in ("threshold", "false_alarms", "missed")
-    }
+    faint_too = calibrate(eyes, views, 1.0)
+    result["all_matches"] = {name: faint_too[name] for name in ("threshold", "false_alarms", "missed")}
     if out:
         write_json(out, result)
     return result

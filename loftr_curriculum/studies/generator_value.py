@@ -31,6 +31,7 @@ __all__ = [
     "run_one",
     "told",
     "folders_of",
+    "folder_of",
     "run_in_turns",
     "flat",
     "differing",
@@ -63,6 +64,7 @@ from pathlib import Path
 from ..io.files import FileError, read_json, write_json
 from ..io.lock import only_run
 from ..model.weights import load_matcher
+from ..training.history import RunFolder
 
 # %% ../../nbs/11_studies/14_generator_value.ipynb #5a3ff00d
 PACKAGE = "loftr_curriculum"
@@ -333,7 +335,7 @@ def run_one(
         kept = read_json(done)
         if kept["judged_by"] == judged_by:
             return kept
-    weights = out / "weights.safetensors"
+    weights = RunFolder(out).weights
     if not weights.is_file():
         call(versions[name], *words)
     write_json(done, {"judged_by": judged_by, **score_of(versions["new"], weights, real)})
@@ -364,6 +366,15 @@ def folders_of(
     return {name: work / f"{name}-{key}" for name, key in keys.items()}
 
 
+# %% ../../nbs/11_studies/14_generator_value.ipynb #fdd1abc9
+def folder_of(
+    folder: Path,  # of a version's runs
+    seed: int,  # of the run
+) -> Path:
+    "Where one run lies."
+    return folder / f"seed_{seed}"
+
+
 # %% ../../nbs/11_studies/14_generator_value.ipynb #5bb1df4e
 def run_in_turns(
     plan: Plan,
@@ -375,7 +386,7 @@ def run_in_turns(
     runs = []
     for seed in range(plan.seeds):
         for name, folder in folders.items():
-            out = folder / f"seed_{seed}"
+            out = folder_of(folder, seed)
             print(f"{name} version, seed {seed}: {out}", flush=True)
             words = training_words(plan, seed, out, folder / "worlds")
             found = run_one(versions, name, judged_by, words, out, plan.real)
@@ -441,7 +452,8 @@ def compare(
     code = {name: sources(folder / PACKAGE) for name, folder in versions.items()}
     folders = folders_of(plan, code, work)
     runs = run_in_turns(plan, versions, folders)
-    settings = {name: read_json(folder / "seed_0" / "config.json") for name, folder in folders.items()}
+    first = {name: RunFolder(folder_of(folder, 0)) for name, folder in folders.items()}
+    settings = {name: read_json(run.config) for name, run in first.items()}
     modules = sorted({*code["old"], *code["new"]})
     for_all = ("judged_by", "hardware")
     return {

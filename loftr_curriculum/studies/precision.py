@@ -6,10 +6,16 @@
 __all__ = [
     "BINS",
     "STAGES",
+    "DECIMALS",
     "PrecisionConfig",
+    "lies_in",
     "draw_bin",
+    "tensors_of",
+    "cells_of",
+    "placed_matches",
     "match_errors",
     "figures",
+    "source_of",
     "measure_precision",
     "lines_of",
     "precision_file",
@@ -46,7 +52,7 @@ class PrecisionConfig:
     eye: EyeConfig = EyeConfig(size=1536, gap=0.5, disease=0.3)  # what the eyes look like
 
 
-# %% ../../nbs/11_studies/06_precision.ipynb #29bcf5a4
+# %% ../../nbs/11_studies/06_precision.ipynb #222d01d6
 def _motion_of(name, config):
     "How far the images of a bin may be apart."
     if name == "near":
@@ -61,13 +67,23 @@ def _motion_of(name, config):
     )
 
 
+# %% ../../nbs/11_studies/06_precision.ipynb #02cb6840
+def lies_in(
+    sample,  # PairSample
+    name,  # one of BINS
+) -> bool:
+    "Does the scale ratio of the pair lie in the bin?"
+    lowest, highest = BINS[name]
+    return lowest <= decompose(sample.fixed_to_moving, sample.fov0.shape)["scale"] <= highest
+
+
+# %% ../../nbs/11_studies/06_precision.ipynb #29bcf5a4
 def draw_bin(
     source,  # GeneratedSource
     name,  # one of BINS
     config,  # PrecisionConfig
 ) -> list:  # of PairSample
     "Pairs whose scale ratio lies in a bin, always the same ones."
-    lowest, highest = BINS[name]
     motion = _motion_of(name, config)
     number = list(BINS).index(name)
     size = (config.size, config.size)
@@ -76,12 +92,12 @@ def draw_bin(
     while len(found) < config.pairs:
         sample = source.draw(k, np.random.default_rng((number, k)), size, motion)
         k += 1
-        if lowest <= decompose(sample.fixed_to_moving, sample.fov0.shape)["scale"] <= highest:
+        if lies_in(sample, name):
             found.append(sample)
     return found
 
 
-# %% ../../nbs/11_studies/06_precision.ipynb #8cd89622
+# %% ../../nbs/11_studies/06_precision.ipynb #fd7a5569
 STAGES = ("cells alone", "flow, shrunk", "flow, full", "their affine")
 
 
@@ -94,6 +110,58 @@ def _affine_through(matches):
     return apply_transform(affine, matches.points0)
 
 
+# %% ../../nbs/11_studies/06_precision.ipynb #9f7cbdaa
+def tensors_of(
+    sample,  # PairSample
+) -> tuple:  # two images (1, 1, H, W), two fields of view (1, H, W)
+    "A pair as a batch of one."
+    import torch
+
+    images = [torch.from_numpy(image)[None, None] for image in (sample.image0, sample.image1)]
+    fovs = [torch.from_numpy(fov)[None] for fov in (sample.fov0, sample.fov1)]
+    return tuple(images), tuple(fovs)
+
+
+# %% ../../nbs/11_studies/06_precision.ipynb #633582b5
+def cells_of(
+    matcher,  # Matcher in evaluation mode
+    small,  # images and fields of view, shrunk
+) -> tuple:  # (N, 2), (N, 2) px of the shrunk images
+    "The centres of the cells that match."
+    import torch
+
+    from ..model.stages import matched_cells
+
+    with torch.inference_mode():
+        _, cells0, cells1, _ = matched_cells(matcher(*small), matcher.config.threshold)
+    return cells0.double().numpy(), cells1.double().numpy()
+
+
+# %% ../../nbs/11_studies/06_precision.ipynb #618f434c
+def placed_matches(
+    matcher,  # Matcher in evaluation mode
+    sample,  # PairSample
+) -> dict:  # name in STAGES -> two (N, 2) px of the whole images
+    "Fixed and moving points of all matches at every stage."
+    from ..model.stages import shrink_pair
+
+    images, fovs = tensors_of(sample)
+    sizes, small = shrink_pair(matcher.config.coarse_side, images, fovs)
+    whole0 = resize_matrix(sizes[0], sample.image0.shape)
+    whole1 = resize_matrix(sizes[1], sample.image1.shape)
+    cells0, cells1 = cells_of(matcher, small)
+    shrunk = matcher.match(*small)[0]
+    full = matcher.match(*images, *fovs)[0]
+    placed = (
+        (apply_transform(whole0, cells0), apply_transform(whole1, cells1)),
+        (apply_transform(whole0, shrunk.points0), apply_transform(whole1, shrunk.points1)),
+        (full.points0, full.points1),
+        (full.points0, _affine_through(full)),
+    )
+    return dict(zip(STAGES, placed))
+
+
+# %% ../../nbs/11_studies/06_precision.ipynb #8cd89622
 def match_errors(
     matcher,  # Matcher in evaluation mode
     sample,  # PairSample
@@ -102,35 +170,8 @@ def match_errors(
 
     Of matched cells, after the flow of the shrunk images, of what the matcher returns, and of the affine
     fitted to that; inf where there is none."""
-    import torch
-
-    from ..model.stages import matched_cells, shrink_pair
-
-    def batch(array, *ones):
-        return torch.from_numpy(array).reshape(*ones, *array.shape)
-
-    images = batch(sample.image0, 1, 1), batch(sample.image1, 1, 1)
-    fovs = batch(sample.fov0, 1), batch(sample.fov1, 1)
-    sizes, small = shrink_pair(matcher.config.coarse_side, images, fovs)
-    with torch.inference_mode():
-        _, cells0, cells1, _ = matched_cells(matcher(*small), matcher.config.threshold)
-    shrunk = matcher.match(*small)[0]
-    full = matcher.match(*images, *fovs)[0]
-
-    def to_whole(points0, points1):
-        return (
-            apply_transform(resize_matrix(sizes[0], sample.image0.shape), points0),
-            apply_transform(resize_matrix(sizes[1], sample.image1.shape), points1),
-        )
-
-    placed = (
-        to_whole(cells0.double().numpy(), cells1.double().numpy()),
-        to_whole(shrunk.points0, shrunk.points1),
-        (full.points0, full.points1),
-        (full.points0, _affine_through(full)),
-    )
     errors = {}
-    for name, (points0, points1) in zip(STAGES, placed):
+    for name, (points0, points1) in placed_matches(matcher, sample).items():
         errors[name] = np.linalg.norm(apply_transform(sample.fixed_to_moving, points0) - points1, axis=1)
     return errors
 
@@ -153,19 +194,23 @@ def figures(
     }
 
 
+# %% ../../nbs/11_studies/06_precision.ipynb #3aed1714
+def source_of(
+    config,  # PrecisionConfig
+) -> GeneratedSource:
+    "Eyes of the seeds for reports."
+    seeds = seeds_of("report", max(4, config.pairs))
+    bank = WorldBank(seeds, config.eye, workers=1, progress=False)
+    return GeneratedSource(bank, config.modes, config.strength, field=(0.3, 0.5))
+
+
 # %% ../../nbs/11_studies/06_precision.ipynb #e42567f1
 def measure_precision(
     matcher,  # Matcher in evaluation mode
     config=PrecisionConfig(),  # which pairs
 ) -> dict:  # {bin: {name of `match_errors`: figures}}
     "Precision of all matches by scale ratio."
-    wanted = max(4, config.pairs)
-    source = GeneratedSource(
-        WorldBank(seeds_of("report", wanted), config.eye, workers=1, progress=False),
-        config.modes,
-        config.strength,
-        field=(0.3, 0.5),
-    )
+    source = source_of(config)
     result = {}
     for name in BINS:
         errors = [match_errors(matcher, sample) for sample in draw_bin(source, name, config)]
@@ -173,23 +218,25 @@ def measure_precision(
     return result
 
 
+# %% ../../nbs/11_studies/06_precision.ipynb #de6512e4
+DECIMALS = ("precision@1", "precision@3", "precision@5", "median_px")
+
+
+def _line(name, stage, found):
+    shares = "".join(f"{found[key]:13.3f}" for key in DECIMALS)
+    counts = f"{found['matches']:10.0f}{found['fewest']:8d}{found['pairs@100']:11.2f}"
+    return f"{name:8}{stage:14}{shares}{counts}"
+
+
 # %% ../../nbs/11_studies/06_precision.ipynb #24634d27
 def lines_of(
     result,  # of `precision_file`
 ) -> str:
     "One line for every bin and stage."
-
-    decimals = ("precision@1", "precision@3", "precision@5", "median_px")
-
-    def line(name, stage, found):
-        shares = "".join(f"{found[key]:13.3f}" for key in decimals)
-        counts = f"{found['matches']:10.0f}{found['fewest']:8d}{found['pairs@100']:11.2f}"
-        return f"{name:8}{stage:14}{shares}{counts}"
-
-    names = "".join(f"{key:>13}" for key in decimals)
+    names = "".join(f"{key:>13}" for key in DECIMALS)
     lines = [f"{'scale':8}{'':14}{names}{'matches':>10}{'fewest':>8}{'pairs@100':>11}"]
     for name, stages in result["bins"].items():
-        lines += [line(name, stage, found) for stage, found in stages.items()]
+        lines += [_line(name, stage, found) for stage, found in stages.items()]
     return "\n".join(lines)
 
 

@@ -6,10 +6,15 @@
 __all__ = [
     "VARIANTS",
     "SweepConfig",
+    "mild_motion",
     "swept_transform",
+    "world_of",
     "sweep_pair",
     "try_variant",
+    "curve_of",
     "curves_of",
+    "settings_of",
+    "try_all",
     "sweep",
     "lines_of",
     "sweep_file",
@@ -60,6 +65,14 @@ class SweepConfig:
         return dict(rotation=self.rotations, scale=self.scales, shift=self.shifts)
 
 
+# %% ../../nbs/11_studies/05_sweep.ipynb #5967487e
+def mild_motion(
+    rng,  # np.random.Generator
+) -> dict[str, float]:
+    "Degrees, ratio and share of the side of a motion that is mild in all three."
+    return dict(rotation=rng.uniform(-5, 5), scale=np.exp(rng.uniform(-0.05, 0.05)), shift=0.05)
+
+
 # %% ../../nbs/11_studies/05_sweep.ipynb #0020783b
 def swept_transform(
     axis,  # rotation, scale or shift
@@ -70,7 +83,7 @@ def swept_transform(
     "A similarity `fixed_to_moving` (3, 3) that has exactly `value` on the axis."
     sign = rng.choice([-1, 1])
     direction = rng.uniform(0, 2 * np.pi)  # of the shift, radians
-    motion = dict(rotation=rng.uniform(-5, 5), scale=np.exp(rng.uniform(-0.05, 0.05)), shift=0.05)
+    motion = mild_motion(rng)
     motion[axis] = value * sign if axis == "rotation" else value
     shift_px = side * motion["shift"] * np.array([np.cos(direction), np.sin(direction)])
     return similarity(motion["rotation"], motion["scale"], shift_px, centre((side, side)))
@@ -80,6 +93,16 @@ def swept_transform(
 @lru_cache(maxsize=1)
 def _world(seed, eye, names):
     return make_world(seed, eye, names)
+
+
+# %% ../../nbs/11_studies/05_sweep.ipynb #80b13b5f
+def world_of(
+    seed,  # of the eye
+    config,  # SweepConfig
+):  # World
+    "An eye in all modalities that are swept."
+    names = {name for mode in config.modes for name in split_mode(mode)}
+    return _world(seed, config.eye, tuple(sorted(names)))
 
 
 # %% ../../nbs/11_studies/05_sweep.ipynb #9b49efe7
@@ -92,21 +115,20 @@ def sweep_pair(
 ) -> RawPair:
     "The pair of an axis, a value, a mode and an eye; always the same one."
     (seed,) = seeds_of("report", 1, number)
-    names = split_mode(mode)
-    size = (config.side, config.side)
-    every_name = {name for swept in config.modes for name in split_mode(swept)}
-    world = _world(seed, config.eye, tuple(sorted(every_name)))
+    world, size = world_of(seed, config), (config.side, config.side)
     rng = np.random.default_rng([seed, MODES.index(mode)])
-    T = swept_transform(axis, value, config.side, rng)
-    A = place_views(T, world.vessels.shape, size, rng, config.field)
-    fovs = [view_fov(rng, None, world.vessels.shape, a, size, FULL) for a in A]
+    fixed_to_moving = swept_transform(axis, value, config.side, rng)
+    places = place_views(fixed_to_moving, world.vessels.shape, size, rng, config.field)
+    fovs = [view_fov(rng, None, world.vessels.shape, place, size, FULL) for place in places]
     images = [
-        expose_view(world.images[n], n, a, fov, rng, config.strength) for n, a, fov in zip(names, A, fovs)
+        expose_view(world.images[name], name, place, fov, rng, config.strength)
+        for name, place, fov in zip(split_mode(mode), places, fovs)
     ]
-    return RawPair(f"{axis}_{value:g}_{mode}_{number}", mode, *images, T, *shared_grid(T, *fovs))
+    points = shared_grid(fixed_to_moving, *fovs)
+    return RawPair(f"{axis}_{value:g}_{mode}_{number}", mode, *images, fixed_to_moving, *points)
 
 
-# %% ../../nbs/11_studies/05_sweep.ipynb #af7a1cfb
+# %% ../../nbs/11_studies/05_sweep.ipynb #20832965
 VARIANTS = {  # what is asked of `register`
     "single": dict(turn_when_unsure=False, second_long_sides=(), retry_long_sides=()),
     "single + second looks": dict(turn_when_unsure=False, retry_long_sides=()),
@@ -116,6 +138,7 @@ VARIANTS = {  # what is asked of `register`
 }
 
 
+# %% ../../nbs/11_studies/05_sweep.ipynb #af7a1cfb
 def try_variant(
     pair,  # RawPair
     matcher,  # as in `registration.register`
@@ -129,32 +152,38 @@ def try_variant(
     return (float(error) if np.isfinite(error) else None), seconds
 
 
+# %% ../../nbs/11_studies/05_sweep.ipynb #52a2949c
+def curve_of(
+    tries,  # for every value, a list of (error or None, seconds)
+) -> dict:
+    "SR@10, median error (px) and mean seconds at each value."
+    errors = [[np.inf if error is None else error for error, _ in some] for some in tries]
+    seconds = [[taken for _, taken in some] for some in tries]
+    return {
+        "SR@10": [success_rate(some, 10) for some in errors],
+        "median": [float(np.median(some)) for some in errors],
+        "seconds": [float(np.mean(some)) for some in seconds],
+    }
+
+
 # %% ../../nbs/11_studies/05_sweep.ipynb #49e0b86b
 def curves_of(
     config,  # SweepConfig
     tried,  # {axis: {value: {pair: {variant: (error or None, seconds)}}}}
 ) -> dict:
-    "Values of each axis; SR@10, median error (px) and mean seconds of each variant at each value."
-
-    def curve(axis, values, variant):
-        runs = [[tries[variant] for tries in tried[axis][f"{value:g}"].values()] for value in values]
-        errors = [[np.inf if error is None else error for error, _ in some] for some in runs]
-        seconds = [[taken for _, taken in some] for some in runs]
-        return {
-            "SR@10": [success_rate(some, 10) for some in errors],
-            "median": [float(np.median(some)) for some in errors],
-            "seconds": [float(np.mean(some)) for some in seconds],
-        }
-
+    "Values of each axis, and a curve of each variant."
     curves = {}
     for axis, values in config.axes.items():
-        if values:
-            of_variants = {variant: curve(axis, values, variant) for variant in VARIANTS}
-            curves[axis] = {"values": list(values), **of_variants}
+        if not values:
+            continue
+        curves[axis] = {"values": list(values)}
+        for variant in VARIANTS:
+            pairs = [tried[axis][f"{value:g}"].values() for value in values]
+            curves[axis][variant] = curve_of([[tries[variant] for tries in some] for some in pairs])
     return curves
 
 
-# %% ../../nbs/11_studies/05_sweep.ipynb #5c3e081b
+# %% ../../nbs/11_studies/05_sweep.ipynb #278f4954
 def _jobs(config):
     "What is tried, eye after eye: (axis, value, mode, number of the eye)."
     points = [(axis, value) for axis, values in config.axes.items() for value in values]
@@ -162,6 +191,32 @@ def _jobs(config):
     return [(*point, mode, number) for number, point, mode in product(eyes, points, config.modes)]
 
 
+# %% ../../nbs/11_studies/05_sweep.ipynb #5f6096f2
+def settings_of(
+    matcher,  # as in `registration.register`
+    config,  # SweepConfig
+) -> dict:
+    "What a sweep was made from, as a file gives it back."
+    made_from = dict(
+        sweep=asdict(config), variants=VARIANTS, generator=GENERATOR_VERSION, matcher=fingerprint(matcher)
+    )
+    return json.loads(json.dumps(made_from))
+
+
+# %% ../../nbs/11_studies/05_sweep.ipynb #97d0175d
+def try_all(
+    pair,  # RawPair
+    matcher,  # as in `registration.register`
+    warm,  # was the matcher called before?
+) -> dict:  # variant -> (error or None, seconds)
+    "All variants on one pair. The first call takes longer: its seconds are not kept."
+    configs = {name: replace(MATCHES_ALONE, **changes) for name, changes in VARIANTS.items()}
+    if not warm:
+        try_variant(pair, matcher, configs["single"])
+    return {name: try_variant(pair, matcher, config) for name, config in configs.items()}
+
+
+# %% ../../nbs/11_studies/05_sweep.ipynb #5c3e081b
 def sweep(
     matcher,  # as in `registration.register`, in evaluation mode
     config=SweepConfig(),  # what is tried
@@ -171,33 +226,23 @@ def sweep(
     """Curves of success, error and seconds, and what they were made from.
 
     Errors are deterministic. Raises FileError for a file of another sweep."""
-    made_from = dict(
-        sweep=asdict(config), variants=VARIANTS, generator=GENERATOR_VERSION, matcher=fingerprint(matcher)
-    )
-    settings = json.loads(json.dumps(made_from))  # as a file gives it back
+    settings = settings_of(matcher, config)
     tried = begun(out, {"settings": settings}).get("tried", {})
-    configs = {name: replace(MATCHES_ALONE, **changes) for name, changes in VARIANTS.items()}
-
-    def result():
-        return dict(settings=settings, hardware=hardware(matcher), tried=tried)
-
+    found = dict(settings=settings, hardware=hardware(matcher), tried=tried)
     warm = False
     for axis, value, mode, number in tqdm(_jobs(config), desc="sweeping", unit="pair", disable=not progress):
         here = tried.setdefault(axis, {}).setdefault(f"{value:g}", {})
         key = f"{mode}_{number}"
         if key in here:
             continue
-        pair = sweep_pair(axis, value, mode, number, config)
-        if not warm:  # the first call takes longer: its seconds are not kept
-            try_variant(pair, matcher, configs["single"])
-            warm = True
-        here[key] = {name: try_variant(pair, matcher, variant) for name, variant in configs.items()}
+        here[key] = try_all(sweep_pair(axis, value, mode, number, config), matcher, warm)
+        warm = True
         if out is not None:
-            write_json(out, result())
-    done = result() | dict(curves=curves_of(config, tried))
+            write_json(out, found)
+    found["curves"] = curves_of(config, tried)
     if out is not None:
-        write_json(out, done)
-    return done
+        write_json(out, found)
+    return found
 
 
 # %% ../../nbs/11_studies/05_sweep.ipynb #57314c06

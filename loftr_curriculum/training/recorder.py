@@ -36,7 +36,9 @@ from ..evaluation.probes import (
 from ..evaluation.recording import (
     PATIENCE,
     Recording,
+    epoch_files,
     measure,
+    probes_file,
     summary,
     write_epoch,
     write_probes,
@@ -82,7 +84,7 @@ class MatchRecorder(pl.Callback):
 
     def __init__(
         self,
-        folder,  # where `probes.npz` and `epoch_NNNN.npz` go
+        folder,  # of the recording
         sources,  # called with the ValPairs, gives a list of Probe
         every=1,  # epochs between recordings
         patience=PATIENCE,  # recordings in a row above the threshold before the alarm
@@ -98,9 +100,9 @@ class MatchRecorder(pl.Callback):
     def on_fit_start(self, trainer, pl_module):
         if not trainer.is_global_zero:
             return
-        goes_on = trainer.ckpt_path and (self.folder / "probes.npz").is_file()
+        goes_on = trainer.ckpt_path and probes_file(self.folder).is_file()
         if not goes_on:
-            for old in self.folder.glob("epoch_*.npz"):
+            for old in epoch_files(self.folder):
                 old.unlink()
             write_probes(self.folder, self.sources(trainer.datamodule.val_pairs))
         self.recording = Recording(self.folder)
