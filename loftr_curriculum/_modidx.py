@@ -3524,6 +3524,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                             'loftr_curriculum/training/resume.py'),
                                                   'loftr_curriculum.training.resume.begin_epoch_again': ( '09_training/resume.html#begin_epoch_again',
                                                                                                           'loftr_curriculum/training/resume.py'),
+                                                  'loftr_curriculum.training.resume.end_loaders': ( '09_training/resume.html#end_loaders',
+                                                                                                    'loftr_curriculum/training/resume.py'),
                                                   'loftr_curriculum.training.resume.no_process_left': ( '09_training/resume.html#no_process_left',
                                                                                                         'loftr_curriculum/training/resume.py'),
                                                   'loftr_curriculum.training.resume.not_written': ( '09_training/resume.html#not_written',

@@ -159,6 +159,42 @@ def test_a_signal_ends_a_training_with_loaders_and_the_checkpoint_is_whole(
     assert not [pid for pid in children if Path(f"/proc/{pid}").exists()], "a loader was left behind"
 
 
+STARVED = """
+import sys, time
+from loftr_curriculum.cli import main
+from loftr_curriculum.data.module import TrainPairs
+
+draw = TrainPairs.__getitem__
+
+
+def slow(self, number):
+    if number >= 44:
+        time.sleep(300)
+    return draw(self, number)
+
+
+TrainPairs.__getitem__ = slow
+sys.exit(main())
+"""
+
+
+@unix
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="reads the children from /proc")
+@pytest.mark.slow
+@pytest.mark.parametrize("send", [to_parent, as_timeout_does])
+def test_a_training_that_waits_for_slow_loaders_ends_too_and_keeps_every_step(tiny, tmp_path, send):
+    out = tmp_path / "run"
+    process = start("train", "--config", tiny, "--out", out, code=STARVED)
+    wait_for(out / "last.ckpt", process)
+    time.sleep(2)
+    children = children_of(process)
+    send(process, signal.SIGTERM)
+    status, said = end_with(process, 15)
+    assert status == 143, said
+    assert torch.load(out / "last.ckpt", weights_only=True)["global_step"] == 22
+    assert not [pid for pid in children if Path(f"/proc/{pid}").exists()], "a loader was left behind"
+
+
 BATCH = """
 import sys, time
 import numpy as np

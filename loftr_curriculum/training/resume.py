@@ -7,11 +7,13 @@ __all__ = [
     "NO_ROOM",
     "HELD",
     "MOMENT",
+    "SOON",
     "not_written",
     "AtomicCheckpointIO",
     "refuse_other_checkpoint",
     "polite_stop",
     "no_process_left",
+    "end_loaders",
     "LastCheckpoint",
     "begin_epoch_again",
     "skip_taken_batches",
@@ -100,6 +102,7 @@ def refuse_other_checkpoint(
 
 # %% ../../nbs/09_training/11_resume.ipynb #03c77842
 MOMENT = 1.0  # seconds in which a repeated SIGTERM counts once
+SOON = 5.0  # seconds that a run waits for the next pairs when it was asked to stop
 
 
 @contextmanager
@@ -118,14 +121,25 @@ def polite_stop(
             raise KeyboardInterrupt
         first = first or time.monotonic()
         last.asked = number
+        if timed:
+            signal.setitimer(signal.ITIMER_REAL, SOON, SOON)
+
+    def hurry(number, frame):
+        if last.whole:
+            raise KeyboardInterrupt
 
     numbers = heeded()
+    timed = bool(numbers) and hasattr(signal, "setitimer")  # Windows has none
     if numbers:
         numbers = (signal.SIGINT, *numbers)
     before = {number: signal.signal(number, ask) for number in numbers}
+    if timed:
+        before[signal.SIGALRM] = signal.signal(signal.SIGALRM, hurry)
     try:
         yield
     finally:
+        if last.asked and timed:
+            signal.setitimer(signal.ITIMER_REAL, 0)
         for number, handler in before.items():
             signal.signal(number, handler)
 
@@ -141,6 +155,20 @@ def no_process_left():
         for process in set(multiprocessing.active_children()) - before:
             process.kill()
             process.join()
+
+
+# %% ../../nbs/09_training/11_resume.ipynb #b1f00c10
+def end_loaders(
+    strangers,  # set of processes that stay
+) -> None:
+    "Ends the loaders of a run that stops; nothing outside the main thread."
+    if not heeded() or not hasattr(signal, "SIGCHLD"):
+        return
+    told = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    for process in set(multiprocessing.active_children()) - strangers:
+        process.kill()
+        process.join()
+    signal.signal(signal.SIGCHLD, told)
 
 
 # %% ../../nbs/09_training/11_resume.ipynb #3b446fc0
@@ -160,6 +188,7 @@ class LastCheckpoint(Checkpoint):
         self.means = {}  # of the epoch, as the checkpoint holds them: name -> (total, weight)
 
     def setup(self, trainer, pl_module, stage):
+        self.strangers = set(multiprocessing.active_children())  # processes that are not of this run
         if trainer.is_global_zero:
             for half in self.path.parent.glob(".*.ckpt"):
                 half.unlink()  # of a process that was killed while it wrote
@@ -200,6 +229,8 @@ class LastCheckpoint(Checkpoint):
     def on_exception(self, trainer, pl_module, exception):
         if self.whole and trainer.train_dataloader.state_dict() == self.taken:
             self.save(trainer)  # no step is under way
+        if isinstance(exception, (KeyboardInterrupt, SystemExit)):
+            end_loaders(self.strangers)
 
     def note_step(self, trainer):
         "A step has ended: the state is whole, and so many batches were taken."
