@@ -3,13 +3,15 @@
     python tools/batch_speed.py TABLE [--pairs N] [--dask]      TABLE: id, fixed, moving
 
 Each way registers the same N pairs with the packaged weights into a temporary folder. Prints one line a way:
-processes, pairs a minute, how many times the rate of one process, the largest memory of a process, start-up
-included and without. With --bookkeeping N it instead times what surrounds N registrations that cost nothing:
-the first start, and the start of a finished batch.
+pairs a minute, how many times the rate of one process, seconds of processor a pair (the figure that a busy
+machine changes least; not known of a cluster's workers), and the largest memory of a process. The start of
+the processes, a few seconds, is included: measure a hundred pairs or more. With --bookkeeping N it times what
+surrounds N registrations that cost nothing: the first start, and the start of a finished batch.
 """
 
 import argparse
 import os
+import resource
 import socket
 import subprocess
 import sys
@@ -30,14 +32,20 @@ def enough_pairs(table, n):
     return name_folders([replace(pairs[k % len(pairs)], id=f"{k}") for k in range(n)])
 
 
+def processor_seconds():
+    """Of this process and of those that it has seen end."""
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(one.ru_utime + one.ru_stime for one in used)
+
+
 def measure(pairs, folder, **how):
-    """Seconds with and without the start of the processes, and the largest memory of one, MB."""
-    start = time.perf_counter()
+    """Seconds, seconds of processor, and the largest memory of a process, MB."""
+    start, before = time.perf_counter(), processor_seconds()
     register_many(pairs, folder, progress=False, **how)
-    seconds = time.perf_counter() - start
+    seconds, processor = time.perf_counter() - start, processor_seconds() - before
     rows = read_results(folder / "results.csv").values()
     memory = max(int(row["memory_mb"] or 0) for row in rows)
-    return seconds, sum(float(row["seconds"]) for row in rows), memory
+    return seconds, None if "scheduler" in how else processor, memory
 
 
 @contextmanager
@@ -67,14 +75,14 @@ def one_thread_each():
     return os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 
 
-def say(name, pairs, seconds, work, memory, base):
+def say(name, pairs, seconds, processor, memory, base):
     rate = 60 * len(pairs) / seconds
-    faster = "" if base is None else f", {rate / base:.2f} times one process"
-    print(
-        f"{name}: {rate:.1f} pairs a minute{faster}; {work / len(pairs):.2f} s a pair, "
-        f"largest process {memory} MB",
-        flush=True,
-    )
+    said = [f"{name}: {rate:.1f} pairs a minute"]
+    if base is not None:
+        said.append(f"{rate / base:.2f} times one process")
+    if processor is not None:
+        said.append(f"{processor / len(pairs):.2f} s of processor a pair")
+    print(", ".join([*said, f"largest process {memory} MB"]), flush=True)
     return rate
 
 
@@ -115,7 +123,7 @@ def bookkeeping(n):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("table", nargs="?")
-    parser.add_argument("--pairs", type=int, default=40, help="pairs that each way registers")
+    parser.add_argument("--pairs", type=int, default=100, help="pairs that each way registers")
     parser.add_argument("--dask", action="store_true", help="also on a Dask cluster with two workers")
     parser.add_argument("--bookkeeping", type=int, help="time the start of so many pairs instead")
     a = parser.parse_args()
