@@ -28,17 +28,17 @@ from pathlib import Path
 import numpy as np
 
 from ..geometry import (
+    Affine,
     Motion,
+    PointMap,
     apply_transform,
     centre,
-    compose,
     fit_affine,
     invert,
     jacobian,
+    map_from_matrix,
     overlap,
-    resample,
     resize_matrix,
-    warp_image,
 )
 from ..io.files import FileError
 from ..io.images import image_size, read_image
@@ -284,11 +284,11 @@ def read_pairs(
 # %% ../../nbs/04_data/05_landmarks.ipynb #a101c53f
 def aligned(
     image,  # (H, W) float32
-    T,  # (3, 3) maps its points to points of the frame
+    to_frame: PointMap,  # its points -> points of the frame
     size,  # (height, width) of the frame
 ) -> tuple:  # plane (h, w) float32, fov (h, w) bool
     "An image warped into a frame, reduced first where its pixels are finer, and what it saw there."
-    return resample(image, T, size), warp_image(frame_fov(image), T, size, mode="nearest")
+    return to_frame.warp(image, size), to_frame.warp(frame_fov(image), size, mode="nearest")
 
 
 # %% ../../nbs/04_data/05_landmarks.ipynb #30a6e3fe
@@ -296,12 +296,12 @@ def table_frame(
     pair,  # TablePair
 ):  # Frame
     "The frame of one pair, in the geometry of its fixed image."
-    size, fixed = image_size(pair.fixed), load_plane(pair.fixed)
-    T = compose(pair.moving_to_fixed, resize_matrix(size, fixed.shape))
-    moving, moving_fov = aligned(to_gray(read_image(pair.moving)), T, fixed.shape)
-    return make_frame(
-        fixed, moving, mask_plane(pair.mask, pair.fixed, fixed.shape), frame_fov(fixed), moving_fov
-    )
+    fixed = load_plane(pair.fixed)
+    reduced = Affine(resize_matrix(image_size(pair.fixed), fixed.shape))
+    moving_to_frame = map_from_matrix(pair.moving_to_fixed).then(reduced)
+    moving, moving_fov = aligned(to_gray(read_image(pair.moving)), moving_to_frame, fixed.shape)
+    mask = mask_plane(pair.mask, pair.fixed, fixed.shape)
+    return make_frame(fixed, moving, mask, frame_fov(fixed), moving_fov)
 
 
 # %% ../../nbs/04_data/05_landmarks.ipynb #5a37d54a

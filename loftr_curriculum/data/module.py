@@ -7,6 +7,7 @@ __all__ = [
     "GRACE",
     "EpochSampler",
     "PairLoader",
+    "maps_of",
     "to_tensors",
     "motion_at",
     "size_at",
@@ -33,7 +34,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
-from ..geometry import NEAR, Motion, apply_transform, invert, mild
+from ..geometry import NEAR, Motion, map_from_matrix, mild
 from ..retina.config import GENERATOR_VERSION, SEEDS, seeds_of
 from ..retina.jobs import keep_memory
 from ..retina.world import WorldBank
@@ -95,6 +96,19 @@ class PairLoader(DataLoader):
         self.ahead = state_dict["batches"]
 
 
+# %% ../../nbs/04_data/06_module.ipynb #e07c52b8
+def maps_of(
+    sample,  # PairSample
+) -> tuple[np.ndarray, np.ndarray]:  # fixed to moving, moving to fixed: (S/8, S/8, 2) float32
+    "The true maps of a sample at the centres of the cells; those of its matrix where it is not bent."
+    if sample.map_0to1 is not None:
+        return sample.map_0to1, sample.map_1to0
+    fixed_to_moving = map_from_matrix(sample.fixed_to_moving)
+    forth = fixed_to_moving(map_grid(sample.image0.shape).points())
+    back = fixed_to_moving.inverse()(map_grid(sample.image1.shape).points())
+    return forth.astype(np.float32), back.astype(np.float32)
+
+
 # %% ../../nbs/04_data/06_module.ipynb #01c1fbe2
 def to_tensors(
     sample,  # PairSample
@@ -105,27 +119,16 @@ def to_tensors(
     It holds image0, image1 (1, S, S) float32; mask0, mask1 (S, S) float32; fov0, fov1 (S, S) bool;
     fixed_to_moving (3, 3) float32; mode, id str; with `maps` also map_0to1, map_1to0 (S/8, S/8, 2) float32.
     """
-    item = {
-        k: torch.from_numpy(np.ascontiguousarray(getattr(sample, k), np.float32))[None]
-        for k in ("image0", "image1")
-    }
-    item |= {
-        k: torch.from_numpy(np.ascontiguousarray(getattr(sample, k), np.float32))
-        for k in ("mask0", "mask1", "fixed_to_moving")
-    }
-    item |= {k: torch.from_numpy(np.ascontiguousarray(getattr(sample, k), bool)) for k in ("fov0", "fov1")}
+
+    def tensor(name, kind=np.float32):
+        return torch.from_numpy(np.ascontiguousarray(getattr(sample, name), kind))
+
+    item = {name: tensor(name)[None] for name in ("image0", "image1")}
+    item |= {name: tensor(name) for name in ("mask0", "mask1", "fixed_to_moving")}
+    item |= {name: tensor(name, bool) for name in ("fov0", "fov1")}
     if maps:
-        straight = {
-            "map_0to1": (sample.fixed_to_moving, sample.image0.shape),
-            "map_1to0": (invert(sample.fixed_to_moving), sample.image1.shape),
-        }
-        for k, (T, size) in straight.items():
-            points = getattr(sample, k)
-            item[k] = torch.from_numpy(
-                np.asarray(
-                    apply_transform(T, map_grid(size).points()) if points is None else points, np.float32
-                )
-            )
+        forth, back = maps_of(sample)
+        item |= {"map_0to1": torch.from_numpy(forth), "map_1to0": torch.from_numpy(back)}
     return item | {"mode": sample.mode, "id": sample.id}
 
 

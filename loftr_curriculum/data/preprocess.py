@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 
-from ..geometry import fit_size, resize_image, resize_matrix
+from ..geometry import Affine, PointMap, fit_size, resize_image, resize_matrix
 
 # %% ../../nbs/04_data/00_preprocess.ipynb #08021c70
 DEPTHS = (8, 10, 12, 14, 16)  # bits that files of 16-bit containers really use
@@ -105,8 +105,8 @@ def _hull(
     # few points: a hull of all of them is slow
     outline = cv2.findContours(mask, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_SIMPLE)[0]
     points = cv2.convexHull(np.concatenate(outline))[:, 0].astype(np.float64)
-    T = resize_matrix(mask.shape, size)
-    points = points @ T[:2, :2].T + T[:2, 2]
+    resize = resize_matrix(mask.shape, size)
+    points = points @ resize[:2, :2].T + resize[:2, 2]
     out = np.zeros(size, np.uint8)
     cv2.fillConvexPoly(out, np.round(points * 16).astype(np.int32), 1, shift=4)
     return cv2.resize(mask, size[::-1], interpolation=cv2.INTER_NEAREST).astype(bool) | out.astype(bool)
@@ -185,7 +185,7 @@ class Prepared:
 
     image: np.ndarray  # (h, w) float32 in [-1, 1], 0 outside the field of view
     fov: np.ndarray  # (h, w) bool
-    T: np.ndarray  # (3, 3) maps points of the original image to points of `image`
+    to_prepared: PointMap  # points of the original image -> points of `image`
 
 
 # %% ../../nbs/04_data/00_preprocess.ipynb #83bda9aa
@@ -198,4 +198,4 @@ def prepare(
     size = fit_size(gray.shape, long_side)
     small = resize_image(gray, size)
     fov = estimate_fov(small)
-    return Prepared(normalise(small, fov), fov, resize_matrix(gray.shape, size))
+    return Prepared(normalise(small, fov), fov, Affine(resize_matrix(gray.shape, size)))

@@ -151,20 +151,20 @@ def contrast_of(
 
 # %% ../../nbs/04_data/07_pseudo_real.ipynb #92bdcfce
 def _draw(rng, world, names, spec):
-    T, A, fovs = draw_views(rng, world.vessels.shape, spec.size, spec.motion, names, spec.field)
+    fixed_to_moving, A, fovs = draw_views(rng, world.vessels.shape, spec.size, spec.motion, names, spec.field)
     images = [
         expose_view(world.images[n], n, a, fov, rng, spec.strength) for n, a, fov in zip(names, A, fovs)
     ]
     half = cv2.resize(world.vessels, None, fx=0.5, fy=0.5, interpolation=cv2.INTER_AREA)
     shared = (
-        fovs[0] & warp_image(fovs[1], invert(T), spec.size, mode="nearest"),
-        fovs[1] & warp_image(fovs[0], T, spec.size, mode="nearest"),
+        fovs[0] & warp_image(fovs[1], invert(fixed_to_moving), spec.size, mode="nearest"),
+        fovs[1] & warp_image(fovs[0], fixed_to_moving, spec.size, mode="nearest"),
     )
     shown = min(
         contrast_of(i, cut(world.vessels, half, a, spec.size), f, s)
         for i, a, f, s in zip(images, A, fovs, shared)
     )
-    return shown, images, T, fovs
+    return shown, images, fixed_to_moving, fovs
 
 
 # %% ../../nbs/04_data/07_pseudo_real.ipynb #b9544729
@@ -189,8 +189,9 @@ def pseudo_real_pair(
         best = drawn if best is None or drawn[0] > best[0] else best
         if best[0] >= LEAST_CONTRAST:
             break
-    _, (fixed, moving), T, fovs = best
-    return RawPair(f"{mode}_{number:03d}", mode, fixed, moving, T, *shared_grid(T, *fovs))
+    _, (fixed, moving), fixed_to_moving, fovs = best
+    points = shared_grid(fixed_to_moving, *fovs)
+    return RawPair(f"{mode}_{number:03d}", mode, fixed, moving, fixed_to_moving, *points)
 
 
 # %% ../../nbs/04_data/07_pseudo_real.ipynb #503ef817
@@ -227,12 +228,12 @@ def read_raw_pair(
     "One pair that `write_raw_pair` wrote."
     folder = Path(folder)
     points = np.loadtxt(folder / "landmarks" / f"{id}.csv", delimiter=",", skiprows=1, ndmin=2)
-    T = invert(load_transform(folder / "landmarks" / f"{id}.json").matrix)
+    moving_to_fixed = load_transform(folder / "landmarks" / f"{id}.json").matrix
     return RawPair(
         id,
         id.partition("_")[0],
         *(read_image(folder / "images" / f"{id}_{n}.png") for n in ("fixed", "moving")),
-        T,
+        invert(moving_to_fixed),
         points[:, :2],
         points[:, 2:],
     )

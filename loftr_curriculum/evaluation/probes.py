@@ -5,6 +5,7 @@
 # %% auto #0
 __all__ = [
     "validation_probes",
+    "between_prepared",
     "estimated_probe",
     "pseudo_real_probes",
     "real_probes",
@@ -25,7 +26,7 @@ from ..data.masks import vesselness
 from ..data.pairs import GeneratedSource
 from ..data.preprocess import prepare, to_gray
 from ..data.pseudo_real import PseudoReal, pseudo_real_pair
-from ..geometry import compose, fit_affine, invert, resize_image
+from ..geometry import fit_affine, invert, map_from_matrix, resize_image
 from ..io.images import read_image
 from ..model.config import UNGUIDED
 from ..registration.table import read_batch
@@ -56,6 +57,18 @@ def validation_probes(
     return probes
 
 
+# %% ../../nbs/07_evaluation/08_probes.ipynb #9b2e417d
+def between_prepared(
+    fixed,  # Prepared
+    moving,  # Prepared
+    fixed_to_moving,  # (3, 3) between the files' pixels
+) -> np.ndarray:  # (3, 3) between the pixels of the prepared images
+    "The true map of two prepared images."
+    to_file = fixed.to_prepared.inverse()
+    between_files = map_from_matrix(fixed_to_moving)
+    return to_file.then(between_files).then(moving.to_prepared).matrix
+
+
 # %% ../../nbs/07_evaluation/08_probes.ipynb #c0ba5e47
 def estimated_probe(
     name,  # str
@@ -74,7 +87,7 @@ def estimated_probe(
         (p0.image, p1.image),
         (p0.fov, p1.fov),
         masks,
-        None if fixed_to_moving is None else compose(invert(p0.T), fixed_to_moving, p1.T),
+        None if fixed_to_moving is None else between_prepared(p0, p1, fixed_to_moving),
     )
 
 
@@ -115,8 +128,8 @@ def real_probes(
     else:
         named = [(p.id, *p.files, None) for p in read_batch(source)]
     return [
-        estimated_probe(i, "real", read_image(fixed), read_image(moving), T, size)
-        for i, fixed, moving, T in named
+        estimated_probe(i, "real", read_image(fixed), read_image(moving), fixed_to_moving, size)
+        for i, fixed, moving, fixed_to_moving in named
     ]
 
 

@@ -12,6 +12,7 @@ __all__ = [
     "Probe",
     "make_probe",
     "Entry",
+    "error_of_fit",
     "measure",
     "probes_file",
     "epoch_files",
@@ -95,13 +96,28 @@ FIGURES = (*(f.name for f in fields(CollapseFigures)), "error_px")
 
 @dataclass(frozen=True, eq=False)
 class Entry:
-    "One look at one probe."
+    "What one pass of the matcher found in one probe."
 
     probe: int  # number of the probe
     guided: bool  # with the masks and the lambda of training?
     matches: Matches  # pixels of the probe's images
     agrees: np.ndarray  # (N,) bool: matches that agree with the transform
     figures: dict  # a number for each of FIGURES
+
+
+# %% ../../nbs/07_evaluation/07_recording.ipynb #c41d7a06
+def error_of_fit(
+    fit,  # (3, 3) fixed -> moving through the matches, None where none deserves belief
+    truth,  # (3, 3) fixed -> moving, None where nobody knows
+    probe,  # Probe
+) -> float:  # px of the fixed image at 512 px; inf for no answer, nan without a truth
+    "The corner error of the map that the matches give."
+    if truth is None:
+        return np.nan
+    if fit is None:
+        return np.inf
+    error = corner_error(invert(fit), invert(truth), probe.fov1.shape)
+    return at_512(error, probe.fov0.shape)
 
 
 # %% ../../nbs/07_evaluation/07_recording.ipynb #f9cbec60
@@ -111,19 +127,17 @@ def measure(
     guided,  # bool
     matches,  # Matches
 ) -> Entry:
-    "The figures of one look."
+    "The figures of one pass over a probe."
     p, q, size0, size1 = matches.points0, matches.points1, probe.fov0.shape, probe.fov1.shape
     fit = believed_transform(p, q, probe.fov0, size1, matches.confidence)
-    T = fit if probe.fixed_to_moving is None else probe.fixed_to_moving
-    figures = vars(collapse_figures(p, q, probe.fov0, probe.fov1, T, probe.mask0 / 255, matches.confidence))
-    error = (
-        np.nan
-        if probe.fixed_to_moving is None
-        else np.inf
-        if fit is None
-        else at_512(corner_error(invert(fit), invert(T), size1), size0)
+    truth = probe.fixed_to_moving
+    believed = fit if truth is None else truth
+    vessels = probe.mask0 / 255
+    figures = collapse_figures(p, q, probe.fov0, probe.fov1, believed, vessels, matches.confidence)
+    agree = agreeing(believed, p, q, size0)
+    return Entry(
+        number, guided, matches, agree, {**vars(figures), "error_px": error_of_fit(fit, truth, probe)}
     )
-    return Entry(number, guided, matches, agreeing(T, p, q, size0), dict(figures, error_px=error))
 
 
 # %% ../../nbs/07_evaluation/07_recording.ipynb #284c6a6b
@@ -305,8 +319,8 @@ def probes_in(
         return [a[f"{name}_{k}"] for name in ("image0", "image1", "fov0", "fov1", "mask0", "mask1")]
 
     return [
-        Probe(str(name), str(kind), *part(k), T if np.isfinite(T).all() else None)
-        for k, (name, kind, T) in enumerate(zip(a["names"], a["kinds"], a["fixed_to_moving"]))
+        Probe(str(name), str(kind), *part(k), matrix if np.isfinite(matrix).all() else None)
+        for k, (name, kind, matrix) in enumerate(zip(a["names"], a["kinds"], a["fixed_to_moving"]))
     ]
 
 
