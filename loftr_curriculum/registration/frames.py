@@ -4,9 +4,13 @@
 
 # %% auto #0
 __all__ = [
+    "WIDE_BORDERS",
+    "MARGIN",
     "open_image",
     "open_mask",
     "Frame",
+    "working_field",
+    "without_borders",
     "make_frame",
     "unusable",
     "mirror_map",
@@ -19,7 +23,7 @@ __all__ = [
 ]
 
 # %% ../../nbs/06_registration/03_frames.ipynb #a1ff0229
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -34,6 +38,7 @@ from ..geometry import (
 )
 from ..io.images import ImageError
 from ..io.inputs import as_picture
+from .binning import field_box
 from .config import RegistrationConfig
 
 
@@ -72,11 +77,50 @@ class Frame:
     mask: np.ndarray | None  # (H, W) float32 in [0, 1]: vessels, original pixels
     fov: np.ndarray  # (h, w) bool: field of view, working frame
     to_working: Affine  # original points -> working points
+    corner: tuple = (0, 0)  # (x, y) of the first original pixel in the file, where borders were cut off
 
     @property
     def size(self) -> tuple:
         "(height, width) of the working frame."
         return self.fov.shape
+
+
+# %% ../../nbs/06_registration/03_frames.ipynb #3f0e11c1
+WIDE_BORDERS = 0.8  # of the file's long side: a field of view that is shorter has its borders cut off
+MARGIN = 0.02  # of the field's long side: what is left around it
+
+
+def working_field(
+    gray: np.ndarray,  # (H, W) float32 in [0, 1]
+    seen: np.ndarray | None,  # (H, W) bool, False where the image shows nothing
+    long_side: int,  # px of the working frame
+) -> tuple:  # (height, width) of the working frame, and the field of view in it, bool
+    "Size and field of view of a working frame."
+    size = fit_size(gray.shape, long_side)
+    field = estimate_fov(resize_image(gray, size))
+    if seen is not None:
+        field &= resize_image(seen, size)
+    return size, field
+
+
+# %% ../../nbs/06_registration/03_frames.ipynb #3f0e11c2
+def without_borders(
+    size: tuple,  # (height, width) of the image
+    field: np.ndarray,  # (h, w) bool: its field of view, at any size
+) -> tuple | None:  # (rows, columns) as slices of the image; None: there are no wide borders
+    "The part of an image that its field of view fills."
+    if not field.any():
+        return None
+    x0, y0, x1, y1 = field_box(field)
+    width, height = (x1 - x0) * size[1] / field.shape[1], (y1 - y0) * size[0] / field.shape[0]
+    if max(width, height) >= WIDE_BORDERS * max(size):
+        return None
+    margin = MARGIN * max(width, height)
+    left = (x0 + 0.5) * size[1] / field.shape[1] - margin
+    top = (y0 + 0.5) * size[0] / field.shape[0] - margin
+    rows = slice(max(0, int(top)), min(size[0], int(np.ceil(top + height + 2 * margin))))
+    columns = slice(max(0, int(left)), min(size[1], int(np.ceil(left + width + 2 * margin))))
+    return rows, columns
 
 
 # %% ../../nbs/06_registration/03_frames.ipynb #9ea91056
@@ -90,12 +134,17 @@ def make_frame(
     gray = to_gray(image)
     if seen is not None:
         gray = np.where(seen, gray, np.float32(0))
-    size = fit_size(gray.shape, long_side)
     vessels = None if mask is None else to_gray(mask)
-    field = estimate_fov(resize_image(gray, size))
-    if seen is not None:
-        field &= resize_image(seen, size)
-    return Frame(gray, vessels, field, Affine(resize_matrix(gray.shape, size)))
+    size, field = working_field(gray, seen, long_side)
+    part = without_borders(gray.shape, field)
+    if part is None:
+        return Frame(gray, vessels, field, Affine(resize_matrix(gray.shape, size)))
+    gray = np.ascontiguousarray(gray[part])
+    vessels = None if vessels is None else np.ascontiguousarray(vessels[part])
+    size, field = working_field(gray, None if seen is None else seen[part], long_side)
+    rows, columns = part
+    to_working = Affine(resize_matrix(gray.shape, size))
+    return Frame(gray, vessels, field, to_working, (columns.start, rows.start))
 
 
 # %% ../../nbs/06_registration/03_frames.ipynb #0653cb93
@@ -132,7 +181,7 @@ def mirrored_frame(
     def flip(plane):
         return None if plane is None else np.ascontiguousarray(plane[:, ::-1])
 
-    return Frame(flip(frame.gray), flip(frame.mask), flip(frame.fov), frame.to_working)
+    return replace(frame, gray=flip(frame.gray), mask=flip(frame.mask), fov=flip(frame.fov))
 
 
 # %% ../../nbs/06_registration/03_frames.ipynb #1c7782e8

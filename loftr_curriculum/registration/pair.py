@@ -17,6 +17,7 @@ __all__ = [
     "other_eye",
     "heed_laterality",
     "hopeless",
+    "between_files",
     "map_of",
     "judged_matches",
     "answer_of",
@@ -35,12 +36,14 @@ from pathlib import Path
 import numpy as np
 
 from ..geometry import (
+    Affine,
     PointMap,
     affine_of,
     fit_similarity,
     fit_size,
     map_from_matrix,
     resize_image,
+    translation,
 )
 from ..io.inputs import as_picture, storable
 from ..model.config import UNGUIDED, Guidance, Matches
@@ -258,6 +261,19 @@ def hopeless(
     return heed_laterality(failed)
 
 
+# %% ../../nbs/06_registration/10_pair.ipynb #3f0e11c4
+def between_files(
+    to_fixed: PointMap,  # from the moving frame's original pixels to the fixed frame's
+    pair: OpenPair,
+) -> PointMap:
+    "The same map between pixels of the files, where borders were cut off."
+    if pair.fixed.corner == pair.moving.corner == (0, 0):
+        return to_fixed
+    away = Affine(translation(-np.array(pair.moving.corner, float)))
+    back = Affine(translation(np.array(pair.fixed.corner, float)))
+    return away.then(to_fixed).then(back)
+
+
 # %% ../../nbs/06_registration/10_pair.ipynb #f87ab7eb
 def map_of(
     outcome: Outcome,  # with an answer
@@ -270,7 +286,9 @@ def map_of(
     else:
         back = outcome.last.fixed_to_moving.inverse()
         to_fixed = pair.moving.to_working.then(back).then(pair.fixed.to_working.inverse())
-    return mirror_map(pair.moving_size).then(to_fixed) if outcome.mirrored else to_fixed
+    if outcome.mirrored:
+        to_fixed = mirror_map(pair.moving.gray.shape).then(to_fixed)
+    return between_files(to_fixed, pair)
 
 
 # %% ../../nbs/06_registration/10_pair.ipynb #d576981a
@@ -282,13 +300,15 @@ def judged_matches(
 ) -> JudgedMatches:
     "The matches of the last pass in original pixels; those within `threshold_px` of the answer are inliers."
     m = outcome.last.matches
-    points0 = pair.fixed.to_working.inverse()(m.points0)
+    points0 = pair.fixed.to_working.inverse()(m.points0) + pair.fixed.corner
     points1 = pair.moving.to_working.inverse()(m.points1)
     if outcome.mirrored:
-        points1 = mirror_map(pair.moving_size)(points1)
+        points1 = mirror_map(pair.moving.gray.shape)(points1)
+    points1 = points1 + pair.moving.corner
     agrees = np.zeros(len(m), bool)
     if moving_to_fixed is not None:
-        off = pair.fixed.to_working(moving_to_fixed(points1)) - m.points0
+        expected = moving_to_fixed(points1) - pair.fixed.corner
+        off = pair.fixed.to_working(expected) - m.points0
         agrees = np.linalg.norm(off, axis=1) <= config.threshold_px
     return JudgedMatches(points0, points1, m.confidence, agrees)
 
