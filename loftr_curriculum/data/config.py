@@ -52,7 +52,7 @@ class DataConfig:
     widen_epochs: float = 0.0
     strength: float = 1.0  # photometric randomisation of generated pairs, 0 none, 1 full
     real_strength: float = 0.4  # the same for pairs from files, which differ enough by themselves
-    near_share: float = 0.0  # share of training pairs that differ as little as a second look's, 0..1
+    near_share: float = 0.0  # share of training pairs that differ as little as a second pass's, 0..1
     # largest smooth residual of the moving view beyond its affine, rms px at 512, 0..6; 0: none
     deform: float = 0.0
 

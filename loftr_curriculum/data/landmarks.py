@@ -13,6 +13,7 @@ __all__ = [
     "read_landmark_set",
     "parse_matrix",
     "TablePair",
+    "fit_landmarks",
     "read_pairs",
     "aligned",
     "table_frame",
@@ -176,36 +177,42 @@ class TablePair:
     mode: str  # "" where the table does not say
 
 
+# %% ../../nbs/04_data/05_landmarks.ipynb #6d08b8f8
+def fit_landmarks(
+    path,  # CSV file of landmarks
+) -> np.ndarray:  # (3, 3) moving to fixed
+    "The affine of a file of landmarks; raises FileError where none fits."
+    fixed, moving = read_landmarks(path)
+    ranks = [
+        np.linalg.matrix_rank(points - points.mean(0), tol=1e-3) for points in (fixed, moving) if len(fixed)
+    ]
+    if len(fixed) < 3 or min(ranks) < 2:
+        raise FileError(f"{path}: expected at least three points that are not on one line")
+    moving_to_fixed = fit_affine(moving, fixed)
+    residual = np.linalg.norm(apply_transform(moving_to_fixed, moving) - fixed, axis=1).mean()
+    if residual > WORST_FIT * np.ptp(fixed, axis=0).max():
+        raise FileError(
+            f"{path}: no affine fits the points, mean residual {residual:.1f} px; are columns swapped?"
+        )
+    return moving_to_fixed
+
+
 # %% ../../nbs/04_data/05_landmarks.ipynb #cdcfc1f4
 def _geometry(
     row,  # dict of a table's line
     base,  # folder of the table
 ) -> np.ndarray:  # (3, 3) moving to fixed
     "The transform of one line; raises FileError."
-    given = [c for c in GEOMETRY_COLUMNS if row.get(c)]
+    given = [column for column in GEOMETRY_COLUMNS if row.get(column)]
     if len(given) != 1:
         raise FileError(
             f"expected exactly one of {', '.join(GEOMETRY_COLUMNS)}, found {', '.join(given) or 'none'}"
         )
-    if given[0] == "landmarks":
-        fixed, moving = read_landmarks(base / row["landmarks"])
-        if len(fixed) < 3 or min(np.linalg.matrix_rank(p - p.mean(0), tol=1e-3) for p in (fixed, moving)) < 2:
-            raise FileError(
-                f"{base / row['landmarks']}: expected at least three points that are not on one line"
-            )
-        M = fit_affine(moving, fixed)
-        residual, spread = (
-            np.linalg.norm(apply_transform(M, moving) - fixed, axis=1).mean(),
-            np.ptp(fixed, axis=0).max(),
-        )
-        if residual > WORST_FIT * spread:
-            raise FileError(
-                f"{base / row['landmarks']}: no affine fits the points, "
-                f"mean residual {residual:.1f} px; are columns swapped?"
-            )
-        return M
-    M = parse_matrix(row[given[0]], base)
-    return invert(M) if given[0] == "fixed_to_moving" else M
+    (column,) = given
+    if column == "landmarks":
+        return fit_landmarks(base / row[column])
+    matrix = parse_matrix(row[column], base)
+    return invert(matrix) if column == "fixed_to_moving" else matrix
 
 
 # %% ../../nbs/04_data/05_landmarks.ipynb #e86ac190

@@ -18,6 +18,7 @@ __all__ = [
     "file_sources",
     "split_sources",
     "leave_soon",
+    "set_up_worker",
     "PairDataModule",
 ]
 
@@ -309,7 +310,9 @@ def leave_soon(number, frame) -> None:
 
 
 # %% ../../nbs/04_data/06_module.ipynb #a20cf0ec
-def _settle(_):
+def set_up_worker(
+    number,  # of the worker
+) -> None:
     """Set up a loader worker.
 
     It runs one thread, keeps the memory of freed images, and leaves it to the training process to stop.
@@ -363,7 +366,7 @@ class PairDataModule(L.LightningDataModule):
             num_workers=workers,
             persistent_workers=workers > 0,
             collate_fn=collate,
-            worker_init_fn=_settle,
+            worker_init_fn=set_up_worker,
             pin_memory=torch.cuda.is_available(),
         )
 

@@ -9,12 +9,21 @@ __all__ = [
     "LEAST_CONTRAST",
     "LEAST_VESSELS",
     "SPECIFICATION",
+    "STAMPED",
+    "DRAWS",
     "PseudoReal",
     "RawPair",
     "shared_grid",
+    "spoil",
+    "overprint",
     "expose_view",
+    "around",
     "contrast_of",
+    "Drawn",
+    "shared_fields",
+    "draw_raw_pair",
     "pseudo_real_pair",
+    "write_points",
     "write_raw_pair",
     "read_raw_pair",
     "pseudo_real_pairs",
@@ -23,6 +32,7 @@ __all__ = [
 # %% ../../nbs/04_data/07_pseudo_real.ipynb #2480c1f0
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import cv2
 import numpy as np
@@ -42,13 +52,14 @@ from .pairs import cut, stamp
 from .preprocess import normalise, to_gray
 from .recipe import draw_views
 
-# %% ../../nbs/04_data/07_pseudo_real.ipynb #4312bb2d
+# %% ../../nbs/04_data/07_pseudo_real.ipynb #6d01b8f1
 PSEUDO_REAL_VERSION = 2
 SIFT_AT_MOST = 0.1  # share of the pairs that SIFT may solve
 LEAST_CONTRAST = 0.7  # of vessels against their surroundings, in standard deviations of these
 LEAST_VESSELS = 0.03  # share of the shared region that is vessel
 
 
+# %% ../../nbs/04_data/07_pseudo_real.ipynb #4312bb2d
 @dataclass(frozen=True)
 class PseudoReal:
     "What the pairs look like."
@@ -101,6 +112,37 @@ def shared_grid(
     return p[keep], q[keep]
 
 
+# %% ../../nbs/04_data/07_pseudo_real.ipynb #6d02b8f2
+def spoil(
+    image: np.ndarray,  # (H, W) or (H, W, 3) uint8
+    fov: np.ndarray,  # (H, W) bool
+    seed: int,  # the same for every channel
+    strength: float,  # photometric randomisation
+) -> np.ndarray:  # of the same shape, uint8
+    "Photometric randomisation; all channels are changed alike, and the polarity stays."
+
+    def plane(channel):
+        rng = np.random.default_rng(seed)
+        return to_bytes(randomise(channel * np.float32(1 / 255), fov, rng, strength, flip=0.0))
+
+    if image.ndim == 2:
+        return plane(image)
+    return np.stack([plane(image[..., c]) for c in range(image.shape[2])], -1)
+
+
+# %% ../../nbs/04_data/07_pseudo_real.ipynb #6d03b8f3
+STAMPED = 0.1  # share of the pictures with a time or a case number
+
+
+def overprint(
+    image: np.ndarray,  # (H, W) or (H, W, 3) uint8
+    rng: np.random.Generator,  # source of chance
+) -> np.ndarray:  # of the same shape, uint8
+    "A stamp in every channel."
+    text = stamp(np.zeros(image.shape[:2], np.uint8), rng)
+    return np.maximum(image, text if image.ndim == 2 else text[..., None])
+
+
 # %% ../../nbs/04_data/07_pseudo_real.ipynb #49ed635c
 def expose_view(
     world_image: np.ndarray,  # (S, S) or (S, S, 3) uint8, one rendering of a world
@@ -116,17 +158,19 @@ def expose_view(
     kind = modality(name)
     if kind.row_scanner:
         view = scan_lines(view, rng, kind.bright_stripes, strength)
-    if rng.random() < 0.1:
-        text = stamp(np.zeros(fov.shape, np.uint8), rng)
-        view = np.maximum(view, text if view.ndim == 2 else text[..., None])
-    seed = int(rng.integers(2**32))
+    if rng.random() < STAMPED:
+        view = overprint(view, rng)
+    return spoil(view, fov, int(rng.integers(2**32)), strength)
 
-    def spoil(plane):
-        return to_bytes(
-            randomise(plane * np.float32(1 / 255), fov, np.random.default_rng(seed), strength, flip=0.0)
-        )
 
-    return spoil(view) if view.ndim == 2 else np.stack([spoil(view[..., c]) for c in range(3)], -1)
+# %% ../../nbs/04_data/07_pseudo_real.ipynb #6d04b8f4
+def around(
+    vessels: np.ndarray,  # (H, W) uint8
+    share: float,  # width of the surroundings, as a share of the longer side
+) -> np.ndarray:  # (H, W) uint8
+    "The vessels, made wider."
+    side = round(share * max(vessels.shape))
+    return cv2.dilate(vessels, np.ones((side, side), np.uint8))
 
 
 # %% ../../nbs/04_data/07_pseudo_real.ipynb #a35cd08d
@@ -138,36 +182,60 @@ def contrast_of(
 ) -> float:  # deviations of the ground; 0 where there is too little vessel
     "How well an image shows the vessels of the shared region."
     vessel = (mask > 127) & shared
-
-    def k(share):
-        return np.ones((round(share * max(mask.shape)),) * 2, np.uint8)
-
-    ground = (cv2.dilate(mask, k(0.018)) < 30) & (cv2.dilate(mask, k(0.06)) > 127) & shared
+    ground = (around(mask, 0.018) < 30) & (around(mask, 0.06) > 127) & shared
     if vessel.sum() < LEAST_VESSELS * shared.sum() or ground.sum() < 50:
         return 0.0
     z = normalise(to_gray(image), fov)
     return float(abs(z[vessel].mean() - z[ground].mean()) / max(z[ground].std(), 1e-3))
 
 
+# %% ../../nbs/04_data/07_pseudo_real.ipynb #6d05b8f5
+class Drawn(NamedTuple):
+    "One draw of a pair, and how well it shows its vessels."
+
+    contrast: float  # of the vessels in the worse of the two images
+    images: list  # of two (H, W[, 3]) uint8
+    fixed_to_moving: np.ndarray  # (3, 3)
+    fovs: list  # of two (H, W) bool
+
+
+# %% ../../nbs/04_data/07_pseudo_real.ipynb #6d06b8f6
+def shared_fields(
+    fixed_to_moving: np.ndarray,  # (3, 3)
+    fov0: np.ndarray,  # (H, W) bool
+    fov1: np.ndarray,  # (H, W) bool
+) -> tuple[np.ndarray, np.ndarray]:  # (H, W) bool each
+    "What both images see, in the pixels of each."
+    seen0 = warp_image(fov1, invert(fixed_to_moving), fov0.shape, mode="nearest")
+    seen1 = warp_image(fov0, fixed_to_moving, fov1.shape, mode="nearest")
+    return fov0 & seen0, fov1 & seen1
+
+
 # %% ../../nbs/04_data/07_pseudo_real.ipynb #92bdcfce
-def _draw(rng, world, names, spec):
-    fixed_to_moving, A, fovs = draw_views(rng, world.vessels.shape, spec.size, spec.motion, names, spec.field)
+def draw_raw_pair(
+    rng: np.random.Generator,  # source of chance
+    world,  # of `make_world`, with both modalities
+    names,  # modality of the fixed and of the moving image
+    spec: PseudoReal,  # what the pairs look like
+) -> Drawn:
+    "Two pictures of one eye."
+    side, size = world.vessels.shape, spec.size
+    fixed_to_moving, A, fovs = draw_views(rng, side, size, spec.motion, names, spec.field)
     images = [
-        expose_view(world.images[n], n, a, fov, rng, spec.strength) for n, a, fov in zip(names, A, fovs)
+        expose_view(world.images[names[k]], names[k], A[k], fovs[k], rng, spec.strength) for k in (0, 1)
     ]
     half = cv2.resize(world.vessels, None, fx=0.5, fy=0.5, interpolation=cv2.INTER_AREA)
-    shared = (
-        fovs[0] & warp_image(fovs[1], invert(fixed_to_moving), spec.size, mode="nearest"),
-        fovs[1] & warp_image(fovs[0], fixed_to_moving, spec.size, mode="nearest"),
+    shared = shared_fields(fixed_to_moving, *fovs)
+    contrast = min(
+        contrast_of(images[k], cut(world.vessels, half, A[k], size), fovs[k], shared[k]) for k in (0, 1)
     )
-    shown = min(
-        contrast_of(i, cut(world.vessels, half, a, spec.size), f, s)
-        for i, a, f, s in zip(images, A, fovs, shared)
-    )
-    return shown, images, fixed_to_moving, fovs
+    return Drawn(contrast, images, fixed_to_moving, fovs)
 
 
 # %% ../../nbs/04_data/07_pseudo_real.ipynb #b9544729
+DRAWS = 8  # views of an eye that are tried
+
+
 def pseudo_real_pair(
     mode: str,  # one of the specification's modes
     number: int,  # 0 .. per_mode - 1
@@ -178,20 +246,32 @@ def pseudo_real_pair(
 
     It is the first of at most eight draws that shows vessels enough, else the best.
     """
-    names, k = split_mode(mode), spec.modes.index(mode) * spec.per_mode + number
     if not 0 <= number < spec.per_mode:
         raise ValueError(f"number must be in 0..{spec.per_mode - 1}, got {number}")
-    (seed,) = seeds_of(spec.split, 1, k)
-    rng, best = np.random.default_rng([PSEUDO_REAL_VERSION, seed]), None
+    names = split_mode(mode)
+    (seed,) = seeds_of(spec.split, 1, spec.modes.index(mode) * spec.per_mode + number)
+    rng = np.random.default_rng([PSEUDO_REAL_VERSION, seed])
     world = make_world(seed, spec.eye, names, fellow=fellow)
-    for _ in range(8):
-        drawn = _draw(rng, world, names, spec)
-        best = drawn if best is None or drawn[0] > best[0] else best
-        if best[0] >= LEAST_CONTRAST:
+    best = draw_raw_pair(rng, world, names, spec)
+    for _ in range(DRAWS - 1):
+        if best.contrast >= LEAST_CONTRAST:
             break
-    _, (fixed, moving), fixed_to_moving, fovs = best
-    points = shared_grid(fixed_to_moving, *fovs)
-    return RawPair(f"{mode}_{number:03d}", mode, fixed, moving, fixed_to_moving, *points)
+        drawn = draw_raw_pair(rng, world, names, spec)
+        best = drawn if drawn.contrast > best.contrast else best
+    points = shared_grid(best.fixed_to_moving, *best.fovs)
+    return RawPair(f"{mode}_{number:03d}", mode, *best.images, best.fixed_to_moving, *points)
+
+
+# %% ../../nbs/04_data/07_pseudo_real.ipynb #6d07b8f7
+def write_points(
+    path: Path,  # CSV file
+    pair: RawPair,  # whose points these are
+) -> None:
+    "Write corresponding points as a landmark set has them."
+    with atomic_path(path) as temporary:
+        points = np.c_[pair.fixed_points, pair.moving_points]
+        header = ",".join(LANDMARK_COLUMNS)
+        np.savetxt(temporary, points, "%.17g", ",", header=header, comments="")
 
 
 # %% ../../nbs/04_data/07_pseudo_real.ipynb #503ef817
@@ -203,21 +283,10 @@ def write_raw_pair(
     folder = Path(folder)
     for name, image in (("fixed", pair.fixed), ("moving", pair.moving)):
         write_image(folder / "images" / f"{pair.id}_{name}.png", image)
-    with atomic_path(folder / "landmarks" / f"{pair.id}.csv") as temporary:
-        np.savetxt(
-            temporary,
-            np.c_[pair.fixed_points, pair.moving_points],
-            "%.17g",
-            ",",
-            header=",".join(LANDMARK_COLUMNS),
-            comments="",
-        )
-    save_transform(
-        folder / "landmarks" / f"{pair.id}.json",
-        TransformRecord(
-            invert(pair.fixed_to_moving), fixed_size=pair.fixed.shape[:2], moving_size=pair.moving.shape[:2]
-        ),
-    )
+    write_points(folder / "landmarks" / f"{pair.id}.csv", pair)
+    sizes = {"fixed_size": pair.fixed.shape[:2], "moving_size": pair.moving.shape[:2]}
+    record = TransformRecord(invert(pair.fixed_to_moving), **sizes)
+    save_transform(folder / "landmarks" / f"{pair.id}.json", record)
 
 
 # %% ../../nbs/04_data/07_pseudo_real.ipynb #b9cc42b4
