@@ -1031,6 +1031,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                           'loftr_curriculum.io.lock.only_run': ('02_io/lock.html#only_run', 'loftr_curriculum/io/lock.py'),
                                           'loftr_curriculum.io.lock.open_locked': ( '02_io/lock.html#open_locked',
                                                                                     'loftr_curriculum/io/lock.py'),
+                                          'loftr_curriculum.io.lock.remove_unfinished': ( '02_io/lock.html#remove_unfinished',
+                                                                                          'loftr_curriculum/io/lock.py'),
                                           'loftr_curriculum.io.lock.who_works': ( '02_io/lock.html#who_works',
                                                                                   'loftr_curriculum/io/lock.py')},
             'loftr_curriculum.io.tables': { 'loftr_curriculum.io.tables.check_header': ( '02_io/tables.html#check_header',

@@ -25,6 +25,8 @@ from loftr_curriculum.model.config import MatcherConfig
 from loftr_curriculum.model.matcher import Matcher
 from loftr_curriculum.model.weights import load_matcher, save_matcher
 from loftr_curriculum.registration.many import register_many
+from loftr_curriculum.retina.config import EyeConfig
+from loftr_curriculum.retina.synth import synthesise
 
 ROOT = Path(__file__).parents[1]
 COMMAND = "import sys; from loftr_curriculum.cli import main; sys.exit(main())"
@@ -200,6 +202,8 @@ import sys, time
 import numpy as np
 from loftr_curriculum.model.config import Matches
 from loftr_curriculum.registration.many import register_many
+from loftr_curriculum.retina.config import EyeConfig
+from loftr_curriculum.retina.synth import synthesise
 
 
 class Slow:
@@ -684,3 +688,14 @@ def test_the_security_page_states_the_limit_that_holds_and_names_what_there_is()
     assert "LOFTR_CURRICULUM_MOST_PIXELS" in page
     for name in ("tests/test_faults.py", "tests/test_properties.py", "tools/fault_campaign.py"):
         assert name in page and (ROOT / name).is_file()
+
+
+def test_what_killed_processes_left_unfinished_stops_nobody_and_does_not_stay(tmp_path):
+    out = tmp_path / "eyes"
+    out.mkdir()
+    for name in (".synth.0123abcd.json", ".case.89abcdef.png"):
+        (out / name).write_bytes(b"half")
+    synthesise(out, cases=1, size=64, eye=EyeConfig(size=128), workers=1, progress=False)
+    assert not [path.name for path in out.rglob(".*")]
+    with only_run(out), pytest.raises(FileError, match="another run works on this folder"):
+        synthesise(out, cases=1, size=64, eye=EyeConfig(size=128), workers=1, progress=False)

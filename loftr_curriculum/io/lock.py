@@ -6,11 +6,13 @@
 __all__ = [
     "LOCK",
     "held",
+    "UNFINISHED",
     "ENDINGS",
     "let_go",
     "is_at",
     "lock",
     "open_locked",
+    "remove_unfinished",
     "who_works",
     "only_run",
     "heeded",
@@ -20,6 +22,7 @@ __all__ = [
 # %% ../../nbs/02_io/05_lock.ipynb #a1f00c03
 import errno
 import os
+import re
 import signal
 import socket
 import threading
@@ -91,6 +94,19 @@ def open_locked(
         os.close(descriptor)
 
 
+# %% ../../nbs/02_io/05_lock.ipynb #a1f00c17
+UNFINISHED = re.compile(r"\..*\.[0-9a-f]{8}(\.\w+)?")  # names that `atomic_path` gives
+
+
+def remove_unfinished(
+    folder: Path,
+) -> None:
+    "Removes what killed processes have left half-written, here and in the folders below."
+    for path in folder.rglob(".*"):
+        if UNFINISHED.fullmatch(path.name) and path.is_file():
+            path.unlink(missing_ok=True)
+
+
 # %% ../../nbs/02_io/05_lock.ipynb #a1f00c09
 def who_works(
     path: Path,  # the lock file
@@ -106,7 +122,7 @@ def who_works(
 def only_run(
     folder: str | Path,  # made where it is missing
 ) -> Iterator[None]:
-    """Inside, no other process works on this folder.
+    """Inside, no other process works on this folder; what killed ones have left unfinished is removed.
 
     Raises FileError where another one does, or where the folder cannot be written.
     Where the system has no such locks (Windows, some network drives), nothing is locked."""
@@ -122,6 +138,7 @@ def only_run(
         raise FileError(f"{folder}: expected a folder that can be written ({error.strerror})") from None
     held.add(descriptor)
     try:
+        remove_unfinished(path.parent)
         with suppress(OSError):  # of a full disk
             os.truncate(path, 0)
             os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())

@@ -30,6 +30,7 @@ import numpy as np
 from ..geometry import apply_transform, centre
 from ..io.files import write_json
 from ..io.images import write_image
+from ..io.lock import only_run
 from .config import GENERATOR_VERSION, EyeConfig, seeds_of
 from .jobs import run_jobs
 from .modality import MODALITIES, VIEW_STREAM, modality, random_stream
@@ -238,7 +239,8 @@ def synthesise(
     """Write `<case>/<case>_<modality>.png`, `<case>_seg.png` and `<case>.json` for every case.
 
     A case whose JSON exists is finished and is not made again, so an interrupted run continues. Raises
-    ValueError where the folder was made with other settings, or holds other files.
+    ValueError where the folder was made with other settings, holds other files, or is being filled by
+    another process.
     """
     out = Path(out)
     check_request(cases, seed, size, modalities)
@@ -252,10 +254,10 @@ def synthesise(
         "modalities": kinds,
         "eye": asdict(config),
     }
-    out.mkdir(parents=True, exist_ok=True)
-    check_settings(out / "synth.json", settings)
-    missing = [s for s in seeds if not case_file(out, s).exists()]
-    jobs = [(s, config, str(out), size, tuple(kinds)) for s in missing]
-    for _ in run_jobs(_make_case, jobs, workers, "writing cases" if progress else ""):
-        pass
-    return [case_name(s) for s in seeds]
+    with only_run(out):
+        check_settings(out / "synth.json", settings)
+        missing = [s for s in seeds if not case_file(out, s).exists()]
+        jobs = [(s, config, str(out), size, tuple(kinds)) for s in missing]
+        for _ in run_jobs(_make_case, jobs, workers, "writing cases" if progress else ""):
+            pass
+        return [case_name(s) for s in seeds]

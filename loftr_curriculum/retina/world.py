@@ -31,6 +31,7 @@ import numpy as np
 
 from ..io.deprecated import deprecated_names
 from ..io.files import atomic_path, read_json, write_json
+from ..io.lock import LOCK
 from .config import GENERATOR_VERSION, EyeConfig
 from .drawing import vessel_mask
 from .jobs import run_jobs
@@ -179,7 +180,7 @@ def check_settings(
     path, settings = Path(path), json.loads(json.dumps(settings))
     folder = path.parent
     if not path.exists():
-        if folder.is_dir() and any(folder.iterdir()):
+        if folder.is_dir() and any(inside.name != LOCK for inside in folder.iterdir()):
             raise ValueError(
                 f"{folder}: expected an empty folder or one with {path.name}, and it holds other files"
             )
