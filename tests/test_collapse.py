@@ -14,8 +14,8 @@ from loftr_curriculum.cli import main
 from loftr_curriculum.evaluation.collapse import (
     THRESHOLD,
     believed_transform,
-    carriers,
     collapse_figures,
+    most_confident,
 )
 from loftr_curriculum.evaluation.recording import (
     Recording,
@@ -158,9 +158,9 @@ def test_too_few_matches_are_the_worst_and_all_figures_stay_finite():
     assert collapse_figures(starts(50), starts(50), ~disc(SIZE) & False, disc()).collapse_index <= 1
 
 
-def test_carriers_keep_order_and_share():
+def test_the_most_confident_keep_order_and_share():
     c = np.random.default_rng(0).exponential(1, 500)
-    k = carriers(c)
+    k = most_confident(c)
     assert (
         (np.diff(k) > 0).all()
         and c[k].sum() >= 0.8 * c.sum() > np.sort(c[k])[1:].sum()

@@ -7,14 +7,14 @@ __all__ = [
     "AGREE_PX",
     "LEAST_AGREEING",
     "LEAST_SHARE",
-    "CARRIED",
+    "CONFIDENCE_SHARE",
     "CELLS",
     "THRESHOLD",
     "Fields",
     "overlap_fields",
     "agreeing",
     "believed_transform",
-    "carriers",
+    "most_confident",
     "cell_counts",
     "coverage",
     "entropy",
@@ -43,6 +43,7 @@ from ..geometry import (
     resize_matrix,
     warp_image,
 )
+from ..io.deprecated import deprecated_names
 from ..registration.binning import bin_matches, cell_of, field_box
 from ..registration.estimate import LEAST, estimate_transform, residuals
 
@@ -118,22 +119,21 @@ def believed_transform(
 
 
 # %% ../../nbs/07_evaluation/01_collapse.ipynb #ba767889
-CARRIED = 0.8
+CONFIDENCE_SHARE = 0.8
 
 
-def carriers(
+def most_confident(
     confidence,  # (N,) >= 0
-    share=CARRIED,  # of the summed confidence
+    share=CONFIDENCE_SHARE,  # of the summed confidence
 ) -> np.ndarray:  # (M,) int, ascending
-    "The fewest matches that carry this share of all confidence."
+    "The fewest matches that together have this share of all confidence."
     confidence = np.asarray(confidence, float)
     order = np.argsort(-confidence, kind="stable")
-    carried = np.cumsum(confidence[order])
-    return (
-        np.sort(order[: np.searchsorted(carried, share * carried[-1] * (1 - 1e-12)) + 1])
-        if len(order)
-        else order
-    )
+    if not len(order):
+        return order
+    summed = np.cumsum(confidence[order])
+    last = np.searchsorted(summed, share * summed[-1] * (1 - 1e-12))
+    return np.sort(order[: last + 1])
 
 
 # %% ../../nbs/07_evaluation/01_collapse.ipynb #a6ff8cfd
@@ -280,7 +280,7 @@ class CollapseFigures:
     "What the end points of a set of matches look like; see this module's formulas."
 
     matches: int  # number of matches, faint ones included
-    carrying: int  # the matches that carry 80 % of all confidence; all further figures are theirs
+    carrying: int  # matches that have 80 % of all confidence; all further figures are theirs
     coverage0: float  # of start points over the fixed overlap, 1 is even
     coverage1: float  # of end points over the moving overlap, 1 is even
     entropy: float  # of end points over the moving overlap, 1 is even
@@ -368,7 +368,7 @@ def collapse_figures(
     mean_confidence = np.nan
     if confidence is not None:
         mean_confidence = float(np.mean(confidence)) if total else 0.0
-        carrying = carriers(confidence)
+        carrying = most_confident(confidence)
         points0 = points0[carrying]
         points1 = points1[carrying]
     n = len(points0)
@@ -394,3 +394,6 @@ def collapse_figures(
 
 # %% ../../nbs/07_evaluation/01_collapse.ipynb #5ad1c3e7
 THRESHOLD = 0.39  # the index above which matches count as collapsed
+
+# %% ../../nbs/07_evaluation/01_collapse.ipynb #e5a19c3b
+__getattr__ = deprecated_names(__name__, {"carriers": "most_confident", "CARRIED": "CONFIDENCE_SHARE"})

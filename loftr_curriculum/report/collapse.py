@@ -26,7 +26,7 @@ import numpy as np
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.ticker import MaxNLocator
 
-from ..evaluation.collapse import THRESHOLD, carriers, overlap_fields, thirds
+from ..evaluation.collapse import THRESHOLD, most_confident, overlap_fields, thirds
 from ..evaluation.recording import summary
 from ..io.files import atomic_path
 from .plots import (
@@ -79,7 +79,7 @@ def draw_lines(
     if look is None:
         return
     matches, agrees = r.lines(look)
-    full = carriers(matches.confidence)
+    full = most_confident(matches.confidence)
     rest = np.setdiff1d(np.arange(len(matches)), full)
     add_matches(canvas, matches.points0[rest], matches.points1[rest], agrees[rest], width=0.12)
     add_matches(canvas, matches.points0[full], matches.points1[full], agrees[full], width=0.5)
@@ -96,7 +96,7 @@ def draw_density(
     epoch,  # one of the recorded epochs
     guided=False,
 ) -> None:
-    "Density of the end points of the carrying matches on the moving image."
+    "Density of the end points of the confident matches on the moving image."
     from scipy.ndimage import gaussian_filter
 
     p, r = recording.probes[probe], recording.record(epoch)
@@ -108,7 +108,7 @@ def draw_density(
     if not len(matches):
         return
     h, w = p.fov1.shape
-    ends = matches.points1[carriers(matches.confidence)]
+    ends = matches.points1[most_confident(matches.confidence)]
     count = np.histogram2d(ends[:, 1], ends[:, 0], bins=(h, w), range=((-0.5, h - 0.5), (-0.5, w - 0.5)))[0]
     # 1 where the lines end evenly over the field
     density = gaussian_filter(count, 0.03 * max(h, w)) / len(ends) * p.fov1.sum()

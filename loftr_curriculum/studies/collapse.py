@@ -32,11 +32,11 @@ import numpy as np
 from ..data.pairs import cut
 from ..data.recipe import draw_views
 from ..evaluation.collapse import (
-    CARRIED,
+    CONFIDENCE_SHARE,
     THRESHOLD,
     believed_transform,
-    carriers,
     collapse_index,
+    most_confident,
     overlap_fields,
 )
 from ..geometry import Motion, apply_transform
@@ -239,7 +239,7 @@ KINDS = ("healthy", "disorder", *SICK)
 def indices_by_kind(
     eyes,  # of the calibration range
     views,  # pairs of each eye
-    share,  # of the confidence that the matches must carry
+    share,  # of the confidence that the matches must have
 ) -> dict[str, list[float]]:  # of every kind, with the true transform and with a fitted one, in turn
     "Index of constructed matches, healthy and sick."
     index = {kind: [] for kind in KINDS}
@@ -247,7 +247,7 @@ def indices_by_kind(
         for kind in ("healthy", "healthy", *KINDS):
             matches = constructed_matches(kind, rng, T, fov0, fov1, mask0)
             p, q, c = with_background(rng, *matches, fov0, fov1)
-            carrying = carriers(c, share)
+            carrying = most_confident(c, share)
             fit = believed_transform(p, q, fov0, fov1.shape, c)
             for t in (T, fit):
                 index[kind].append(collapse_index(p[carrying], q[carrying], fov0, fov1, t))
@@ -290,7 +290,7 @@ def threshold_between(
 def calibrate(
     eyes=40,  # eyes of the calibration range
     views=3,  # pairs of each eye
-    share=CARRIED,  # of the confidence that the matches must carry
+    share=CONFIDENCE_SHARE,  # of the confidence that the matches must have
 ) -> dict:  # the threshold and the figures of every kind of matches
     "The threshold that tells healthy matches from collapsed ones, and how well it does."
     index = indices_by_kind(eyes, views, share)
