@@ -5,6 +5,7 @@ runs away.
 import pickle
 from dataclasses import replace
 
+import cv2
 import numpy as np
 import pytest
 
@@ -176,3 +177,29 @@ def test_the_false_accept_rate_can_be_set():
 def test_invert_is_the_inverse_of_an_affine_map():
     matrix = affine(33, 0.8, (4, 5))
     np.testing.assert_allclose(Affine(matrix).inverse().matrix, invert(matrix))
+
+
+BORDERS = (200, 90, 150, 240)  # px above, below, left, right
+
+
+@pytest.mark.parametrize("which", ["fixed", "moving", "both", "mirrored"])
+def test_black_borders_change_nothing(eyes, which):
+    "A bordered pair gets the answer of the plain one, in its own pixels."
+    fixed, moving = eyes[0]["cf"], eyes[0]["fa"]
+    config = RegistrationConfig(allow_mirrored=which == "mirrored")
+    if which == "mirrored":
+        moving = np.ascontiguousarray(moving[:, ::-1])
+    plain = register(fixed, moving, config=config)
+    shift0, shift1 = np.zeros(2), np.zeros(2)
+    if which in ("fixed", "both"):
+        fixed, shift0 = cv2.copyMakeBorder(fixed, *BORDERS, cv2.BORDER_CONSTANT), np.array((150, 200))
+    if which != "fixed":
+        moving, shift1 = cv2.copyMakeBorder(moving, *BORDERS, cv2.BORDER_CONSTANT), np.array((150, 200))
+    bordered = register(fixed, moving, config=config)
+    assert bordered.verdict == plain.verdict == Verdict.OK
+    points = plain.matches.points1[plain.matches.inliers]
+    off = bordered.to_fixed(points + shift1) - shift0 - plain.to_fixed(points)
+    assert np.median(np.linalg.norm(off, axis=1)) < 0.7
+    found = bordered.matches[bordered.matches.inliers]
+    assert np.median(np.linalg.norm(bordered.to_fixed(found.points1) - found.points0, axis=1)) < 3
+    assert bordered.fixed_size == fixed.shape[:2] and bordered.warped.shape[:2] == fixed.shape[:2]
