@@ -208,7 +208,7 @@ def test_ten_thousand_pairs_are_filtered_sorted_and_looked_at(chromium, tmp_path
 
 
 def write_eyes(folder, n):
-    "Generated eyes: a photograph, an angiogram that is turned and shifted, and one pair of two different eyes."
+    "Generated eyes: a photograph, an angiogram that is turned and shifted; one pair is of two eyes."
     lines = ["id,fixed,moving"]
     for k in range(n):
         eye = make_world(seeds_of("report", n)[k], EyeConfig(), ("cf", "fa"))

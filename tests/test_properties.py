@@ -1,4 +1,4 @@
-"Whatever stands in a table, a transform or a configuration: it is read, or refused by an error that names it."
+"Whatever stands in a table, a transform or a configuration is read, or refused by an error that names it."
 
 import csv
 import io

@@ -39,6 +39,7 @@ __all__ = [
     "told_of",
     "run_ablation",
     "value",
+    "ends_by_seed",
     "differences",
     "is_clear",
     "in_words",
@@ -47,6 +48,7 @@ __all__ = [
     "summary_text",
     "seeds_of_arm",
     "collapsed_in_words",
+    "first_fall",
     "weaning_epochs",
     "adaptive_in_words",
     "draw_arms",
@@ -377,18 +379,12 @@ class SilentRecorder(MatchRecorder):
         if trainer.sanity_checking or trainer.current_epoch in self.recording.epochs:
             return
         start = time.monotonic()
+        probes, guidance = self.recording.probes, pl_module.guidance
         with trainer.precision_plugin.val_step_context():
-            found = match_probes(pl_module.matcher, self.recording.probes)
-        looks = [measure(k, p, False, m) for k, (p, m) in enumerate(zip(self.recording.probes, found))]
-        g = pl_module.guidance
-        write_epoch(
-            self.folder,
-            trainer.current_epoch,
-            g.vessel_soft_lambda,
-            g.vessel_loss_weight_scaler,
-            looks,
-            time.monotonic() - start,
-        )
+            found = match_probes(pl_module.matcher, probes)
+        looks = [measure(k, probe, False, matches) for k, (probe, matches) in enumerate(zip(probes, found))]
+        engines = guidance.vessel_soft_lambda, guidance.vessel_loss_weight_scaler
+        write_epoch(self.folder, trainer.current_epoch, *engines, looks, time.monotonic() - start)
         self.recording.refresh()
 
 
@@ -684,6 +680,16 @@ def value(
     return float(run[kind][figure]) if kind == "landmarks" else final(run, kind, figure)
 
 
+# %% ../../nbs/11_studies/13_ablation.ipynb #7792e16b
+def ends_by_seed(
+    result,  # from `run_ablation`
+    arm,  # preset
+    measure,  # name in MEASURES
+) -> dict[int, float]:
+    "What the runs of an arm came to."
+    return {run["seed"]: value(run, measure) for run in result["runs"] if run["arm"] == arm}
+
+
 # %% ../../nbs/11_studies/13_ablation.ipynb #afeb9971
 def differences(
     result,  # from `run_ablation`
@@ -692,11 +698,8 @@ def differences(
     measure,  # name in MEASURES
 ) -> np.ndarray:  # one a seed that both arms have; empty where the measure is not known
     "Paired differences of two arms."
-    by = {
-        name: {r["seed"]: value(r, measure) for r in result["runs"] if r["arm"] == name}
-        for name in (arm, against)
-    }
-    both = np.array([by[arm][s] - by[against][s] for s in by[arm] if s in by[against]])
+    mine, theirs = (ends_by_seed(result, name, measure) for name in (arm, against))
+    both = np.array([mine[seed] - theirs[seed] for seed in mine if seed in theirs])
     return both[np.isfinite(both)]
 
 
@@ -706,6 +709,20 @@ def is_clear(
 ) -> bool:
     "Do at least two seeds agree, and by twice as much as they differ?"
     return len(d) > 1 and bool(np.all(d > 0) or np.all(d < 0)) and bool(abs(d.mean()) >= 2 * np.ptp(d))
+
+
+# %% ../../nbs/11_studies/13_ablation.ipynb #316019b9
+def _verdict(
+    measure,  # name in MEASURES
+    d,  # (N,) paired differences
+) -> str:
+    "What the differences show."
+    if len(d) == 1:
+        return "a single seed says nothing"
+    if not is_clear(d):
+        return "within the spread of the seeds, no effect is shown"
+    direction = "better" if d.mean() * MEASURES[measure][2] > 0 else "worse"
+    return f"{direction} with every seed, by at least twice what the seeds differ"
 
 
 # %% ../../nbs/11_studies/13_ablation.ipynb #d3e0905a
@@ -718,15 +735,7 @@ def in_words(
     if not len(d):
         return f"{name}: {measure} is not known."
     seeds = ", ".join(f"{v:+.3f}" for v in d)
-    numbers = f"{d.mean():+.3f} on average ({seeds})"
-    if len(d) == 1:
-        return f"{name}: {measure} {numbers}; a single seed says nothing."
-    if not is_clear(d):
-        return f"{name}: {measure} {numbers}; within the spread of the seeds, no effect is shown."
-    direction = "better" if d.mean() * MEASURES[measure][2] > 0 else "worse"
-    return (
-        f"{name}: {measure} {numbers}; {direction} with every seed, by at least twice what the seeds differ."
-    )
+    return f"{name}: {measure} {d.mean():+.3f} on average ({seeds}); {_verdict(measure, d)}."
 
 
 # %% ../../nbs/11_studies/13_ablation.ipynb #0eb2b6f8
@@ -758,20 +767,26 @@ def _row(
     return f"{line}{d.mean():+9.3f}   ({seeds}){'  clear' if is_clear(d) else ''}"
 
 
+# %% ../../nbs/11_studies/13_ablation.ipynb #d038e644
+def _table_of_measure(result, measure):
+    "Every arm's line; none where nothing is known of the measure."
+    arms = dict.fromkeys(run["arm"] for run in result["runs"])
+    ends = {arm: list(ends_by_seed(result, arm, measure).values()) for arm in arms}
+    if not np.isfinite(np.concatenate(list(ends.values()))).any():
+        return []
+    lines = ["", f"{measure:24}{'mean':>8}   minus v2.1"]
+    return lines + [_row(arm, ends[arm], differences(result, arm, "v2.1", measure)) for arm in arms]
+
+
 # %% ../../nbs/11_studies/13_ablation.ipynb #f458d27a
 def table(
     result,  # from `run_ablation`
     measures=CHOSEN,  # names in MEASURES
 ) -> str:
     "Every arm's end, and its paired difference to v2.1: mean and all seeds."
-    arms = list(dict.fromkeys(r["arm"] for r in result["runs"]))
     lines = []
     for name in measures:
-        ends = {arm: [value(r, name) for r in result["runs"] if r["arm"] == arm] for arm in arms}
-        if not np.isfinite(np.concatenate(list(ends.values()))).any():
-            continue
-        lines += ["", f"{name:24}{'mean':>8}   minus v2.1"]
-        lines += [_row(arm, ends[arm], differences(result, arm, "v2.1", name)) for arm in arms]
+        lines += _table_of_measure(result, name)
     return "\n".join(lines[1:])
 
 
@@ -792,6 +807,17 @@ def seeds_of_arm(
     return [r for r in result["runs"] if r["arm"] == arm]
 
 
+# %% ../../nbs/11_studies/13_ablation.ipynb #d8490b7a
+def _how_many_collapsed(ends, threshold):
+    "In words, from the index at the end of every run."
+    over = sum(end > threshold for end in ends)
+    if over == len(ends):
+        return "collapsed with every seed"
+    if not over:
+        return "did not collapse with any seed"
+    return f"collapsed with {over} of {len(ends)} seeds"
+
+
 # %% ../../nbs/11_studies/13_ablation.ipynb #a3824422
 def collapsed_in_words(
     result,  # from `run_ablation`
@@ -802,20 +828,25 @@ def collapsed_in_words(
     runs, threshold = seeds_of_arm(result, arm), result["threshold"]
     index = np.array([r[kind]["collapse_index"] for r in runs], float)
     ends = [final(r, kind, "collapse_index") for r in runs]
-    over = sum(end > threshold for end in ends)
-    if over == len(ends):
-        said = "collapsed with every seed"
-    elif not over:
-        said = "did not collapse with any seed"
-    else:
-        said = f"collapsed with {over} of {len(ends)} seeds"
     mean = index.mean(0)
     return (
-        f"{arm} {said}: on {kind} pairs the index ends at {', '.join(f'{e:.2f}' for e in ends)} "
+        f"{arm} {_how_many_collapsed(ends, threshold)}: "
+        f"on {kind} pairs the index ends at {', '.join(f'{e:.2f}' for e in ends)} "
         f"(threshold {threshold:.2f}); its mean over the seeds starts at {mean[0]:.2f}, "
         f"is highest in epoch {mean.argmax()} ({mean.max():.2f}) "
         f"and was above the threshold in {(index > threshold).mean():.0%} of all looks."
     )
+
+
+# %% ../../nbs/11_studies/13_ablation.ipynb #23c39c70
+def first_fall(
+    run,  # dict of `one_run`
+) -> int:
+    "The first epoch whose lambda is below the first one's; the number of epochs where there was none."
+    for epoch, lam in zip(run["epochs"], run["lam"]):
+        if lam < run["lam"][0]:
+            return epoch
+    return len(run["epochs"])
 
 
 # %% ../../nbs/11_studies/13_ablation.ipynb #668cc9b0
@@ -823,11 +854,8 @@ def weaning_epochs(
     result,  # from `run_ablation`
     arm,  # preset that was run
 ) -> list:  # one a seed
-    "The first epoch whose lambda is below the first one's; the number of epochs where there was none."
-    return [
-        next((e for e, lam in zip(r["epochs"], r["lam"]) if lam < r["lam"][0]), len(r["epochs"]))
-        for r in seeds_of_arm(result, arm)
-    ]
+    "When each run of an arm began to wean."
+    return [first_fall(run) for run in seeds_of_arm(result, arm)]
 
 
 # %% ../../nbs/11_studies/13_ablation.ipynb #2b227150
@@ -884,10 +912,21 @@ def _draw_panel(
     axes.tick_params(labelsize=7)
 
 
-# %% ../../nbs/11_studies/13_ablation.ipynb #b40d8b48
+# %% ../../nbs/11_studies/13_ablation.ipynb #2bf74276
 PANELS = (("collapse_index", "collapse index"), ("coverage1", "coverage"), ("AUC@20", "AUC@20"))
 
 
+def _draw_row(panels, result, runs, kind):
+    "Every figure of one kind of pairs."
+    for axes, (name, label) in zip(panels, PANELS):
+        _draw_panel(axes, runs, kind, name)
+        if name == "collapse_index":
+            axes.axhline(result["threshold"], color="k", lw=0.8, ls=":")
+        axes.set_title(f"{label}, {kind}", fontsize=8)
+        axes.set_ylim(0, None if name == "AUC@20" else 1)
+
+
+# %% ../../nbs/11_studies/13_ablation.ipynb #b40d8b48
 def draw_arms(
     result,  # from `run_ablation`
     arms,  # presets; those that were not run are left out
@@ -897,20 +936,14 @@ def draw_arms(
 
     Lines are means and bands are ranges over the seeds; the phases of the last arm's first run are shaded.
     """
-    kinds = [kind for kind in kinds if any(kind in r for r in result["runs"])]
-    runs = {arm: mine for arm in arms if (mine := seeds_of_arm(result, arm))}
+    kinds = [kind for kind in kinds if any(kind in run for run in result["runs"])]
+    runs = {arm: seeds_of_arm(result, arm) for arm in arms if seeds_of_arm(result, arm)}
     figure = new_figure(900, 220 * len(kinds), 76)
-    for row, kind in enumerate(kinds):
-        for column, (name, label) in enumerate(PANELS):
-            axes = figure.add_subplot(len(kinds), len(PANELS), row * len(PANELS) + column + 1)
-            _draw_panel(axes, runs, kind, name)
-            if name == "collapse_index":
-                axes.axhline(result["threshold"], color="k", lw=0.8, ls=":")
-            top = None if name == "AUC@20" else 1
-            axes.set_title(f"{label}, {kind}", fontsize=8)
-            axes.set_ylim(0, top)
-            if row == len(kinds) - 1:
-                axes.set_xlabel("epoch")
+    rows = figure.subplots(len(kinds), len(PANELS), squeeze=False)
+    for panels, kind in zip(rows, kinds):
+        _draw_row(panels, result, runs, kind)
+    for axes in rows[-1]:
+        axes.set_xlabel("epoch")
     figure.axes[-2].legend(fontsize=7, loc="lower center")
     figure.tight_layout()
     return figure

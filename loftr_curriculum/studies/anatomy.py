@@ -4,32 +4,61 @@
 
 # %% auto #0
 __all__ = [
+    "AROUND",
     "GOLDENBERG",
     "PUBLISHED",
     "Disc",
     "along_rays",
+    "without_vessels",
+    "brightest_spot",
+    "outermost_fall",
+    "fit_disc",
     "find_disc",
     "Fovea",
     "darkness",
+    "darkest_place",
+    "rim_of_zone",
     "find_fovea",
     "Segment",
+    "neighbours",
     "in_order",
+    "knots_of",
+    "area_by_bone",
+    "chains_of",
     "trace",
+    "leaves_disc",
     "way_to_disc",
     "leaving",
+    "meetings",
+    "is_simple",
+    "measure_junction",
     "junctions",
     "branching_exponent",
     "box_dimension",
+    "distances_within",
     "mass_dimension",
     "crossings",
     "loops",
+    "met_on_circle",
     "turns",
+    "temporal_points",
     "trunk_calibre",
+    "arc",
+    "bends_of",
     "tortuosity",
     "measure_landmarks",
+    "Traced",
+    "outside_of",
+    "measure_system",
+    "cut_out",
+    "fovea_to_large",
+    "measure_pattern",
     "measure_vessels",
     "measure_eye",
     "Published",
+    "figure_over_eyes",
+    "exponent_of_all",
+    "beside_published",
     "summarise_eyes",
     "measure_eyes",
     "table_of",
@@ -37,6 +66,7 @@ __all__ = [
 
 # %% ../../nbs/11_studies/01_anatomy.ipynb #77f1d35f
 from dataclasses import asdict, dataclass, replace
+from operator import itemgetter
 
 import cv2
 import numpy as np
@@ -76,39 +106,72 @@ def along_rays(
     ), heading
 
 
+# %% ../../nbs/11_studies/01_anatomy.ipynb #15c415f6
+def without_vessels(
+    cf: np.ndarray,  # (S, S, 3) uint8 RGB
+    px_per_mm: float,  # scale
+) -> np.ndarray:  # (S, S) float32
+    "The brightness of a colour photograph once a closing has taken the vessels away."
+    gray = cf.astype(np.float32).mean(2)
+    k = int(0.3 * px_per_mm) // 2 * 2 + 1
+    bare = cv2.morphologyEx(gray, cv2.MORPH_CLOSE, cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (k, k)))
+    return cv2.GaussianBlur(bare, (0, 0), 0.05 * px_per_mm)
+
+
+# %% ../../nbs/11_studies/01_anatomy.ipynb #c96d368b
+def brightest_spot(
+    bare: np.ndarray,  # (S, S) float32
+    px_per_mm: float,  # scale
+) -> np.ndarray:  # (2,) px
+    "Where an area as large as a disc is brighter than what lies around it."
+    small = cv2.resize(bare, None, fx=0.25, fy=0.25, interpolation=cv2.INTER_AREA)
+    inner = cv2.GaussianBlur(small, (0, 0), 0.45 * px_per_mm / 4)
+    outer = cv2.GaussianBlur(small, (0, 0), 1.3 * px_per_mm / 4)
+    blob = inner - outer
+    return 4 * (np.array(np.unravel_index(blob.argmax(), blob.shape))[::-1] + 0.5) - 0.5
+
+
+# %% ../../nbs/11_studies/01_anatomy.ipynb #145ecbce
+def outermost_fall(
+    values: np.ndarray,  # (rays, n) brightness along the rays
+    px_per_mm: float,  # scale
+) -> np.ndarray:  # (rays,) int
+    "Along each ray, the outermost place where the brightness falls steeply."
+    slope = gaussian_filter1d(values, 0.04 * px_per_mm, axis=1, order=1)
+    fall = gaussian_filter1d(-slope, 2, axis=0, mode="wrap")
+    steep = fall > 0.5 * fall.max(1, keepdims=True)
+    peak = (fall >= np.roll(fall, 1, 1)) & (fall >= np.roll(fall, -1, 1)) & steep
+    return values.shape[1] - 1 - peak[:, ::-1].argmax(1)
+
+
+# %% ../../nbs/11_studies/01_anatomy.ipynb #0c37edc1
+def fit_disc(
+    rim: np.ndarray,  # (n, 2) px
+) -> Disc:
+    "An ellipse through the rim; what lies farthest off is left out twice."
+    for _ in range(3):
+        (x, y), (a, b), _ = cv2.fitEllipseDirect(rim.astype(np.float32))
+        disc = Disc(np.array([x, y]), float(np.sqrt(a * b) / 2))
+        off = np.abs(np.hypot(*(rim - disc.centre).T) - disc.radius)
+        rim = rim[off <= np.maximum(np.quantile(off, 0.85), 2)]
+    return disc
+
+
 # %% ../../nbs/11_studies/01_anatomy.ipynb #04138bfc
 def find_disc(
     cf: np.ndarray,  # (S, S, 3) uint8 RGB
     px_per_mm: float,  # scale
 ) -> Disc:
     "The bright disc of a colour photograph."
-    gray = cf.astype(np.float32).mean(2)
-    k = int(0.3 * px_per_mm) // 2 * 2 + 1
-    bare = cv2.morphologyEx(gray, cv2.MORPH_CLOSE, cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (k, k)))
-    bare = cv2.GaussianBlur(bare, (0, 0), 0.05 * px_per_mm)
-    small = cv2.resize(bare, None, fx=0.25, fy=0.25, interpolation=cv2.INTER_AREA)
-    blob = cv2.GaussianBlur(small, (0, 0), 0.45 * px_per_mm / 4) - cv2.GaussianBlur(
-        small, (0, 0), 1.3 * px_per_mm / 4
-    )
-    middle = 4 * (np.array(np.unravel_index(blob.argmax(), blob.shape))[::-1] + 0.5) - 0.5
+    bare = without_vessels(cf, px_per_mm)
+    middle = brightest_spot(bare, px_per_mm)
     radii = np.arange(0.45 * px_per_mm, 1.45 * px_per_mm)
     for _ in range(2):
         values, heading = along_rays(bare, middle, radii)
-        fall = gaussian_filter1d(
-            -gaussian_filter1d(values, 0.04 * px_per_mm, axis=1, order=1), 2, axis=0, mode="wrap"
-        )
-        peak = (
-            (fall >= np.roll(fall, 1, 1))
-            & (fall >= np.roll(fall, -1, 1))
-            & (fall > 0.5 * fall.max(1, keepdims=True))
-        )
-        rim = middle + heading * radii[len(radii) - 1 - peak[:, ::-1].argmax(1)][:, None]
-        for _ in range(3):
-            (x, y), (a, b), _ = cv2.fitEllipseDirect(rim.astype(np.float32))
-            middle = np.array([x, y])
-            off = np.abs(np.hypot(*(rim - middle).T) - np.sqrt(a * b) / 2)
-            rim = rim[off <= np.maximum(np.quantile(off, 0.85), 2)]
-    return Disc(middle, float(np.sqrt(a * b) / 2))
+        rim = middle + heading * radii[outermost_fall(values, px_per_mm)][:, None]
+        disc = fit_disc(rim)
+        middle = disc.centre
+    return disc
 
 
 # %% ../../nbs/11_studies/01_anatomy.ipynb #c86a60d6
@@ -136,6 +199,37 @@ def darkness(
     return np.log(blur(far) / blur(near))
 
 
+# %% ../../nbs/11_studies/01_anatomy.ipynb #f9e38165
+def darkest_place(
+    fa: np.ndarray,  # (S, S) uint8
+    octa: np.ndarray,  # (S, S) uint8
+    disc: Disc,  # where the disc was found
+    px_per_mm: float,  # scale
+) -> np.ndarray:  # (2,) px
+    "The darkest place where a fovea may lie."
+    y, x = np.mgrid[: octa.shape[0], : octa.shape[1]] - disc.centre[::-1, None, None]
+    r = np.hypot(x, y) / px_per_mm
+    allowed = (r > 3.4) & (r < 6.2) & (np.abs(y) < 0.42 * np.abs(x))
+    score = darkness(fa, px_per_mm, 0.25, 1.2) + darkness(octa, px_per_mm, 0.14, 0.7)
+    best = np.where(allowed, score, -np.inf).argmax()
+    return np.array(np.unravel_index(best, score.shape))[::-1].astype(float)
+
+
+# %% ../../nbs/11_studies/01_anatomy.ipynb #19b494d5
+def rim_of_zone(
+    values: np.ndarray,  # (rays, n) OCT angiogram along the rays
+    radii: np.ndarray,  # (n,) px
+    px_per_mm: float,  # scale
+) -> np.ndarray:  # (rays,) px
+    "Along each ray, where the vessels begin: half way from the dark middle to what is usual around."
+    values = gaussian_filter1d(values, 1.5, axis=0, mode="wrap")
+    inside = values[:, radii < 0.1 * px_per_mm].mean()
+    around = np.median(values[:, radii > 0.6 * px_per_mm])
+    dense = values > (inside + around) / 2
+    first = np.where(dense.any(1), dense.argmax(1), len(radii))
+    return median_filter(first.astype(float), 9, mode="wrap")
+
+
 # %% ../../nbs/11_studies/01_anatomy.ipynb #68299378
 def find_fovea(
     fa: np.ndarray,  # (S, S) uint8
@@ -144,25 +238,15 @@ def find_fovea(
     px_per_mm: float,  # scale
 ) -> Fovea:
     "The fovea and its avascular zone."
-    y, x = np.mgrid[: octa.shape[0], : octa.shape[1]] - disc.centre[::-1, None, None]
-    r = np.hypot(x, y) / px_per_mm
-    allowed = (r > 3.4) & (r < 6.2) & (np.abs(y) < 0.42 * np.abs(x))
-    score = darkness(fa, px_per_mm, 0.25, 1.2) + darkness(octa, px_per_mm, 0.14, 0.7)
-    middle = np.array(np.unravel_index(np.where(allowed, score, -np.inf).argmax(), score.shape))[::-1].astype(
-        float
-    )
+    middle = darkest_place(fa, octa, disc, px_per_mm)
     smooth = cv2.GaussianBlur(octa, (0, 0), 0.05 * px_per_mm).astype(np.float32)
     radii = np.arange(0.0, 1.0 * px_per_mm)
     for _ in range(3):
         values, heading = along_rays(smooth, middle, radii)
-        values = gaussian_filter1d(values, 1.5, axis=0, mode="wrap")
-        level = (
-            values[:, radii < 0.1 * px_per_mm].mean() + np.median(values[:, radii > 0.6 * px_per_mm])
-        ) / 2
-        dense = values > level
-        rim = median_filter(np.where(dense.any(1), dense.argmax(1), len(radii)).astype(float), 9, mode="wrap")
+        rim = rim_of_zone(values, radii, px_per_mm)
         if rim.mean() < 0.05 * px_per_mm:
             return Fovea(middle, np.nan)
+        # to the centre of gravity of the zone
         middle = middle + (heading * (rim**3)[:, None]).sum(0) * 2 / (3 * (rim**2).sum())
     return Fovea(middle, float(np.sqrt((rim**2).mean())))
 
@@ -187,57 +271,95 @@ class Segment:
         return float(self.area[part].sum() / self.steps[part].sum())
 
 
+# %% ../../nbs/11_studies/01_anatomy.ipynb #664077c9
+AROUND = ((1, 0), (-1, 0), (0, 1), (0, -1), (1, 1), (1, -1), (-1, 1), (-1, -1))
+
+
+def neighbours(
+    pixel: tuple[int, int],
+) -> list[tuple[int, int]]:
+    "The eight pixels around one, those at its sides first."
+    return [(pixel[0] + dx, pixel[1] + dy) for dx, dy in AROUND]
+
+
 # %% ../../nbs/11_studies/01_anatomy.ipynb #4eb4dc4c
 def in_order(
     pixels: np.ndarray,  # (n, 2) int, a chain of 8-neighbours
 ) -> np.ndarray:  # (n,) indices from one end to the other
     "Walk along a chain."
     left = {(x, y): i for i, (x, y) in enumerate(pixels.tolist())}
-    around = ((1, 0), (-1, 0), (0, 1), (0, -1), (1, 1), (1, -1), (-1, 1), (-1, -1))
-    number = {p: sum((p[0] + dx, p[1] + dy) in left for dx, dy in around) for p in left}
+    number = {pixel: sum(other in left for other in neighbours(pixel)) for pixel in left}
     at, order = min(number, key=number.get), []
     while at is not None:
         order.append(left.pop(at))
-        at = next((q for dx, dy in around if (q := (at[0] + dx, at[1] + dy)) in left), None)
+        at = next((other for other in neighbours(at) if other in left), None)
     return np.array(order)
+
+
+# %% ../../nbs/11_studies/01_anatomy.ipynb #596ccd01
+def knots_of(
+    bones: np.ndarray,  # (S, S) bool, a skeleton
+) -> np.ndarray:  # (S, S) uint8, 1 at and around pixels with three or more neighbours
+    "Where pieces of the skeleton meet."
+    around = cv2.filter2D(bones.astype(np.uint8), -1, np.ones((3, 3)), borderType=cv2.BORDER_CONSTANT)
+    return cv2.dilate((bones & (around > 3)).astype(np.uint8), np.ones((3, 3), np.uint8))
+
+
+# %% ../../nbs/11_studies/01_anatomy.ipynb #9281722b
+def area_by_bone(
+    mask: np.ndarray,  # (S, S) uint8
+    bones: np.ndarray,  # (S, S) bool, its skeleton
+) -> np.ndarray:  # (S, S) px^2 of the mask that lie nearest to each pixel of the skeleton
+    "Every pixel of the mask is given to the nearest pixel of the skeleton."
+    off = (~bones).astype(np.uint8)
+    _, owner = cv2.distanceTransformWithLabels(off, cv2.DIST_L2, 5, labelType=cv2.DIST_LABEL_PIXEL)
+    inside = mask > 0
+    area = np.bincount(owner[inside], mask[inside] / 255.0, minlength=owner.max() + 1)
+    return area[owner]
+
+
+# %% ../../nbs/11_studies/01_anatomy.ipynb #9ff311e8
+def chains_of(
+    bones: np.ndarray,  # (S, S) bool, without the knots
+    least: int,  # px: shorter pieces are left out
+) -> list[np.ndarray]:  # (n, 2) px each, in no order
+    "The connected pieces of a skeleton."
+    _, label = cv2.connectedComponents(bones.astype(np.uint8))
+    y, x = np.nonzero(label)
+    order = np.argsort(label[y, x], kind="stable")
+    parts = np.split(np.stack([x, y], 1)[order], np.flatnonzero(np.diff(label[y, x][order])) + 1)
+    return [pixels for pixels in parts if len(pixels) >= least]
 
 
 # %% ../../nbs/11_studies/01_anatomy.ipynb #11b60437
 def trace(
     mask: np.ndarray,  # (S, S) uint8, 255 inside a vessel
     least: int = 6,  # px: shorter segments are left out
-) -> tuple[
-    list[Segment], np.ndarray, np.ndarray
-]:  # segments, nodes (N, 2) px of which the first stands for none, skeleton (S, S) bool
+) -> tuple:  # segments, nodes (N, 2) px of which the first stands for none, skeleton (S, S) bool
     "Skeleton, nodes and segments of a mask."
     bones = skeletonize(mask > 127)
-    around = cv2.filter2D(bones.astype(np.uint8), -1, np.ones((3, 3)), borderType=cv2.BORDER_CONSTANT)
-    knots = cv2.dilate((bones & (around > 3)).astype(np.uint8), np.ones((3, 3), np.uint8))
+    knots = knots_of(bones)
     _, knot, _, nodes = cv2.connectedComponentsWithStats(knots)
     close = cv2.dilate(knot.astype(np.float32), np.ones((3, 3), np.uint8)).astype(np.int32)
-    _, owner = cv2.distanceTransformWithLabels(
-        (~bones).astype(np.uint8), cv2.DIST_L2, 5, labelType=cv2.DIST_LABEL_PIXEL
-    )
-    inside = mask > 0
-    area = np.bincount(owner[inside], mask[inside] / 255.0, minlength=owner.max() + 1)
-    _, label = cv2.connectedComponents((bones & (knots == 0)).astype(np.uint8))
-    y, x = np.nonzero(label)
-    order = np.argsort(label[y, x], kind="stable")
-    parts = np.split(np.stack([x, y], 1)[order], np.flatnonzero(np.diff(label[y, x][order])) + 1)
-    out = []
-    for pixels in parts:
-        if len(pixels) >= least:
-            p = pixels[in_order(pixels)]
-            if len(p) >= least:
-                ends = (int(close[p[0, 1], p[0, 0]]), int(close[p[-1, 1], p[-1, 0]]))
-                out.append(
-                    Segment(
-                        gaussian_filter1d(p.astype(float), 2.0, axis=0, mode="nearest"),
-                        area[owner[p[:, 1], p[:, 0]]],
-                        ends,
-                    )
-                )
-    return out, nodes, bones
+    area = area_by_bone(mask, bones)
+    segments = []
+    for pixels in chains_of(bones & (knots == 0), least):
+        chain = pixels[in_order(pixels)]
+        if len(chain) < least:
+            continue
+        x, y = chain.T
+        path = gaussian_filter1d(chain.astype(float), 2.0, axis=0, mode="nearest")
+        segments.append(Segment(path, area[y, x], (int(close[y[0], x[0]]), int(close[y[-1], x[-1]]))))
+    return segments, nodes, bones
+
+
+# %% ../../nbs/11_studies/01_anatomy.ipynb #188c177f
+def leaves_disc(
+    segment: Segment,
+    disc: Disc,  # where the disc was found
+) -> bool:
+    "Does the segment begin at the disc?"
+    return bool(np.hypot(*(segment.path - disc.centre).T).min() < 1.15 * disc.radius)
 
 
 # %% ../../nbs/11_studies/01_anatomy.ipynb #72db94a6
@@ -248,18 +370,15 @@ def way_to_disc(
 ) -> np.ndarray:  # (len(segments),) px along the skeleton, inf where there is no way
     "Length of the shortest way from every segment to the disc."
     length = np.array([s.steps.sum() for s in segments])
-    at = [(k, i) for i, s in enumerate(segments) for k in set(s.ends) if k]
-    node, which = np.array(at, int).reshape(-1, 2).T
-    hub = len(segments) + node
-    n = len(segments) + len(nodes) + 1
-    starts = [
-        i for i, s in enumerate(segments) if np.hypot(*(s.path - disc.centre).T).min() < 1.15 * disc.radius
-    ]
-    row, column = np.r_[which, starts].astype(int), np.r_[hub, [n - 1] * len(starts)].astype(int)
+    ends = [(node, i) for i, s in enumerate(segments) for node in set(s.ends) if node]
+    node, which = np.array(ends, int).reshape(-1, 2).T
+    n = len(segments) + len(nodes) + 1  # segments, nodes and, last, the disc
+    starts = [i for i, s in enumerate(segments) if leaves_disc(s, disc)]
+    row = np.r_[which, starts].astype(int)
+    column = np.r_[len(segments) + node, [n - 1] * len(starts)].astype(int)
     weight = np.r_[length[which] / 2, np.full(len(starts), 1e-3)]
-    return dijkstra(coo_matrix((weight, (row, column)), shape=(n, n)).tocsr(), directed=False, indices=n - 1)[
-        : len(segments)
-    ]
+    graph = coo_matrix((weight, (row, column)), shape=(n, n)).tocsr()
+    return dijkstra(graph, directed=False, indices=n - 1)[: len(segments)]
 
 
 # %% ../../nbs/11_studies/01_anatomy.ipynb #e9b23f7c
@@ -270,14 +389,54 @@ def leaving(
     last: int,  # px from the node at which it ends
 ) -> tuple[float, np.ndarray]:  # calibre, and direction away from the node (2,)
     "A segment's beginning at a node."
-    piece = (
-        slice(first, last)
-        if segment.ends[0] == node
-        else slice(len(segment.path) - last, len(segment.path) - first)
-    )
-    path = segment.path[piece] if segment.ends[0] == node else segment.path[piece][::-1]
-    ahead = path[-1] - path[0]
+    piece = slice(first, last)
+    if segment.ends[0] != node:
+        piece = slice(len(segment.path) - last, len(segment.path) - first)
+    path = segment.path[piece]
+    ahead = path[-1] - path[0] if segment.ends[0] == node else path[0] - path[-1]
     return segment.calibre(piece), ahead / np.hypot(*ahead)
+
+
+# %% ../../nbs/11_studies/01_anatomy.ipynb #28f692af
+def meetings(
+    segments: list[Segment],  # of one system
+) -> dict[int, list[int]]:  # node -> numbers of the segments that end there
+    "Which segments meet where."
+    at = {}
+    for i, segment in enumerate(segments):
+        for node in segment.ends:
+            at.setdefault(node, []).append(i)
+    at.pop(0, None)  # no node
+    return at
+
+
+# %% ../../nbs/11_studies/01_anatomy.ipynb #9e34a450
+def is_simple(
+    meet: list[int],  # numbers of the segments at a node
+    segments: list[Segment],  # of one system
+    way: np.ndarray,  # (len(segments),) px to the disc
+    least: int,  # px, length of a segment that can be measured
+) -> bool:
+    "Do three different segments meet that are long enough and lead to the disc?"
+    if len(meet) != 3 or len(set(meet)) != 3:
+        return False
+    return min(len(segments[i].path) for i in meet) >= least and bool(np.isfinite(way[meet]).all())
+
+
+# %% ../../nbs/11_studies/01_anatomy.ipynb #2be90057
+def measure_junction(
+    node: int,  # where three segments meet
+    parent: Segment,
+    daughters: list[Segment],
+    px_per_mm: float,  # scale
+) -> tuple:  # calibre of the parent, the wider and the narrower daughter, um; angle, degrees
+    "The angle is the one between the two daughters."
+    first, last = round(0.07 * px_per_mm), round(0.25 * px_per_mm)
+    d0, _ = leaving(parent, node, first, last)
+    leave = [leaving(daughter, node, first, last) for daughter in daughters]
+    (d1, a), (d2, b) = sorted(leave, key=itemgetter(0), reverse=True)
+    angle = np.degrees(np.arccos(np.clip(a @ b, -1, 1)))
+    return (*(1000 / px_per_mm * np.array([d0, d1, d2])), angle)
 
 
 # %% ../../nbs/11_studies/01_anatomy.ipynb #dae0c250
@@ -286,31 +445,18 @@ def junctions(
     nodes: np.ndarray,  # (N, 2) px
     disc: Disc,  # where the disc was found
     px_per_mm: float,  # scale
-) -> np.ndarray:  # (n, 4): calibre of the parent, the wider and the narrower daughter, um; angle, degrees
-    "All simple bifurcations outside the disc; the angle is the one between the two daughters."
-    way, at, out = way_to_disc(segments, nodes, disc), {}, []
-    first, last = round(0.07 * px_per_mm), round(0.25 * px_per_mm)
-    for i, s in enumerate(segments):
-        for k in s.ends:
-            at.setdefault(k, []).append(i)
-    for k, meet in at.items():
-        if (
-            k == 0
-            or len(meet) != 3
-            or len(set(meet)) != 3
-            or min(len(segments[i].path) for i in meet) < last
-            or not np.isfinite(way[meet]).all()
-        ):
+) -> np.ndarray:  # (n, 4), rows of `measure_junction`
+    "All simple bifurcations outside the disc."
+    way = way_to_disc(segments, nodes, disc)
+    found = []
+    for node, meet in meetings(segments).items():
+        if not is_simple(meet, segments, way, round(0.25 * px_per_mm)):
             continue
-        if np.hypot(*(nodes[k] - disc.centre)) < 1.2 * disc.radius:
+        if np.hypot(*(nodes[node] - disc.centre)) < 1.2 * disc.radius:
             continue
-        meet = sorted(meet, key=lambda i: way[i])
-        (d0, _), *daughters = (leaving(segments[i], k, first, last) for i in meet)
-        (d1, a), (d2, b) = sorted(daughters, key=lambda d: -d[0])
-        out.append(
-            (*(1000 / px_per_mm * np.array([d0, d1, d2])), np.degrees(np.arccos(np.clip(a @ b, -1, 1))))
-        )
-    return np.array(out).reshape(-1, 4)
+        parent, *daughters = (segments[i] for i in sorted(meet, key=way.__getitem__))
+        found.append(measure_junction(node, parent, daughters, px_per_mm))
+    return np.array(found).reshape(-1, 4)
 
 
 # %% ../../nbs/11_studies/01_anatomy.ipynb #b1656a5f
@@ -344,6 +490,23 @@ def box_dimension(
     return float(-np.polyfit(np.log(sides), np.log(np.maximum(counts, 1)), 1)[0])
 
 
+# %% ../../nbs/11_studies/01_anatomy.ipynb #e35c28aa
+def distances_within(
+    bones: np.ndarray,  # (S, S) bool
+    margin: float,  # px: centres stay so far from the border
+    centres: int,  # points around which circles are laid
+) -> np.ndarray | None:  # (centres, 6000) px; None where there is too little
+    "From points of a skeleton to other points of it, drawn at random."
+    rng, size = np.random.default_rng(0), np.array(bones.shape[::-1])
+    points = np.stack(np.nonzero(bones)[::-1], 1).astype(float)
+    inner = points[((points > margin) & (points < size - margin)).all(1)]
+    if len(inner) < 10:
+        return None
+    some = points[rng.integers(0, len(points), 6000)]
+    x, y = (some[None] - inner[rng.integers(0, len(inner), centres)][:, None]).transpose(2, 0, 1)
+    return np.hypot(x, y)
+
+
 # %% ../../nbs/11_studies/01_anatomy.ipynb #741f6649
 def mass_dimension(
     bones: np.ndarray,  # (S, S) bool
@@ -354,15 +517,11 @@ def mass_dimension(
 
     The circles have radii of 0.3 to 4.5 mm and lie within the picture.
     """
-    rng, size = np.random.default_rng(0), np.array(bones.shape[::-1])
-    points = np.stack(np.nonzero(bones)[::-1], 1).astype(float)
-    inner = points[((points > 4.5 * px_per_mm) & (points < size - 4.5 * px_per_mm)).all(1)]
-    if len(inner) < 10:
+    distances = distances_within(bones, 4.5 * px_per_mm, centres)
+    if distances is None:
         return np.nan
-    some = points[rng.integers(0, len(points), 6000)]
-    x, y = (some[None] - inner[rng.integers(0, len(inner), centres)][:, None]).transpose(2, 0, 1)
     radii = np.geomspace(0.3, 4.5, 10) * px_per_mm
-    mass = np.searchsorted(np.sort(np.hypot(x, y).ravel()), radii)
+    mass = np.searchsorted(np.sort(distances.ravel()), radii)
     return float(np.polyfit(np.log(radii), np.log(np.maximum(mass, 1)), 1)[0])
 
 
@@ -395,6 +554,24 @@ def loops(
     )
 
 
+# %% ../../nbs/11_studies/01_anatomy.ipynb #34f7e7ec
+def met_on_circle(
+    mask: np.ndarray,  # (S, S) uint8
+    centre: np.ndarray,  # (2,) px
+    radius: float,  # px
+) -> np.ndarray:  # (n,) places along the circle, of so many steps as it has eighths of a px
+    "The middles of the vessels that a circle crosses."
+    steps = int(8 * radius)
+    angle = np.linspace(0, 2 * np.pi, steps, endpoint=False)
+    at = centre[:, None] + radius * np.stack([np.cos(angle), np.sin(angle)])
+    x, y = at.astype(np.float32)[:, :, None]
+    on = cv2.remap(mask, x, y, cv2.INTER_LINEAR)[:, 0] > 127
+    begin, end = np.flatnonzero(on & ~np.roll(on, 1)), np.flatnonzero(on & ~np.roll(on, -1))
+    if len(begin) and end[0] < begin[0]:
+        end = np.r_[end[1:], end[0] + steps]
+    return (begin + end) / 2 % steps
+
+
 # %% ../../nbs/11_studies/01_anatomy.ipynb #44d5d649
 def turns(
     systems: np.ndarray,  # (2, S, S) uint8, arteries and veins
@@ -402,19 +579,24 @@ def turns(
     radius: float,  # px
 ) -> float:  # share of neighbours on the circle that differ; nan with fewer than four vessels
     "Do arteries and veins alternate on a circle?"
-    angle = np.linspace(0, 2 * np.pi, int(8 * radius), endpoint=False)
-    x, y = (centre[:, None] + radius * np.stack([np.cos(angle), np.sin(angle)])).astype(np.float32)[
-        :, :, None
-    ]
     met = []
     for kind, mask in enumerate(systems):
-        on = cv2.remap(mask, x, y, cv2.INTER_LINEAR)[:, 0] > 127
-        begin, end = np.flatnonzero(on & ~np.roll(on, 1)), np.flatnonzero(on & ~np.roll(on, -1))
-        if len(begin) and end[0] < begin[0]:
-            end = np.r_[end[1:], end[0] + len(on)]
-        met += [(m % len(on), kind) for m in (begin + end) / 2]
-    kinds = np.array([k for _, k in sorted(met)])
+        met += [(place, kind) for place in met_on_circle(mask, centre, radius)]
+    kinds = np.array([kind for _, kind in sorted(met)])
     return float((kinds != np.roll(kinds, 1)).mean()) if len(kinds) >= 4 else np.nan
+
+
+# %% ../../nbs/11_studies/01_anatomy.ipynb #eb48abee
+def temporal_points(
+    path: np.ndarray,  # (n, 2) px from the disc
+    ahead: float,  # +1 or -1, the side of the fovea
+    nearest: float,  # px from the disc
+    farthest: float,  # px from the disc
+) -> np.ndarray:  # indices
+    "The points of a path in a ring around the disc, on the side of the fovea."
+    x, y = path.T
+    r = np.hypot(x, y)
+    return np.flatnonzero((r > nearest) & (r < farthest) & (x * ahead > -0.5 * np.abs(y)))
 
 
 # %% ../../nbs/11_studies/01_anatomy.ipynb #99af2951
@@ -427,17 +609,45 @@ def trunk_calibre(
 ) -> float:  # um; nan where no vessel is found
     "Mean calibre of the widest temporal vessels above and below the disc, at a distance from its rim."
     ahead = np.sign(fovea.centre[0] - disc.centre[0])
+    middle, half = disc.radius + away * px_per_mm, 0.1 * px_per_mm
     widest = {}
     for s in segments:
-        x, y = (s.path - disc.centre).T
-        here = np.flatnonzero(
-            (np.abs(np.hypot(x, y) - disc.radius - away * px_per_mm) < 0.1 * px_per_mm)
-            & (x * ahead > -0.5 * np.abs(y))
-        )
+        path = s.path - disc.centre
+        here = temporal_points(path, ahead, middle - half, middle + half)
         if len(here) >= 0.15 * px_per_mm:
-            above = bool(y[here].mean() < 0)
+            above = bool(path[here, 1].mean() < 0)
             widest[above] = max(widest.get(above, 0), s.calibre(here) * 1000 / px_per_mm)
     return float(np.mean(list(widest.values()))) if widest else np.nan
+
+
+# %% ../../nbs/11_studies/01_anatomy.ipynb #ed98cd08
+def arc(
+    path: np.ndarray,  # (n, 2) px
+) -> float:  # px
+    "Length of a path."
+    return np.hypot(*np.diff(path, axis=0).T).sum()
+
+
+# %% ../../nbs/11_studies/01_anatomy.ipynb #e1becc83
+def bends_of(
+    segment: Segment,
+    px_per_mm: float,  # scale
+) -> tuple | None:  # calibre in um; arc over chord of all bends, of the slow ones, of the fast ones
+    "How much one segment winds; None where it is too short, or ends where it begins."
+    if segment.steps.sum() <= px_per_mm:
+        return None
+    chord = np.hypot(*(segment.path[-1] - segment.path[0]))
+    if chord <= 0.3 * px_per_mm:
+        return None
+    calm = gaussian_filter1d(segment.path, 0.25 * px_per_mm, axis=0, mode="nearest")
+    calm = np.r_[segment.path[:1], calm, segment.path[-1:]]
+    whole, slow = arc(segment.path), arc(calm)
+    return segment.calibre() * 1000 / px_per_mm, whole / chord, slow / chord, whole / slow
+
+
+# %% ../../nbs/11_studies/01_anatomy.ipynb #3b912c98
+def _mean_or_nan(values):
+    return float(values.mean()) if len(values) else np.nan
 
 
 # %% ../../nbs/11_studies/01_anatomy.ipynb #7184bd1a
@@ -446,35 +656,14 @@ def tortuosity(
     px_per_mm: float,  # scale
 ) -> dict:  # arc over chord of wide and thin vessels, and its slow and fast part
     "Mean arc over chord, and the ratios of which it is the product."
-    rows = []
-    for s in segments:
-        if s.steps.sum() > px_per_mm:
-
-            def arc(p):
-                return np.hypot(*np.diff(p, axis=0).T).sum()
-
-            chord = np.hypot(*(s.path[-1] - s.path[0]))
-            calm = gaussian_filter1d(s.path, 0.25 * px_per_mm, axis=0, mode="nearest")
-            calm = np.r_[s.path[:1], calm, s.path[-1:]]
-            if chord > 0.3 * px_per_mm:
-                rows.append(
-                    (
-                        s.calibre() * 1000 / px_per_mm,
-                        arc(s.path) / chord,
-                        arc(calm) / chord,
-                        arc(s.path) / arc(calm),
-                    )
-                )
-    wide, all_, slow, fast = np.array(rows).reshape(-1, 4).T
-
-    def mean(v):
-        return float(v.mean()) if len(v) else np.nan
-
+    bends = [bends_of(segment, px_per_mm) for segment in segments]
+    rows = np.array([row for row in bends if row is not None])
+    calibre, whole, slow, fast = rows.reshape(-1, 4).T
     return {
-        "tortuosity_wide": mean(all_[wide >= 60]),
-        "tortuosity_thin": mean(all_[wide < 60]),
-        "tortuosity_slow": mean(slow),
-        "tortuosity_fast": mean(fast),
+        "tortuosity_wide": _mean_or_nan(whole[calibre >= 60]),
+        "tortuosity_thin": _mean_or_nan(whole[calibre < 60]),
+        "tortuosity_slow": _mean_or_nan(slow),
+        "tortuosity_fast": _mean_or_nan(fast),
     }
 
 
@@ -497,6 +686,91 @@ def measure_landmarks(
     }
 
 
+# %% ../../nbs/11_studies/01_anatomy.ipynb #0d21b07f
+@dataclass(frozen=True)
+class Traced:
+    "Segments, nodes and skeleton of one system."
+
+    segments: list[Segment]
+    nodes: np.ndarray  # (N, 2) px
+    bones: np.ndarray  # (S, S) bool
+
+
+# %% ../../nbs/11_studies/01_anatomy.ipynb #ad33ca24
+def outside_of(
+    size: int,  # px, side of the picture
+    centre: np.ndarray,  # (2,) px
+    radius: float,  # px
+) -> np.ndarray:  # (size, size) bool
+    "What lies farther than a radius from a point."
+    y, x = np.mgrid[:size, :size]
+    return np.hypot(x - centre[0], y - centre[1]) > radius
+
+
+# %% ../../nbs/11_studies/01_anatomy.ipynb #cd72d0b0
+def measure_system(
+    traced: Traced,  # arteries or veins
+    table: np.ndarray,  # their junctions
+    disc: Disc,
+    fovea: Fovea,
+    px_per_mm: float,  # scale
+) -> dict:
+    "Exponent and calibres of one system."
+    place = traced.segments, disc, fovea, px_per_mm
+    return {
+        "exponent": branching_exponent(table),
+        "calibre_um": trunk_calibre(*place, 0.48),
+        "calibre_far_um": trunk_calibre(*place, 1.44),
+    }
+
+
+# %% ../../nbs/11_studies/01_anatomy.ipynb #3fa80dfc
+def cut_out(
+    bones: np.ndarray,  # (S, S) bool
+    field: np.ndarray,  # (S, S) bool
+) -> np.ndarray:  # (H, W) bool
+    "The skeleton in the field, as a picture no larger than that."
+    rows, columns = np.flatnonzero(field.any(1)), np.flatnonzero(field.any(0))
+    return (bones & field)[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+
+
+# %% ../../nbs/11_studies/01_anatomy.ipynb #bd33866d
+def fovea_to_large(
+    segments: list[Segment],  # of both systems
+    fovea: Fovea,
+    px_per_mm: float,  # scale
+) -> float:  # mm; nan where there is none
+    "From the fovea to the nearest vessel wider than 80 um."
+    large = [s.path for s in segments if s.calibre() * 1000 / px_per_mm > 80]
+    if not large:
+        return np.nan
+    return float(np.hypot(*(np.concatenate(large) - fovea.centre).T).min() / px_per_mm)
+
+
+# %% ../../nbs/11_studies/01_anatomy.ipynb #0d05b1eb
+def measure_pattern(
+    world: World,  # one eye with `systems`
+    arteries: Traced,
+    veins: Traced,
+    disc: Disc,
+    fovea: Fovea,
+) -> dict:
+    "What both systems together say."
+    mm, size = world.facts["px_per_mm"], world.vessels.shape[0]
+    field = ~outside_of(size, fovea.centre, 22.5 * MM_PER_DEGREE * mm)
+    off_disc = outside_of(size, disc.centre, 1.2 * disc.radius)
+    both = arteries.bones | veins.bones
+    return {
+        "fractal_dimension": mass_dimension(both, mm),
+        "box_dimension": box_dimension(cut_out(both, field)),
+        "vessel_area": float((world.vessels > 127)[field].mean()),
+        "artery_vein_crossings": crossings(arteries.bones, veins.bones, off_disc),
+        "own_crossings": sum(loops(mask, disc, 0.005 * mm**2) for mask in world.systems),
+        "alternation": turns(world.systems, disc.centre, disc.radius + 0.5 * mm),
+        "fovea_to_large_mm": fovea_to_large([*arteries.segments, *veins.segments], fovea, mm),
+    }
+
+
 # %% ../../nbs/11_studies/01_anatomy.ipynb #0d61bc4c
 def measure_vessels(
     world: World,  # one eye with `systems`
@@ -504,35 +778,16 @@ def measure_vessels(
     fovea: Fovea,  # in px of this world
 ) -> tuple[dict, dict]:  # figures, and the tables of junctions of arteries and veins
     "What the masks of arteries and veins say."
-    mm, size = world.facts["px_per_mm"], world.vessels.shape[0]
-    traced = {kind: trace(mask) for kind, mask in zip(("artery", "vein"), world.systems)}
-    tables = {kind: junctions(s, n, disc, mm) for kind, (s, n, _) in traced.items()}
-    out = {}
-    for kind, (segments, _, _) in traced.items():
-        out |= {
-            f"{kind}_exponent": branching_exponent(tables[kind]),
-            f"{kind}_calibre_um": trunk_calibre(segments, disc, fovea, mm, 0.48),
-            f"{kind}_calibre_far_um": trunk_calibre(segments, disc, fovea, mm, 1.44),
-        }
-    y, x = np.mgrid[:size, :size]
-    field = np.hypot(x - fovea.centre[0], y - fovea.centre[1]) < 22.5 * MM_PER_DEGREE * mm
-    outside = np.hypot(x - disc.centre[0], y - disc.centre[1]) > 1.2 * disc.radius
-    rows, columns = np.flatnonzero(field.any(1)), np.flatnonzero(field.any(0))
-    both = (traced["artery"][2] | traced["vein"][2]) & field
-    large = [s.path for segments, _, _ in traced.values() for s in segments if s.calibre() * 1000 / mm > 80]
-    out |= {
-        "bifurcation_deg": float(np.mean(np.concatenate(list(tables.values()))[:, 3])),
-        "fractal_dimension": mass_dimension(traced["artery"][2] | traced["vein"][2], mm),
-        "box_dimension": box_dimension(both[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]),
-        "vessel_area": float((world.vessels > 127)[field].mean()),
-        "artery_vein_crossings": crossings(traced["artery"][2], traced["vein"][2], outside),
-        "own_crossings": sum(loops(m, disc, 0.005 * mm**2) for m in world.systems),
-        "alternation": turns(world.systems, disc.centre, disc.radius + 0.5 * mm),
-        "fovea_to_large_mm": float(np.hypot(*(np.concatenate(large) - fovea.centre).T).min() / mm)
-        if large
-        else np.nan,
-    }
-    return out | tortuosity([s for segments, _, _ in traced.values() for s in segments], mm), tables
+    mm = world.facts["px_per_mm"]
+    arteries, veins = (Traced(*trace(mask)) for mask in world.systems)
+    figures, tables = {}, {}
+    for kind, traced in (("artery", arteries), ("vein", veins)):
+        tables[kind] = junctions(traced.segments, traced.nodes, disc, mm)
+        found = measure_system(traced, tables[kind], disc, fovea, mm)
+        figures |= {f"{kind}_{name}": value for name, value in found.items()}
+    figures["bifurcation_deg"] = float(np.mean(np.concatenate(list(tables.values()))[:, 3]))
+    figures |= measure_pattern(world, arteries, veins, disc, fovea)
+    return figures | tortuosity([*arteries.segments, *veins.segments], mm), tables
 
 
 # %% ../../nbs/11_studies/01_anatomy.ipynb #f6299a49
@@ -589,6 +844,44 @@ PUBLISHED = {
 }
 
 
+# %% ../../nbs/11_studies/01_anatomy.ipynb #d1d250b7
+def figure_over_eyes(
+    values: np.ndarray,  # of every eye, nan where it is not known
+    bins: int,  # of the histogram
+) -> dict:
+    "Mean, standard deviation, median and histogram."
+    known = values[np.isfinite(values)]
+    counts, edges = np.histogram(known, bins)
+    return {
+        "eyes": len(known),
+        "mean": round(float(known.mean()), 4),
+        "sd": round(float(known.std()), 4),
+        "median": round(float(np.median(known)), 4),
+        "from": round(float(edges[0]), 4),
+        "to": round(float(edges[-1]), 4),
+        "counts": counts.tolist(),
+    }
+
+
+# %% ../../nbs/11_studies/01_anatomy.ipynb #f066842f
+def exponent_of_all(
+    table: np.ndarray,  # junctions of all eyes
+) -> dict:
+    "The exponent fitted to all junctions together, and how many there are."
+    used = (table[:, 0] >= 50) & (table[:, 0] < 100)
+    return {"mean": round(branching_exponent(table), 4), "junctions": int(used.sum())}
+
+
+# %% ../../nbs/11_studies/01_anatomy.ipynb #95d085cd
+def beside_published(
+    mean: float,  # of the eyes
+    known: Published,
+) -> dict:
+    "The published figure, and whether the eyes meet it."
+    meets = bool(known.low <= mean <= known.high)
+    return {"published": known.tells, "source": known.source, "meets": meets}
+
+
 # %% ../../nbs/11_studies/01_anatomy.ipynb #b97960b2
 def summarise_eyes(
     rows: list[dict],  # figures of every eye
@@ -596,31 +889,12 @@ def summarise_eyes(
     bins: int = 24,  # of the histograms
 ) -> dict:  # name -> mean, sd, median, histogram, and the published figure beside it
     "Figures over all eyes; the exponents are fitted to all junctions together, too."
-    out = {}
-    for name in rows[0]:
-        values = np.array([r[name] for r in rows], float)
-        values = values[np.isfinite(values)]
-        counts, edges = np.histogram(values, bins)
-        out[name] = {
-            "eyes": len(values),
-            "mean": values.mean(),
-            "sd": values.std(),
-            "median": np.median(values),
-            "from": edges[0],
-            "to": edges[-1],
-            "counts": counts,
-        }
-        out[name] = {k: round(float(v), 4) if np.ndim(v) == 0 else v.tolist() for k, v in out[name].items()}
+    found = {name: figure_over_eyes(np.array([row[name] for row in rows], float), bins) for name in rows[0]}
     for kind, table in tables.items():
-        used = (table[:, 0] >= 50) & (table[:, 0] < 100)
-        out[f"{kind}_exponent"] |= {"mean": round(branching_exponent(table), 4), "junctions": int(used.sum())}
+        found[f"{kind}_exponent"] |= exponent_of_all(table)
     for name, known in PUBLISHED.items():
-        out[name] |= {
-            "published": known.tells,
-            "source": known.source,
-            "meets": bool(known.low <= out[name]["mean"] <= known.high),
-        }
-    return out
+        found[name] |= beside_published(found[name]["mean"], known)
+    return found
 
 
 # %% ../../nbs/11_studies/01_anatomy.ipynb #32c0f189
@@ -638,14 +912,8 @@ def measure_eyes(
 ) -> dict:  # what was written
     "Draw eyes, measure what was rendered, write the figures beside the published ones."
     config = EyeConfig(size=size)
-    done = list(
-        run_jobs(
-            _job,
-            [(seed, config) for seed in seeds_of("report", eyes)],
-            workers,
-            "measuring eyes" if progress else "",
-        )
-    )
+    jobs = [(seed, config) for seed in seeds_of("report", eyes)]
+    done = list(run_jobs(_job, jobs, workers, "measuring eyes" if progress else ""))
     tables = {kind: np.concatenate([t[kind] for _, t in done]) for kind in ("artery", "vein")}
     result = {
         "generator": GENERATOR_VERSION,

@@ -6,25 +6,42 @@
 __all__ = [
     "MOTIONS",
     "SYSTEMS",
+    "PRECISIONS",
+    "MEASUREMENTS",
     "PARTS",
+    "status_of_process",
     "memory_mb",
     "Settings",
+    "PairStream",
+    "draw_views",
+    "draw_batch",
     "draw_pairs",
+    "CountedMatcher",
     "ask_ours",
     "ask_kornia",
+    "module_of",
     "training_steps",
     "ask_training",
     "ask_product",
+    "read_settings",
+    "system_named",
     "serve",
+    "start_process",
     "Process",
+    "ask_each",
     "in_turn",
     "summary",
+    "compare_motion",
     "measure_registration",
     "measure_training",
     "measure_product",
     "measure_sides",
+    "share_of",
+    "seconds_of_pass",
     "shares",
     "measure_cuda",
+    "begin_result",
+    "measure_cuda_part",
     "run_benchmark",
     "benchmark_table",
     "draw_sides",
@@ -67,21 +84,32 @@ from ..training.module import PL_LoFTR
 from .study import this_machine
 
 
+# %% ../../nbs/11_studies/04_benchmark.ipynb #0771d192
+def status_of_process(
+    what,  # "VmRSS" or "VmHWM"
+) -> float | None:  # MB; None where the system does not tell
+    "What /proc says about the memory of this process."
+    status = Path("/proc/self/status")
+    if not status.is_file():
+        return None
+    for line in status.read_text().splitlines():
+        if line.startswith(f"{what}:"):
+            return int(line.split()[1]) / 1024
+    return None
+
+
 # %% ../../nbs/11_studies/04_benchmark.ipynb #f9c0004e
 def memory_mb(
     what="VmRSS",  # "VmRSS": now; "VmHWM": the highest so far
 ) -> float:
     "Resident memory of this process in MB; without /proc always the highest so far."
-    status = Path("/proc/self/status")
-    if status.is_file():
-        found = [
-            int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith(f"{what}:")
-        ]
-        if found:
-            return found[0] / 1024
+    known = status_of_process(what)
+    if known is not None:
+        return known
     import resource
 
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 1024)
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most / (2**20 if sys.platform == "darwin" else 1024)
 
 
 # %% ../../nbs/11_studies/04_benchmark.ipynb #b584967e
@@ -109,38 +137,76 @@ class Settings:
             raise ValueError("batch, repeats, threads and product: expected at least 1")
 
 
+# %% ../../nbs/11_studies/04_benchmark.ipynb #9e23e8cd
+def _pixels(image):
+    "A prepared image in [-1, 1] as uint8."
+    return torch.from_numpy(np.round(127.5 * (image + 1)).astype(np.uint8))
+
+
+# %% ../../nbs/11_studies/04_benchmark.ipynb #7abcc9a8
+class PairStream:
+    "Fresh pairs of reporting eyes, always the same ones."
+
+    def __init__(
+        self,
+        settings,  # Settings
+    ):
+        self.eyes = settings.repeats + 1
+        seeds = seeds_of("report", self.eyes)
+        self.bank = WorldBank(seeds, EyeConfig(size=settings.eye), workers=1, progress=False)
+        self.source = GeneratedSource(self.bank)
+
+    def draw(
+        self,
+        number,  # of the pair
+        kind,  # which motion, 0, 1, ...
+        side,  # px
+        motion,  # Motion
+    ):  # PairSample
+        rng = np.random.default_rng((self.bank.seeds[number % self.eyes], kind, number))
+        return self.source.draw(number, rng, (side, side), motion)
+
+
+# %% ../../nbs/11_studies/04_benchmark.ipynb #078406f3
+def draw_views(
+    stream,  # PairStream
+    kind,  # which motion, 0, 1, ...
+    motion,  # Motion
+    side,  # px
+) -> list:  # two (N, side, side) uint8, fixed and moving
+    "The pairs of the registrations with one kind of motion."
+    pairs = [stream.draw(k, kind, side, motion) for k in range(stream.eyes)]
+    return [torch.stack([_pixels(getattr(pair, name)) for pair in pairs]) for name in ("image0", "image1")]
+
+
+# %% ../../nbs/11_studies/04_benchmark.ipynb #104a00ce
+def draw_batch(
+    stream,  # PairStream
+    number,  # of the batch
+    settings,  # Settings
+) -> PairBatch:
+    "The pairs of one training step."
+    first = number * settings.batch
+    kind, side = len(MOTIONS), settings.train_size
+    pairs = [stream.draw(first + i, kind, side, Motion()) for i in range(settings.batch)]
+    return collate_pairs([to_tensors(pair) for pair in pairs])
+
+
 # %% ../../nbs/11_studies/04_benchmark.ipynb #4a96a1cf
 def draw_pairs(
     settings,  # Settings
     path,  # file to write
 ) -> None:
-    """Fresh pairs of reporting eyes.
+    """Write everything that is measured with.
 
     The file holds `mild` and `full`, two (N, H, W) uint8 each, and `batches`, one for every training step.
     """
-    n = settings.repeats + 1
-    bank = WorldBank(seeds_of("report", n), EyeConfig(size=settings.eye), workers=1, progress=False)
-    source = GeneratedSource(bank)
-
-    def draw(k, kind, side, motion):
-        return source.draw(k, np.random.default_rng((bank.seeds[k % n], kind, k)), (side, side), motion)
-
-    def picture(image):
-        return torch.from_numpy(np.round(127.5 * (image + 1)).astype(np.uint8))
-
+    stream = PairStream(settings)
     given = {}
     for kind, (name, motion) in enumerate(MOTIONS.items()):
-        views = [draw(k, kind, settings.size, motion) for k in range(n)]
-        given[name] = [
-            torch.stack([picture(getattr(v, image)) for v in views]) for image in ("image0", "image1")
-        ]
-
-    def batch(k):
-        first = k * settings.batch
-        pairs = [draw(first + i, len(MOTIONS), settings.train_size, Motion()) for i in range(settings.batch)]
-        return collate_pairs([to_tensors(pair) for pair in pairs])
-
-    torch.save(given | {"batches": [batch(k).tensors() for k in range(n)]}, path)
+        given[name] = draw_views(stream, kind, motion, settings.size)
+    given["batches"] = [draw_batch(stream, k, settings).tensors() for k in range(stream.eyes)]
+    torch.save(given, path)
 
 
 # %% ../../nbs/11_studies/04_benchmark.ipynb #6de4f697
@@ -170,6 +236,22 @@ def _operations(f):
     return counter.get_total_flops()
 
 
+# %% ../../nbs/11_studies/04_benchmark.ipynb #2ba49f90
+class CountedMatcher:
+    "A matcher that counts its passes."
+
+    def __init__(
+        self,
+        matcher,  # Matcher in evaluation mode
+    ):
+        self.matcher = matcher
+        self.passes = 0
+
+    def match(self, *images, **options):
+        self.passes += 1
+        return self.matcher.match(*images, **options)
+
+
 # %% ../../nbs/11_studies/04_benchmark.ipynb #f3d3efa9
 def ask_ours(
     given,  # what `draw_pairs` wrote
@@ -177,20 +259,18 @@ def ask_ours(
     side=None,  # px of the images; None: as they are
 ) -> Callable:
     "`fast`: a registration, and one pass of the matcher."
-    matcher, passes = load_matcher(settings.weights), []
-    match, config = matcher.match, RegistrationConfig()
-    matcher.match = lambda *a, **k: passes.append(1) or match(*a, **k)
+    matcher, config = load_matcher(settings.weights), RegistrationConfig()
 
     def ask(k, what="mild"):
         pair = _pictures(given, k, what if what in MOTIONS else "mild", side)
-        images = [2 * x - 1 for x in _tensors(pair)]
+        one_pass = partial(matcher.match, *(2 * image - 1 for image in _tensors(pair)))
         if what == "operations":
-            return {"operations": _operations(lambda: match(*images))}
+            return {"operations": _operations(one_pass)}
         if what == "pass":
-            return {"seconds": _timed(lambda: match(*images))[0]}
-        passes.clear()
-        seconds, r = _timed(lambda: register(*pair, matcher=matcher, config=config))
-        return {"seconds": seconds, "passes": len(passes), "verdict": str(r.verdict)}
+            return {"seconds": _timed(one_pass)[0]}
+        counted = CountedMatcher(matcher)
+        seconds, found = _timed(partial(register, *pair, matcher=counted, config=config))
+        return {"seconds": seconds, "passes": counted.passes, "verdict": str(found.verdict)}
 
     return ask
 
@@ -207,14 +287,35 @@ def ask_kornia(
 
     @torch.inference_mode()
     def ask(k, what="mild"):
-        images = dict(
-            zip(("image0", "image1"), _tensors(_pictures(given, k, what if what in MOTIONS else "mild")))
-        )
+        image0, image1 = _tensors(_pictures(given, k, what if what in MOTIONS else "mild"))
+        one_pass = partial(net, {"image0": image0, "image1": image1})
         if what == "operations":
-            return {"operations": _operations(lambda: net(images))}
-        return {"seconds": _timed(lambda: net(images))[0]}
+            return {"operations": _operations(one_pass)}
+        return {"seconds": _timed(one_pass)[0]}
 
     return ask
+
+
+# %% ../../nbs/11_studies/04_benchmark.ipynb #2a94a405
+def _log_nothing(*values, **options):
+    "Stands in for the logger, which needs a trainer."
+
+
+# %% ../../nbs/11_studies/04_benchmark.ipynb #d90eb1d1
+def module_of(
+    matcher,  # MatcherConfig
+    device,  # torch device
+    compiled,  # compile the matcher?
+) -> PL_LoFTR:
+    "What trains, under full guidance."
+    module = PL_LoFTR(TrainConfig(matcher=matcher)).to(device)
+    module.log = _log_nothing
+    module.guidance = Guidance(2.0, 10.0)
+    if device == "cpu":
+        order_for_cpu(module.matcher)
+    if compiled:
+        module.matcher.compile()
+    return module
 
 
 # %% ../../nbs/11_studies/04_benchmark.ipynb #465145f9
@@ -224,12 +325,7 @@ def training_steps(
     compiled=False,  # compile the matcher?
 ) -> Callable:
     "A module and its optimiser: (batch, precision) -> does one step."
-    module = PL_LoFTR(TrainConfig(matcher=matcher)).to(device)
-    module.log, module.guidance = lambda *a, **k: None, Guidance(2.0, 10.0)
-    if device == "cpu":
-        order_for_cpu(module.matcher)
-    if compiled:
-        module.matcher.forward = torch.compile(module.matcher.forward)
+    module = module_of(matcher, device, compiled)
     optimizer = torch.optim.AdamW(module.parameters(), lr=1e-4)
 
     def step(batch, precision):
@@ -255,8 +351,8 @@ def ask_training(
 
     def ask(k, what="32"):
         if what == "operations":
-            return {"operations": _operations(lambda: step(batches[k], "32"))}
-        return {"seconds": _timed(lambda: step(batches[k], what))[0]}
+            return {"operations": _operations(partial(step, batches[k], "32"))}
+        return {"seconds": _timed(partial(step, batches[k], what))[0]}
 
     return ask
 
@@ -272,39 +368,66 @@ def ask_product(
 
     def ask(k, what="32"):
         a, b = pair.to(torch.bfloat16 if what == "bf16" else torch.float32)
-        return {"seconds": _timed(lambda: a @ b)[0], "operations": 2 * n**3}
+        return {"seconds": _timed(partial(torch.matmul, a, b))[0], "operations": 2 * n**3}
 
     return ask
 
 
-# %% ../../nbs/11_studies/04_benchmark.ipynb #1dec46ac
+# %% ../../nbs/11_studies/04_benchmark.ipynb #3205ab3c
+def read_settings(
+    folder,  # holds settings.json
+) -> Settings:
+    "The settings that the command wrote down."
+    told = read_json(Path(folder) / "settings.json")
+    return Settings(**{name: tuple(v) if isinstance(v, list) else v for name, v in told.items()})
+
+
+# %% ../../nbs/11_studies/04_benchmark.ipynb #c6121c2c
 SYSTEMS = {"ours": ask_ours, "kornia": ask_kornia, "training": ask_training, "product": ask_product}
 
 
+def system_named(
+    name,  # see `serve`
+    given,  # what `draw_pairs` wrote
+    settings,  # Settings
+) -> Callable:
+    "A system that is set up."
+    kind, _, argument = name.partition(":")
+    if not argument:
+        return SYSTEMS[kind](given, settings)
+    return SYSTEMS[kind](given, settings, int(argument) if argument.isdigit() else argument)
+
+
+# %% ../../nbs/11_studies/04_benchmark.ipynb #1dec46ac
 def serve(
     name,  # a system, with its argument after a colon: "kornia", "ours:1024", "training:fast"
     folder,  # holds settings.json and pairs.pt
 ) -> None:
     "Answer questions from standard input until it ends."
-    kind, _, argument = name.partition(":")
-    settings = Settings(
-        **{
-            k: tuple(v) if isinstance(v, list) else v
-            for k, v in read_json(Path(folder) / "settings.json").items()
-        }
-    )
+    settings = read_settings(folder)
     torch.set_num_threads(settings.threads)
     cv2.setNumThreads(settings.threads)
     if name in ("kornia", "training:reference"):
         import_module("kornia.feature")
     given = torch.load(Path(folder) / "pairs.pt", weights_only=True)
     base = memory_mb()
-    ask = SYSTEMS[kind](
-        given, settings, *([int(argument) if argument.isdigit() else argument] if argument else [])
-    )
+    ask = system_named(name, given, settings)
     for line in sys.stdin:
         answer = ask(**json.loads(line))
         print(json.dumps(answer | {"memory_mb": memory_mb("VmHWM") - base}), flush=True)
+
+
+# %% ../../nbs/11_studies/04_benchmark.ipynb #8e6cdcd1
+def start_process(
+    name,  # see `serve`
+    folder,  # holds settings.json and pairs.pt
+    threads,  # of its libraries
+) -> subprocess.Popen:
+    "A process that serves."
+    program = f"import sys; from {serve.__module__} import serve; serve(*sys.argv[1:])"
+    words = [sys.executable, "-c", program, name, str(folder)]
+    env = {**os.environ, **dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(threads))}
+    return subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env)
 
 
 # %% ../../nbs/11_studies/04_benchmark.ipynb #ab11bfa2
@@ -318,12 +441,7 @@ class Process:
         threads,  # of its libraries
     ):
         self.name = name
-        program = f"import sys; from {serve.__module__} import serve; serve(*sys.argv[1:])"
-        words = [sys.executable, "-c", program, name, str(folder)]
-        env = {**os.environ, **dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(threads))}
-        self.process = subprocess.Popen(
-            words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env
-        )
+        self.process = start_process(name, folder, threads)
 
     def __enter__(self):
         return self
@@ -345,6 +463,16 @@ class Process:
         return json.loads(answer)
 
 
+# %% ../../nbs/11_studies/04_benchmark.ipynb #3537fc04
+def ask_each(
+    processes,  # list of Process
+    number,  # of the pair
+    whats,  # what each is asked for
+) -> dict:  # (name, what) -> answer
+    "One pair, every system in turn."
+    return {(process.name, what): process.ask(k=number, what=what) for process in processes for what in whats}
+
+
 # %% ../../nbs/11_studies/04_benchmark.ipynb #99b38331
 def in_turn(
     names,  # systems, see `serve`
@@ -353,19 +481,13 @@ def in_turn(
     whats,  # what each system is asked for, in turn
 ) -> dict:  # (name, what) -> list of answers, the warm-up left out
     "Ask all systems about pair after pair, in turn."
-    told = {(n, w): [] for n in names for w in whats}
     with ExitStack() as stack:
         processes = [stack.enter_context(Process(n, folder, settings.threads)) for n in names]
-        for k in range(settings.repeats + 1):
-            for process in processes:
-                for what in whats:
-                    answer = process.ask(k=k, what=what)
-                    if k:
-                        told[process.name, what].append(answer)
+        rounds = [ask_each(processes, k, whats) for k in range(settings.repeats + 1)]
+        told = {question: [answers[question] for answers in rounds[1:]] for question in rounds[0]}
         for process in processes:
-            told[process.name, "operations"] = (
-                process.ask(k=0, what="operations") if process.name != "product" else {}
-            )
+            counts = process.name != "product"  # it tells its operations with every answer
+            told[process.name, "operations"] = process.ask(k=0, what="operations") if counts else {}
     return told
 
 
@@ -384,50 +506,56 @@ def summary(
     }
 
 
+# %% ../../nbs/11_studies/04_benchmark.ipynb #ea7d8212
+def compare_motion(
+    ours,  # summary of ours
+    kornia,  # summary of kornia's
+) -> dict:
+    "Both, and how many times faster ours is."
+    times = kornia["median_s"] / ours["median_s"]
+    return {"ours": ours, "kornia": kornia, "times_faster": round(times, 2)}
+
+
 # %% ../../nbs/11_studies/04_benchmark.ipynb #c2946e95
 def measure_registration(folder, settings) -> dict:  # as in `in_turn`
     "`register` of ours beside kornia's forward pass."
-    told, out = in_turn(("ours", "kornia"), folder, settings, tuple(MOTIONS)), {}
-    for motion in MOTIONS:
-        ours, kornia = (summary(told[name, motion]) for name in ("ours", "kornia"))
-        out[motion] = {
-            "ours": ours,
-            "kornia": kornia,
-            "times_faster": round(kornia["median_s"] / ours["median_s"], 2),
-        }
-    memory = [max(out[motion][name]["memory_mb"] for motion in MOTIONS) for name in ("ours", "kornia")]
+    names = ("ours", "kornia")
+    told = in_turn(names, folder, settings, tuple(MOTIONS))
+    out = {motion: compare_motion(*(summary(told[name, motion]) for name in names)) for motion in MOTIONS}
+    memory = [max(out[motion][name]["memory_mb"] for motion in MOTIONS) for name in names]
     return out | {
         "memory_mb": memory,
         "memory_share": round(memory[0] / memory[1], 3),
-        "operations": {name: told[name, "operations"]["operations"] for name in ("ours", "kornia")},
+        "operations": {name: told[name, "operations"]["operations"] for name in names},
     }
 
 
 # %% ../../nbs/11_studies/04_benchmark.ipynb #5582fde0
+PRECISIONS = ("32", "bf16")
+
+
 def measure_training(folder, settings) -> dict:
     "A training step of both variants in both precisions."
-    names, precisions = ("training:fast", "training:reference"), ("32", "bf16")
-    told = in_turn(names, folder, settings, precisions)
-    out = {
-        n.partition(":")[2]: {p: summary(told[n, p]) for p in precisions}
-        | {"operations": told[n, "operations"]["operations"]}
-        for n in names
-    }
-    return out | {
-        "times_faster": {
-            p: round(out["reference"][p]["median_s"] / out["fast"][p]["median_s"], 2) for p in precisions
-        }
-    }
+    variants = ("fast", "reference")
+    told = in_turn([f"training:{variant}" for variant in variants], folder, settings, PRECISIONS)
+    out = {}
+    for variant in variants:
+        name = f"training:{variant}"
+        out[variant] = {precision: summary(told[name, precision]) for precision in PRECISIONS}
+        out[variant]["operations"] = told[name, "operations"]["operations"]
+    times = {p: out["reference"][p]["median_s"] / out["fast"][p]["median_s"] for p in PRECISIONS}
+    return out | {"times_faster": {precision: round(value, 2) for precision, value in times.items()}}
 
 
 # %% ../../nbs/11_studies/04_benchmark.ipynb #aec6aede
 def measure_product(folder, settings) -> dict:
     "GFLOP/s of a matrix product in both precisions."
-    told = in_turn(("product",), folder, settings, ("32", "bf16"))
-    return {
-        p: round(told["product", p][0]["operations"] / summary(told["product", p])["median_s"] / 1e9, 2)
-        for p in ("32", "bf16")
-    }
+    told = in_turn(("product",), folder, settings, PRECISIONS)
+    rates = {}
+    for precision in PRECISIONS:
+        answers = told["product", precision]
+        rates[precision] = round(answers[0]["operations"] / summary(answers)["median_s"] / 1e9, 2)
+    return rates
 
 
 # %% ../../nbs/11_studies/04_benchmark.ipynb #e5d32c81
@@ -441,32 +569,49 @@ def measure_sides(folder, settings) -> list:
     return rows
 
 
+# %% ../../nbs/11_studies/04_benchmark.ipynb #9488ddd2
+def share_of(
+    operations,  # of one call
+    seconds,  # it took
+    peak,  # GFLOP/s of the product of the same type
+) -> dict:
+    "GFLOP, achieved GFLOP/s, and their share of the product."
+    rate = operations / seconds / 1e9
+    return {
+        "gflop": round(operations / 1e9, 3),
+        "gflop_per_s": round(rate, 2),
+        "share": round(rate / peak, 4),
+    }
+
+
+# %% ../../nbs/11_studies/04_benchmark.ipynb #f6cd7c09
+def seconds_of_pass(
+    result,  # with sides
+) -> float | None:
+    "Of one pass of `fast` at the side of the registrations, where that was measured."
+    for row in result["sides"]:
+        if row["side"] == result["settings"]["size"]:
+            return row["pass"]["median_s"]
+    return None
+
+
 # %% ../../nbs/11_studies/04_benchmark.ipynb #fccee654
 def shares(
-    result,  # with registration, training and product
+    result,  # with registration, training, product and sides
 ) -> dict:
-    "GFLOP, achieved GFLOP/s, and their share of a matrix product."
-    training, peak, rows = result["training"], result["product"], {}
-
-    def row(operations, seconds, precision):
-        return {
-            "gflop": round(operations / 1e9, 3),
-            "gflop_per_s": round(operations / seconds / 1e9, 2),
-            "share": round(operations / seconds / 1e9 / peak[precision], 4),
-        }
-
-    operations = result["registration"]["operations"]
-    rows["kornia, forward, 32"] = row(
-        operations["kornia"], result["registration"]["mild"]["kornia"]["median_s"], "32"
-    )
-    one = next(
-        (s["pass"]["median_s"] for s in result["sides"] if s["side"] == result["settings"]["size"]), None
-    )
+    "What `share_of` says of every network."
+    registration, training, peak = result["registration"], result["training"], result["product"]
+    operations = registration["operations"]
+    kornia = registration["mild"]["kornia"]["median_s"]
+    rows = {"kornia, forward, 32": share_of(operations["kornia"], kornia, peak["32"])}
+    one = seconds_of_pass(result)
     if one:
-        rows["fast, a pass, 32"] = row(operations["ours"], one, "32")
-    for v in ("fast", "reference"):
-        for p in ("32", "bf16"):
-            rows[f"{v}, training step, {p}"] = row(training[v]["operations"], training[v][p]["median_s"], p)
+        rows["fast, a pass, 32"] = share_of(operations["ours"], one, peak["32"])
+    for variant in ("fast", "reference"):
+        for precision in PRECISIONS:
+            seconds = training[variant][precision]["median_s"]
+            name = f"{variant}, training step, {precision}"
+            rows[name] = share_of(training[variant]["operations"], seconds, peak[precision])
     return rows
 
 
@@ -513,6 +658,15 @@ def _cuda_jobs(
     return jobs
 
 
+# %% ../../nbs/11_studies/04_benchmark.ipynb #9219867c
+def _rate_or_failure(function, arguments, pairs, repeats):
+    "Pairs per second, or why the compiler refused."
+    try:
+        return _rate(partial(function, *arguments), pairs, repeats)
+    except (RuntimeError, torch._dynamo.exc.TorchDynamoException) as e:
+        return f"failed: {str(e).splitlines()[0][:200]}"
+
+
 # %% ../../nbs/11_studies/04_benchmark.ipynb #09f9bbf5
 def measure_cuda(
     given,  # what `draw_pairs` wrote
@@ -527,61 +681,80 @@ def measure_cuda(
         if compiled:
             matcher.compile()
         steps = training_steps(MatcherConfig(), "cuda", compiled)
-        for precision in ("32", "bf16"):
-            jobs = _cuda_jobs(matcher, steps, precision, given, settings)
-            for name, (function, arguments, pairs) in jobs.items():
+        for precision in PRECISIONS:
+            for name, job in _cuda_jobs(matcher, steps, precision, given, settings).items():
                 key = f"{name}, {precision}" + (", compiled" if compiled else "")
-                try:
-                    out[key] = _rate(partial(function, *arguments), pairs, settings.repeats)
-                except (RuntimeError, torch._dynamo.exc.TorchDynamoException) as e:
-                    out[key] = f"failed: {str(e).splitlines()[0][:200]}"
+                out[key] = _rate_or_failure(*job, settings.repeats)
     return out
 
 
+# %% ../../nbs/11_studies/04_benchmark.ipynb #ad937266
+def begin_result(
+    out,  # JSON file, written before or not
+    settings,  # Settings
+) -> dict:
+    "Machine and settings, and what was measured with the same ones before."
+    told = {
+        "machine": this_machine() | {"kornia": version("kornia")},
+        "settings": json.loads(json.dumps(asdict(settings))),  # as a file gives them back
+        "seeds": f"report, {settings.repeats + 1} eyes",
+    }
+    old = read_json(out) if Path(out).is_file() else {}
+    same = all(old.get(name) == value for name, value in told.items())
+    return {**old, **told} if same else told
+
+
+# %% ../../nbs/11_studies/04_benchmark.ipynb #792f56aa
+def measure_cuda_part(folder, settings) -> dict:
+    "`measure_cuda` on the pairs of the folder."
+    return measure_cuda(torch.load(Path(folder) / "pairs.pt", weights_only=True), settings)
+
+
+# %% ../../nbs/11_studies/04_benchmark.ipynb #e1c04a37
+MEASUREMENTS = {
+    "registration": measure_registration,
+    "training": measure_training,
+    "product": measure_product,
+    "sides": measure_sides,
+    "cuda": measure_cuda_part,
+}
+PARTS = tuple(MEASUREMENTS)
+
+
 # %% ../../nbs/11_studies/04_benchmark.ipynb #4df3a301
-PARTS = ("registration", "training", "product", "sides", "cuda")
-
-
 def run_benchmark(
     out: str = "benchmark.json",  # file to write
     settings: Settings = Settings(),  # what is measured
     parts: tuple[str, ...] = PARTS,  # which of registration, training, product, sides, cuda
 ) -> dict:  # what was written
     "Measure speed and memory beside kornia's LoFTR, and write the figures with the machine beside them."
-    if wrong := set(parts) - set(PARTS):
-        raise ValueError(f"parts {', '.join(sorted(wrong))}: expected some of {', '.join(PARTS)}")
-    machine = this_machine() | {"kornia": version("kornia")}
-    told = json.loads(
-        json.dumps(
-            {
-                "machine": machine,
-                "settings": asdict(settings),
-                "seeds": f"report, {settings.repeats + 1} eyes",
-            }
-        )
-    )
-    old = read_json(out) if Path(out).is_file() else {}
-    result = {**{k: v for k, v in old.items() if all(old.get(name) == told[name] for name in told)}, **told}
+    wrong = sorted({*parts} - {*PARTS})
+    if wrong:
+        raise ValueError(f"parts {', '.join(wrong)}: expected some of {', '.join(PARTS)}")
+    result = begin_result(out, settings)
     with tempfile.TemporaryDirectory() as folder:
         write_json(Path(folder) / "settings.json", asdict(settings))
         draw_pairs(settings, Path(folder) / "pairs.pt")
-        measure = {
-            "registration": measure_registration,
-            "training": measure_training,
-            "product": measure_product,
-            "sides": measure_sides,
-        }
         for part in parts:
-            result[part] = (
-                measure_cuda(torch.load(Path(folder) / "pairs.pt", weights_only=True), settings)
-                if part == "cuda"
-                else measure[part](folder, settings)
-            )
+            result[part] = MEASUREMENTS[part](folder, settings)
             write_json(out, result)
     if all(part in result for part in ("registration", "training", "product", "sides")):
         result["work"] = shares(result)
     write_json(out, result)
     return result
+
+
+# %% ../../nbs/11_studies/04_benchmark.ipynb #61d9c8a2
+def _motion_lines(name, measured, side):
+    "Registration of pairs of one kind of motion."
+    ours, kornia = measured["ours"], measured["kornia"]
+    passes = ", ".join(map(str, ours["passes"]))
+    return [
+        f"registration, {side} px, {name} motion: {ours['median_s']:.3f} s; "
+        f"one forward pass of kornia's LoFTR: {kornia['median_s']:.3f} s: "
+        f"{measured['times_faster']:.1f} times faster",
+        f"  passes {passes}; verdicts {', '.join(ours['verdict'])}",
+    ]
 
 
 # %% ../../nbs/11_studies/04_benchmark.ipynb #61d3ddc8
@@ -592,20 +765,10 @@ def _registration_lines(
     "Registration beside one forward pass of kornia's LoFTR: time, passes, memory."
     lines = []
     for motion in MOTIONS:
-        ours = measured[motion]["ours"]
-        kornia = measured[motion]["kornia"]
-        passes = ", ".join(map(str, ours["passes"]))
-        lines.append(
-            f"registration, {settings['size']} px, {motion} motion: {ours['median_s']:.3f} s; "
-            f"one forward pass of kornia's LoFTR: {kornia['median_s']:.3f} s: "
-            f"{measured[motion]['times_faster']:.1f} times faster"
-        )
-        lines.append(f"  passes {passes}; verdicts {', '.join(ours['verdict'])}")
+        lines += _motion_lines(motion, measured[motion], settings["size"])
     mine, theirs = measured["memory_mb"]
-    lines.append(
-        f"memory above imports: {mine:.0f} MB and {theirs:.0f} MB, a share of {measured['memory_share']:.2f}"
-    )
-    return lines
+    share = measured["memory_share"]
+    return [*lines, f"memory above imports: {mine:.0f} MB and {theirs:.0f} MB, a share of {share:.2f}"]
 
 
 # %% ../../nbs/11_studies/04_benchmark.ipynb #f46d9a1a
@@ -628,11 +791,11 @@ def _training_lines(
     return lines
 
 
-# %% ../../nbs/11_studies/04_benchmark.ipynb #1b8efe08
+# %% ../../nbs/11_studies/04_benchmark.ipynb #116c5fcb
 def _work_lines(
     result,  # from `run_benchmark`
 ) -> list:
-    "Operations against what the machine can do, and time and memory against the side of an image."
+    "Operations against what the machine can do."
     lines = []
     if product := result.get("product"):
         rates = [f"{rate:.0f} GFLOP/s in {precision}" for precision, rate in product.items()]
@@ -642,6 +805,15 @@ def _work_lines(
             f"  {name:34}{work['gflop']:10.1f} GFLOP {work['gflop_per_s']:9.1f} GFLOP/s "
             f"{work['share']:7.1%} of the product"
         )
+    return lines
+
+
+# %% ../../nbs/11_studies/04_benchmark.ipynb #1b8efe08
+def _side_lines(
+    result,  # from `run_benchmark`
+) -> list:
+    "Time and memory against the side of an image."
+    lines = []
     for row in result.get("sides", []):
         registration = row["registration"]
         lines.append(
@@ -662,7 +834,7 @@ def benchmark_table(
         lines += _registration_lines(registration, settings)
     if training := result.get("training"):
         lines += _training_lines(training, settings)
-    lines += _work_lines(result)
+    lines += _work_lines(result) + _side_lines(result)
     for name, value in (result.get("cuda") or {}).items():
         lines.append(f"{name}: {value}" + (" pairs/s" if isinstance(value, float) else ""))
     lines.append(
@@ -673,27 +845,32 @@ def benchmark_table(
     return "\n".join(lines)
 
 
+# %% ../../nbs/11_studies/04_benchmark.ipynb #c3398667
+def _draw_against_side(axes, result, key, label, whats):
+    "One figure of a pass, a registration, or both against the side of the image."
+    colours = {"pass": "steelblue", "registration": "tab:orange"}
+    side = [row["side"] for row in result["sides"]]
+    for what in whats:
+        axes.loglog(side, [row[what][key] for row in result["sides"]], "o-", color=colours[what], label=what)
+    axes.set(xlabel="side, px", ylabel=label, xticks=side, xticklabels=side)
+    axes.minorticks_off()
+    axes.grid(alpha=0.3)
+
+
 # %% ../../nbs/11_studies/04_benchmark.ipynb #b0d9248e
 def draw_sides(
     result,  # from `run_benchmark`, with sides
 ):
     "Seconds and memory against the side of the image, both axes logarithmic: a Figure."
-    side = [row["side"] for row in result["sides"]]
     figure = new_figure(620, 260, 80)
-    for k, (key, label) in enumerate((("median_s", "seconds"), ("memory_mb", "MB above imports"))):
-        axes = figure.add_subplot(1, 2, k + 1)
-        for what, colour in (("pass", "steelblue"), ("registration", "tab:orange")):
-            if what == "pass" and key == "memory_mb":
-                continue
-            axes.loglog(side, [row[what][key] for row in result["sides"]], "o-", color=colour, label=what)
-        axes.set(xlabel="side, px", ylabel=label, xticks=side, xticklabels=side)
-        axes.minorticks_off()
-        axes.grid(alpha=0.3)
-    figure.axes[0].legend(fontsize=8)
-    if r := result.get("registration"):
-        (
-            figure.axes[0].plot(result["settings"]["size"], r["mild"]["kornia"]["median_s"], "kx"),
-            figure.axes[1].plot(result["settings"]["size"], r["memory_mb"][1], "kx"),
-        )
+    seconds, memory = figure.subplots(1, 2)
+    _draw_against_side(seconds, result, "median_s", "seconds", ("pass", "registration"))
+    _draw_against_side(memory, result, "memory_mb", "MB above imports", ("registration",))
+    seconds.legend(fontsize=8)
+    registration = result.get("registration")
+    if registration:
+        side = result["settings"]["size"]
+        seconds.plot(side, registration["mild"]["kornia"]["median_s"], "kx")
+        memory.plot(side, registration["memory_mb"][1], "kx")
     figure.tight_layout()
     return figure

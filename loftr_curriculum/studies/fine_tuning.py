@@ -10,18 +10,28 @@ __all__ = [
     "FIGURES",
     "RUNS",
     "LABELS",
+    "KEPT_FACTS",
+    "TITLES",
     "Camera",
     "fibre_pattern",
+    "seen_by_optics",
+    "light_of",
     "new_camera",
     "Settings",
+    "take_again",
     "make_domain",
     "data_of",
     "tests_of",
     "errors_of",
+    "success_at_10",
     "change",
     "run_of",
+    "run_facts",
+    "measure",
+    "begin_experiment",
     "run_fine_tuning",
     "errors_in",
+    "change_in",
     "changes_in",
     "fine_tuning_table",
     "in_words",
@@ -81,16 +91,32 @@ def fibre_pattern(
     "A hexagonal pattern, turned and shifted at random."
     y, x = np.mgrid[: size[0], : size[1]].astype(np.float32)
     turn, phase = rng.uniform(0, np.pi), rng.uniform(0, 2 * np.pi, 3)
-    return np.mean(
-        [
-            np.cos(
-                2 * np.pi / period * (x * np.cos(turn + k * np.pi / 3) + y * np.sin(turn + k * np.pi / 3))
-                + phase[k]
-            )
-            for k in range(3)
-        ],
-        axis=0,
-    )
+    waves = []
+    for k in range(3):
+        along = x * np.cos(turn + k * np.pi / 3) + y * np.sin(turn + k * np.pi / 3)
+        waves.append(np.cos(2 * np.pi / period * along + phase[k]))
+    return np.mean(waves, axis=0)
+
+
+# %% ../../nbs/11_studies/12_fine_tuning.ipynb #ea6817e8
+def seen_by_optics(
+    image,  # (H, W) or (H, W, 3) uint8
+) -> np.ndarray:  # (H, W) bool
+    "Where a picture is not black; small dark spots inside count as seen."
+    bright = (image if image.ndim == 2 else image.max(2)) > 4
+    return cv2.morphologyEx(bright.astype(np.uint8), cv2.MORPH_CLOSE, np.ones((9, 9))) > 0
+
+
+# %% ../../nbs/11_studies/12_fine_tuning.ipynb #849193d5
+def light_of(
+    size,  # (height, width)
+    rng,  # np.random.Generator
+    camera,  # Camera
+) -> np.ndarray:  # size, factor of the brightness
+    "Light that falls off towards the rim, through the fibres."
+    y, x = np.mgrid[-1 : 1 : size[0] * 1j, -1 : 1 : size[1] * 1j]
+    fibres = fibre_pattern(size, camera.period * size[1] / 512, rng)
+    return np.exp(-camera.rim * (x**2 + y**2)) * (1 + camera.fibres * fibres)
 
 
 # %% ../../nbs/11_studies/12_fine_tuning.ipynb #3c5925b1
@@ -101,21 +127,16 @@ def new_camera(
     camera=Camera(),  # what it does
 ) -> np.ndarray:  # the same shape, uint8
     "The picture as the new camera would have taken it; what was black stays black."
-    (h, w), unit = image.shape[:2], image.shape[1] / 512
-    bright = (image if image.ndim == 2 else image.max(2)) > 4
-    seen = cv2.morphologyEx(bright.astype(np.uint8), cv2.MORPH_CLOSE, np.ones((9, 9))) > 0
+    size = image.shape[:2]
     out = np.atleast_3d(image).astype(np.float32) / 255
     if kind in camera.negative:
         out = 1 - out
     if out.shape[2] == 3:
         out = out * np.float32(camera.cast)
-    out = np.atleast_3d(cv2.GaussianBlur(out, (0, 0), camera.blur * unit))
-    y, x = np.mgrid[-1 : 1 : h * 1j, -1 : 1 : w * 1j]
-    light = np.exp(-camera.rim * (x**2 + y**2)) * (
-        1 + camera.fibres * fibre_pattern((h, w), camera.period * unit, rng)
-    )
-    out = out * light[..., None] + camera.noise * rng.standard_normal((h, w, 1))
-    out = np.where(seen[..., None], np.clip(out, 2 / 255, 1), 0)
+    out = np.atleast_3d(cv2.GaussianBlur(out, (0, 0), camera.blur * size[1] / 512))
+    light = light_of(size, rng, camera)
+    out = out * light[..., None] + camera.noise * rng.standard_normal((*size, 1))
+    out = np.where(seen_by_optics(image)[..., None], np.clip(out, 2 / 255, 1), 0)
     return np.rint(255 * out).astype(np.uint8).reshape(image.shape)
 
 
@@ -148,6 +169,21 @@ class Settings:
     seed: int = 0  # of the training pairs
 
 
+# %% ../../nbs/11_studies/12_fine_tuning.ipynb #51d0fe73
+def take_again(
+    case,  # folder of a case
+    out,  # folder to fill
+    camera,  # Camera
+) -> None:
+    "A case whose photographs were taken with the new camera."
+    rng = np.random.default_rng(int(case.name.partition("_")[0]))
+    for path in sorted(case.glob("*.png")):
+        image, kind = read_image(path), path.stem.rpartition("_")[2]
+        if kind in TAKEN:
+            image = new_camera(image, kind, rng, camera)
+        write_image(out / path.name, image)
+
+
 # %% ../../nbs/11_studies/12_fine_tuning.ipynb #d6b9a7d4
 def make_domain(
     folder,  # folder to fill
@@ -155,16 +191,9 @@ def make_domain(
 ) -> Path:  # the folder of triplets
     "Generated eyes, taken with the new camera, as a folder of triplets."
     eyes, out = Path(folder) / "eyes", Path(folder) / "new_camera"
-    for name in synthesise(
-        eyes, settings.cases, FIRST, settings.picture, KINDS, settings.eye, progress=False
-    ):
-        rng = np.random.default_rng(int(name.partition("_")[0]))
-        for path in sorted((eyes / name).glob("*.png")):
-            image, kind = read_image(path), path.stem.rpartition("_")[2]
-            write_image(
-                out / name / path.name,
-                new_camera(image, kind, rng, settings.camera) if kind in TAKEN else image,
-            )
+    names = synthesise(eyes, settings.cases, FIRST, settings.picture, KINDS, settings.eye, progress=False)
+    for name in names:
+        take_again(eyes / name, out / name, settings.camera)
     return out
 
 
@@ -217,19 +246,24 @@ def errors_of(
     "The error of a single unguided pass on every pair."
     errors, eyes = [], []
     for given in DataLoader(pairs, batch):
-        found = matcher.match(
-            *(given[k] for k in ("image0", "image1", "fov0", "fov1")), guidance=UNGUIDED, threshold=0.0
-        )
-        errors += [
-            quick_error(m, fov0.numpy(), T.double().numpy(), fov1.shape)
-            for m, fov0, fov1, T in zip(found, given["fov0"], given["fov1"], given["fixed_to_moving"])
-        ]
+        images = [given[name] for name in ("image0", "image1", "fov0", "fov1")]
+        found = matcher.match(*images, guidance=UNGUIDED, threshold=0.0)
+        truth = zip(found, given["fov0"], given["fov1"], given["fixed_to_moving"])
+        errors += [quick_error(m, fov0.numpy(), T.double().numpy(), fov1.shape) for m, fov0, fov1, T in truth]
         eyes += [name.partition(":")[0] for name in given["id"]]
     return np.array(errors), eyes
 
 
+# %% ../../nbs/11_studies/12_fine_tuning.ipynb #dd850afc
+def success_at_10(
+    errors,  # (N,) px
+) -> float:
+    "Share of the errors below 10 px."
+    return success_rate(errors, 10)
+
+
 # %% ../../nbs/11_studies/12_fine_tuning.ipynb #fcc36446
-FIGURES = {"mean AUC": mean_auc, "SR@10": lambda errors: success_rate(errors, 10)}
+FIGURES = {"mean AUC": mean_auc, "SR@10": success_at_10}
 
 
 def change(
@@ -242,10 +276,11 @@ def change(
     "How much a figure changes, with its 95 % interval over eyes."
     before, after = np.asarray(before, float), np.asarray(after, float)
     drawn = [figure(after[take]) - figure(before[take]) for take in resample(eyes, draws)]
-    return [round(float(v), 4) for v in (figure(after) - figure(before), *np.quantile(drawn, (0.025, 0.975)))]
+    low, high = np.quantile(drawn, (0.025, 0.975))
+    return [round(float(v), 4) for v in (figure(after) - figure(before), low, high)]
 
 
-# %% ../../nbs/11_studies/12_fine_tuning.ipynb #81873fe3
+# %% ../../nbs/11_studies/12_fine_tuning.ipynb #c80c4248
 RUNS = {"alone": 0.0, "mixed": 1.0}  # name of a run -> share of generated eyes
 LABELS = {
     "before": "packaged weights",
@@ -254,6 +289,7 @@ LABELS = {
 }
 
 
+# %% ../../nbs/11_studies/12_fine_tuning.ipynb #81873fe3
 def run_of(
     name,  # one of RUNS
     settings,  # Settings
@@ -279,6 +315,49 @@ def _told(errors):
     return [round(float(e), 2) if np.isfinite(e) else None for e in errors]
 
 
+# %% ../../nbs/11_studies/12_fine_tuning.ipynb #3544f44d
+# facts of a run's weights that the record keeps
+KEPT_FACTS = ("steps", "pairs", "seconds", "precision", "hardware")
+
+
+def run_facts(
+    config,  # TrainConfig
+    tuned,  # the matcher that it gave
+) -> dict:
+    "How a run was trained."
+    told = {"lr": config.lr, "curriculum": config.curriculum}
+    return told | {name: tuned.facts[name] for name in KEPT_FACTS}
+
+
+# %% ../../nbs/11_studies/12_fine_tuning.ipynb #f1722c42
+def measure(
+    result,  # the record, which is added to
+    name,  # of the matcher
+    matcher,  # in evaluation mode
+    tests,  # from `tests_of`
+    batch,  # pairs at once
+) -> None:
+    "Errors of a matcher on both domains."
+    result["errors"][name] = {}
+    for domain, pairs in tests.items():
+        errors, result["eyes"][domain] = errors_of(matcher, pairs, batch)
+        result["errors"][name][domain] = _told(errors)
+
+
+# %% ../../nbs/11_studies/12_fine_tuning.ipynb #92bdc71d
+def begin_experiment(
+    folder,  # of the experiment
+    settings,  # Settings
+    shipped,  # the packaged matcher
+) -> dict:  # the record, still without errors
+    "Raises ValueError where the folder holds another experiment."
+    told = {"settings": asdict(settings), "weights": fingerprint(shipped), "generator": GENERATOR_VERSION}
+    folder.mkdir(parents=True, exist_ok=True)
+    check_settings(folder / "settings.json", told)
+    known = {"machine": this_machine(), **told, "trained_on": shipped.facts.get("pairs")}
+    return known | {"eyes": {}, "errors": {}, "runs": {}}
+
+
 # %% ../../nbs/11_studies/12_fine_tuning.ipynb #46472cea
 def run_fine_tuning(
     out: str = "fine_tuning.json",  # file to write
@@ -288,37 +367,17 @@ def run_fine_tuning(
     "Fine-tune the packaged weights to the new camera in two ways and measure both domains before and after."
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     folder, shipped = Path(folder), load_matcher(SHIPPED)
-    told = {"settings": asdict(settings), "weights": fingerprint(shipped), "generator": GENERATOR_VERSION}
-    folder.mkdir(parents=True, exist_ok=True)
-    check_settings(folder / "settings.json", told)
+    result = begin_experiment(folder, settings, shipped)
     triplets = make_domain(folder, settings)
     tests = tests_of(data_of(settings, folder, triplets))
-    result = {
-        "machine": this_machine(),
-        **told,
-        "trained_on": shipped.facts.get("pairs"),
-        "eyes": {},
-        "errors": {},
-        "runs": {},
-    }
-
-    def measure(name, matcher):
-        result["errors"][name] = {}
-        for domain, pairs in tests.items():
-            errors, result["eyes"][domain] = errors_of(matcher, pairs, settings.batch)
-            result["errors"][name][domain] = _told(errors)
-        write_json(out, result)
-
-    measure("before", shipped)
+    measure(result, "before", shipped, tests, settings.batch)
+    write_json(out, result)
     for name in RUNS:
         config = run_of(name, settings, folder, triplets)
         tuned = load_matcher(train(config, progress=sys.stderr.isatty()).weights)
-        result["runs"][name] = {
-            "lr": config.lr,
-            "curriculum": config.curriculum,
-            **{k: tuned.facts[k] for k in ("steps", "pairs", "seconds", "precision", "hardware")},
-        }
-        measure(name, tuned)
+        result["runs"][name] = run_facts(config, tuned)
+        measure(result, name, tuned, tests, settings.batch)
+        write_json(out, result)
     return result
 
 
@@ -332,24 +391,35 @@ def errors_in(
     return np.array([np.inf if e is None else e for e in result["errors"][name][domain]])
 
 
+# %% ../../nbs/11_studies/12_fine_tuning.ipynb #546f680e
+def change_in(
+    result,  # of `run_fine_tuning`
+    name,  # "alone" or "mixed"
+    domain,  # "new" or "old"
+) -> dict:  # figure -> [value, low, high]
+    "What one run changed on one domain."
+    before, after = errors_in(result, "before", domain), errors_in(result, name, domain)
+    eyes = result["eyes"][domain]
+    return {title: change(before, after, eyes, figure) for title, figure in FIGURES.items()}
+
+
 # %% ../../nbs/11_studies/12_fine_tuning.ipynb #dcb7b179
 def changes_in(
     result,  # of `run_fine_tuning`
 ) -> dict:  # run -> domain -> figure -> [value, low, high]
     "All changes against the packaged weights."
-    return {
-        name: {
-            d: {
-                f: change(
-                    errors_in(result, "before", d), errors_in(result, name, d), result["eyes"][d], figure
-                )
-                for f, figure in FIGURES.items()
-            }
-            for d in ("new", "old")
-        }
-        for name in RUNS
-        if name in result["errors"]
-    }
+    ran = [name for name in RUNS if name in result["errors"]]
+    return {name: {domain: change_in(result, name, domain) for domain in ("new", "old")} for name in ran}
+
+
+# %% ../../nbs/11_studies/12_fine_tuning.ipynb #f758ff57
+def _table_cell(result, changes, name, domain, figure):
+    "A figure, and by how much it changed."
+    value = f"{FIGURES[figure](errors_in(result, name, domain)):.3f}"
+    if name == "before":
+        return value
+    by, low, high = changes[name][domain][figure]
+    return f"{value} ({by:+.3f}, {low:+.3f} to {high:+.3f})"
 
 
 # %% ../../nbs/11_studies/12_fine_tuning.ipynb #319eb1e3
@@ -358,23 +428,17 @@ def fine_tuning_table(
 ) -> str:  # Markdown
     "Both figures of every matcher on both domains, and the changes with their intervals."
     changes = changes_in(result)
-
-    def cell(name, domain, figure):
-        value = f"{FIGURES[figure](errors_in(result, name, domain)):.3f}"
-        if name == "before":
-            return value
-        by, low, high = changes[name][domain][figure]
-        return f"{value} ({by:+.3f}, {low:+.3f} to {high:+.3f})"
-
-    columns = [(d, f) for d in ("new", "old") for f in FIGURES]
-    head = ["", *(f"{'new camera' if d == 'new' else 'old domain'}, {f}" for d, f in columns)]
-    rows = [
-        [LABELS[name], *(cell(name, d, f) for d, f in columns)] for name in LABELS if name in result["errors"]
-    ]
+    columns = [(domain, figure) for domain in ("new", "old") for figure in FIGURES]
+    titles = {"new": "new camera", "old": "old domain"}
+    head = ["", *(f"{titles[domain]}, {figure}" for domain, figure in columns)]
+    rows = []
+    for name, label in LABELS.items():
+        if name in result["errors"]:
+            rows.append([label, *(_table_cell(result, changes, name, *column) for column in columns)])
     return markdown_table(head, rows)
 
 
-# %% ../../nbs/11_studies/12_fine_tuning.ipynb #a4d0cdf9
+# %% ../../nbs/11_studies/12_fine_tuning.ipynb #dddb092c
 def _change_in_words(
     by,  # mean change
     low,  # of its interval
@@ -390,6 +454,7 @@ def _change_in_words(
     return f"{by:+.3f} ({low:+.3f} to {high:+.3f}), {verdict}"
 
 
+# %% ../../nbs/11_studies/12_fine_tuning.ipynb #a4d0cdf9
 def in_words(
     result,  # of `run_fine_tuning`
 ) -> str:
@@ -412,35 +477,36 @@ def summary_text(
     return fine_tuning_table(result) + "\n\n" + in_words(result)
 
 
+# %% ../../nbs/11_studies/12_fine_tuning.ipynb #2eef1628
+def _draw_domain(axes, result, domain, limit):
+    "The share of one domain's pairs under each error, a line for each matcher."
+    for (name, label), colour in zip(LABELS.items(), ("0.5", "tab:orange", "tab:blue")):
+        if name not in result["errors"]:
+            continue
+        errors = np.sort(errors_in(result, name, domain))
+        below = errors[errors < limit]
+        at = np.r_[0, below, limit]
+        share = np.r_[np.arange(len(below) + 1), len(below)] / len(errors)
+        axes.step(at, share, where="post", color=colour, label=label)
+    axes.set(xlabel="corner error, px at 512 px", xlim=(0, limit), ylim=(0, 1))
+    axes.grid(alpha=0.3)
+
+
 # %% ../../nbs/11_studies/12_fine_tuning.ipynb #98ef1fd1
+TITLES = {"new": "new camera, held-out patients", "old": "old domain, report eyes"}
+
+
 def draw_fine_tuning(
     result,  # of `run_fine_tuning`
     limit=40.0,  # px of the horizontal axis
 ):  # Figure
     "The share of the pairs under each error, for both domains."
     figure = new_figure(720, 300, 80)
-    for axes, domain, title in zip(
-        figure.subplots(1, 2, sharey=True),
-        ("new", "old"),
-        ("new camera, held-out patients", "old domain, report eyes"),
-    ):
-        for (name, label), colour in zip(LABELS.items(), ("0.5", "tab:orange", "tab:blue")):
-            if name not in result["errors"]:
-                continue
-            errors = np.sort(errors_in(result, name, domain))
-            axes.step(
-                np.r_[0, errors[errors < limit], limit],
-                np.r_[np.arange((errors < limit).sum() + 1), (errors < limit).sum()] / len(errors),
-                where="post",
-                color=colour,
-                label=label,
-            )
-        axes.set(xlabel="corner error, px at 512 px", xlim=(0, limit), ylim=(0, 1), title=title)
-        axes.title.set_size(9)
-        axes.grid(alpha=0.3)
+    for axes, (domain, title) in zip(figure.subplots(1, 2, sharey=True), TITLES.items()):
+        _draw_domain(axes, result, domain, limit)
+        axes.set_title(title, fontsize=9)
     figure.axes[0].set_ylabel("share of the pairs")
-    figure.legend(
-        *figure.axes[0].get_legend_handles_labels(), fontsize=7, loc="lower center", ncols=3, frameon=False
-    )
+    handles = figure.axes[0].get_legend_handles_labels()
+    figure.legend(*handles, fontsize=7, loc="lower center", ncols=3, frameon=False)
     figure.tight_layout(rect=(0, 0.06, 1, 1))
     return figure

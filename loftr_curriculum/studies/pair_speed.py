@@ -51,6 +51,17 @@ def draws_per_second(
     return [sum(rates[k * processes : (k + 1) * processes]) for k in range(blocks)]
 
 
+# %% ../../nbs/11_studies/02_pair_speed.ipynb #326fcef7
+def _seconds_of(data, stream, batches, device):
+    "What it takes until so many batches are on the device."
+    start = time.perf_counter()
+    for batch in islice(stream, batches):
+        data.on_after_batch_transfer(data.transfer_batch_to_device(batch, device, 0), 0)
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
 # %% ../../nbs/11_studies/02_pair_speed.ipynb #db8922fc
 def loaded_per_second(
     config,  # DataConfig whose eyes are in the cache
@@ -62,12 +73,7 @@ def loaded_per_second(
     data = PairDataModule(replace(config, pairs_per_epoch=config.batch_size * (warm + blocks * batches)))
     data.setup()
     device = torch.device("cuda" if config.on_device and torch.cuda.is_available() else "cpu")
-    stream, rates = iter(data.train_dataloader()), []
-    for count in [warm] + [batches] * blocks:
-        start = time.perf_counter()
-        for batch in islice(stream, count):
-            data.on_after_batch_transfer(data.transfer_batch_to_device(batch, device, 0), 0)
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        rates.append(count * config.batch_size / (time.perf_counter() - start))
-    return rates[1:]
+    stream = iter(data.train_dataloader())
+    _seconds_of(data, stream, warm, device)
+    pairs = batches * config.batch_size
+    return [pairs / _seconds_of(data, stream, batches, device) for _ in range(blocks)]

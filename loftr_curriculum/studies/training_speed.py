@@ -6,15 +6,18 @@
 __all__ = [
     "ROWS",
     "StepClock",
+    "timed_trainer",
     "watch_training",
     "waiting_share",
+    "rates_of",
+    "trainings_of",
     "measure_speed",
+    "rounded",
     "speed_table",
     "draw_speed",
 ]
 
 # %% ../../nbs/11_studies/03_training_speed.ipynb #9c1d68c6
-import json
 import tempfile
 import time
 from dataclasses import asdict, replace
@@ -59,19 +62,13 @@ def _now(module):
     return time.perf_counter()
 
 
-# %% ../../nbs/11_studies/03_training_speed.ipynb #baa57b57
-def watch_training(
+# %% ../../nbs/11_studies/03_training_speed.ipynb #348f531d
+def timed_trainer(
     config,  # TrainConfig
-    steps=16,  # training steps that count
-    warm=3,  # steps before them
-) -> dict:  # step_seconds, between_seconds: lists of `steps` values
-    "A short real training run, timed."
-    pairs = config.data.batch_size * (steps + warm)
-    pl.seed_everything(config.seed, workers=True, verbose=False)
-    clock, module = StepClock(), PL_LoFTR(config)
-    if not torch.cuda.is_available():
-        order_for_cpu(module.matcher)
-    trainer = pl.Trainer(
+    clock,  # StepClock
+) -> pl.Trainer:
+    "One epoch as `train` goes through it, without validation and checkpoints."
+    return pl.Trainer(
         max_epochs=1,
         limit_val_batches=0,
         precision=precision_of(config),
@@ -84,7 +81,22 @@ def watch_training(
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    trainer.fit(module, PairDataModule(replace(config.data, pairs_per_epoch=pairs)))
+
+
+# %% ../../nbs/11_studies/03_training_speed.ipynb #baa57b57
+def watch_training(
+    config,  # TrainConfig
+    steps=16,  # training steps that count
+    warm=3,  # steps before them
+) -> dict:  # step_seconds, between_seconds: lists of `steps` values
+    "A short real training run, timed."
+    pairs = config.data.batch_size * (steps + warm)
+    pl.seed_everything(config.seed, workers=True, verbose=False)
+    clock, module = StepClock(), PL_LoFTR(config)
+    if not torch.cuda.is_available():
+        order_for_cpu(module.matcher)
+    data = PairDataModule(replace(config.data, pairs_per_epoch=pairs))
+    timed_trainer(config, clock).fit(module, data)
     return {"step_seconds": clock.inside[warm:], "between_seconds": clock.between[warm - 1 :]}
 
 
@@ -95,6 +107,43 @@ def waiting_share(
     "The share of the time that lies between the steps."
     between = sum(watched["between_seconds"])
     return between / (between + sum(watched["step_seconds"]))
+
+
+# %% ../../nbs/11_studies/03_training_speed.ipynb #c2c7d201
+def rates_of(
+    config,  # TrainConfig whose data have an empty cache
+    processes,  # that draw
+    blocks,  # measurements of each rate
+    count,  # pairs in a block and process of the bare draw
+    batches,  # batches in a block of the loader
+) -> dict:
+    "Eyes a minute, and pairs a second drawn, loaded and, with a GPU, made there."
+    data = config.data
+    rates = {
+        "worlds_per_minute": worlds_per_minute(data),
+        "drawn_per_second": draws_per_second(data, processes, blocks, count),
+        "loaded_per_second": loaded_per_second(data, blocks, batches),
+    }
+    if torch.cuda.is_available():
+        rates["device_per_second"] = loaded_per_second(replace(data, on_device=True), blocks, batches)
+    return rates
+
+
+# %% ../../nbs/11_studies/03_training_speed.ipynb #bee727cf
+def trainings_of(
+    config,  # TrainConfig whose eyes are in the cache
+    processes,  # that load
+    steps,  # training steps that are timed
+) -> dict:
+    "Training timed with loaders, without, and, with a GPU, with pairs that are made there."
+    watched = {}
+    for workers in (processes, 0):
+        data = replace(config.data, workers=workers)
+        watched[f"training_with_{workers}_workers"] = watch_training(replace(config, data=data), steps)
+    if torch.cuda.is_available():
+        data = replace(config.data, on_device=True)
+        watched["training_on_device"] = watch_training(replace(config, data=data), steps)
+    return watched
 
 
 # %% ../../nbs/11_studies/03_training_speed.ipynb #86b3717c
@@ -123,22 +172,21 @@ def measure_speed(
             seed=seed,
         )
         config = TrainConfig(data=data, seed=seed)
-        result = {
-            "worlds_per_minute": worlds_per_minute(data),
-            "drawn_per_second": draws_per_second(data, processes, blocks, count),
-            "loaded_per_second": loaded_per_second(data, blocks, batches),
-        }
-        for workers in (processes, 0):
-            result[f"training_with_{workers}_workers"] = watch_training(
-                replace(config, data=replace(data, workers=workers)), steps
-            )
-        if torch.cuda.is_available():
-            batched = replace(data, on_device=True)
-            result |= {
-                "device_per_second": loaded_per_second(batched, blocks, batches),
-                "training_on_device": watch_training(replace(config, data=batched), steps),
-            }
+        result = rates_of(config, processes, blocks, count, batches)
+        result |= trainings_of(config, processes, steps)
     return _written(out, result, config, processes)
+
+
+# %% ../../nbs/11_studies/03_training_speed.ipynb #10988f76
+def rounded(
+    value,  # anything that JSON can hold
+):  # the same, its numbers to five decimals
+    "What is kept of a measurement."
+    if isinstance(value, dict):
+        return {name: rounded(part) for name, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [rounded(part) for part in value]
+    return round(value, 5) if isinstance(value, float) else value
 
 
 # %% ../../nbs/11_studies/03_training_speed.ipynb #b686f10c
@@ -154,11 +202,11 @@ def _written(out, result, config, processes):
         "machine": this_machine() | {"gpu": gpu, "torch_threads": torch.get_num_threads()},
         "config": asdict(told),
     }
-    write_json(out, json.loads(json.dumps(result), parse_float=lambda text: round(float(text), 5)))
+    write_json(out, rounded(result))
     return result
 
 
-# %% ../../nbs/11_studies/03_training_speed.ipynb #036b5c08
+# %% ../../nbs/11_studies/03_training_speed.ipynb #0102f357
 ROWS = {  # row of the table -> key of the result
     "eyes rendered per minute, from nothing": "worlds_per_minute",
     "pairs drawn per second": "drawn_per_second",
@@ -168,11 +216,12 @@ ROWS = {  # row of the table -> key of the result
 }
 
 
+# %% ../../nbs/11_studies/03_training_speed.ipynb #036b5c08
 def _rates(result):
     return {title: np.atleast_1d(result[key]) for title, key in ROWS.items() if key in result}
 
 
-# %% ../../nbs/11_studies/03_training_speed.ipynb #33464769
+# %% ../../nbs/11_studies/03_training_speed.ipynb #bd71f17f
 def _rate_line(
     title,  # what was measured
     values,  # rates, one for every block
@@ -184,6 +233,7 @@ def _rate_line(
     return f"{line}   ({values.min():.0f} to {values.max():.0f}, {len(values)} blocks)"
 
 
+# %% ../../nbs/11_studies/03_training_speed.ipynb #33464769
 def _waiting_line(
     name,  # key of the result
     measured,  # what stands there: seconds of every step
@@ -193,26 +243,29 @@ def _waiting_line(
     return f"{title:40}{waiting_share(measured):8.2%}   ({len(measured['step_seconds'])} steps)"
 
 
+# %% ../../nbs/11_studies/03_training_speed.ipynb #31c37068
+def _conditions(result):
+    "With which settings, and on which machine."
+    machine = result["machine"]
+    data = result["config"]["data"]
+    return [
+        f"{data['size']} px, batches of {data['batch_size']}, {result['precision']}, "
+        f"{result['processes']} processes, seed {result['seed']}",
+        f"{machine['cores']} cores of {machine['processor']}, {machine['gpu'] or 'no GPU'}, "
+        f"torch {machine['torch']} on {machine['torch_threads']} threads",
+    ]
+
+
 # %% ../../nbs/11_studies/03_training_speed.ipynb #a3b60844
 def speed_table(
     result: dict,  # from `measure_speed`
 ) -> str:
     "The figures as lines of text: medians, with the range of the blocks."
-    machine = result["machine"]
-    data = result["config"]["data"]
     lines = [_rate_line(title, values) for title, values in _rates(result).items()]
     for name, measured in result.items():
         if name.startswith("training_"):
             lines.append(_waiting_line(name, measured))
-    lines.append(
-        f"{data['size']} px, batches of {data['batch_size']}, {result['precision']}, "
-        f"{result['processes']} processes, seed {result['seed']}"
-    )
-    lines.append(
-        f"{machine['cores']} cores of {machine['processor']}, {machine['gpu'] or 'no GPU'}, "
-        f"torch {machine['torch']} on {machine['torch_threads']} threads"
-    )
-    return "\n".join(lines)
+    return "\n".join([*lines, *_conditions(result)])
 
 
 # %% ../../nbs/11_studies/03_training_speed.ipynb #41d0a2b9
