@@ -693,8 +693,7 @@ def test_the_security_page_states_the_limit_that_holds_and_names_what_there_is()
 def test_what_killed_processes_left_unfinished_stops_nobody_and_does_not_stay(tmp_path):
     out = tmp_path / "eyes"
     out.mkdir()
-    for name in (".synth.0123abcd.json", ".case.89abcdef.png"):
-        (out / name).write_bytes(b"half")
+    (out / ".synth.0123abcd.json").write_bytes(b"half")
     synthesise(out, cases=1, size=64, eye=EyeConfig(size=128), workers=1, progress=False)
     assert not [path.name for path in out.rglob(".*")]
     with only_run(out), pytest.raises(FileError, match="another run works on this folder"):

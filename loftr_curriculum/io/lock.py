@@ -95,15 +95,17 @@ def open_locked(
 
 
 # %% ../../nbs/02_io/05_lock.ipynb #a1f00c17
-UNFINISHED = re.compile(r"\..*\.[0-9a-f]{8}(\.\w+)?")  # names that `atomic_path` gives
+UNFINISHED = re.compile(r"\.(.*)\.[0-9a-f]{8}(\.\w+)?")  # names that `atomic_path` gives
 
 
 def remove_unfinished(
-    folder: Path,
+    folder: str | Path,
+    names: tuple | None = None,  # of files that are written there; None: the folder holds nothing else
 ) -> None:
-    "Removes what killed processes have left half-written, here and in the folders below."
-    for path in folder.rglob(".*"):
-        if UNFINISHED.fullmatch(path.name) and path.is_file():
+    "Removes what killed processes have left half-written in a folder that this process holds."
+    for path in Path(folder).glob(".*"):
+        found = UNFINISHED.fullmatch(path.name)
+        if found and path.is_file() and (names is None or found[1] + (found[2] or "") in names):
             path.unlink(missing_ok=True)
 
 
@@ -122,7 +124,7 @@ def who_works(
 def only_run(
     folder: str | Path,  # made where it is missing
 ) -> Iterator[None]:
-    """Inside, no other process works on this folder; what killed ones have left unfinished is removed.
+    """Inside, no other process works on this folder.
 
     Raises FileError where another one does, or where the folder cannot be written.
     Where the system has no such locks (Windows, some network drives), nothing is locked."""
@@ -138,7 +140,6 @@ def only_run(
         raise FileError(f"{folder}: expected a folder that can be written ({error.strerror})") from None
     held.add(descriptor)
     try:
-        remove_unfinished(path.parent)
         with suppress(OSError):  # of a full disk
             os.truncate(path, 0)
             os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())

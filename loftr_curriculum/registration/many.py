@@ -41,7 +41,7 @@ from pathlib import Path
 from tqdm.auto import tqdm
 
 from ..io.files import FileError, atomic_path, read_json, refuse_to_overwrite, write_json
-from ..io.lock import end_in_order, only_run
+from ..io.lock import end_in_order, only_run, remove_unfinished
 from .config import RegistrationConfig
 from .journal import (
     FIELDS,
@@ -340,6 +340,7 @@ def register_many(
         pairs, out = shard.part(pairs), shard.folder(out)
     matcher = working_matcher(matcher)
     with end_in_order(), only_run(out):
+        remove_unfinished(out, (SETTINGS, RESULTS, TRANSFORMS, MAPS))
         start_folder(out, settings_of(matcher, config))
         rows = mend_folder(out)
         refuse_other_files(out, rows, pairs)
@@ -402,6 +403,7 @@ def merge_shards(
     refuse_own_files(table, out)
     folders = shard_folders(out)
     with end_in_order(), only_run(out):
+        remove_unfinished(out, (SETTINGS, RESULTS, TRANSFORMS, MAPS))
         start_folder(out, read_json(folders[0] / SETTINGS))
         rows = mend_folder(out)
         for folder in folders:

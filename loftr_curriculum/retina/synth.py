@@ -30,7 +30,7 @@ import numpy as np
 from ..geometry import apply_transform, centre
 from ..io.files import write_json
 from ..io.images import write_image
-from ..io.lock import only_run
+from ..io.lock import only_run, remove_unfinished
 from .config import GENERATOR_VERSION, EyeConfig, seeds_of
 from .jobs import run_jobs
 from .modality import MODALITIES, VIEW_STREAM, modality, random_stream
@@ -255,8 +255,11 @@ def synthesise(
         "eye": asdict(config),
     }
     with only_run(out):
+        remove_unfinished(out, ("synth.json",))
         check_settings(out / "synth.json", settings)
         missing = [s for s in seeds if not case_file(out, s).exists()]
+        for s in missing:
+            remove_unfinished(case_file(out, s).parent)
         jobs = [(s, config, str(out), size, tuple(kinds)) for s in missing]
         for _ in run_jobs(_make_case, jobs, workers, "writing cases" if progress else ""):
             pass

@@ -47,7 +47,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from ..data.module import PairDataModule
 from ..io.files import FileError, read_json, write_json
-from ..io.lock import end_in_order, only_run
+from ..io.lock import end_in_order, only_run, remove_unfinished
 from ..model.weights import SHIPPED, load_matcher, open_checkpoint, order_for_cpu, save_matcher
 from ..retina.config import GENERATOR_VERSION
 from .callbacks import (
@@ -415,6 +415,8 @@ def own_folder(
     lock = only_run(config.out) if pl.utilities.rank_zero_only.rank == 0 else nullcontext()
     with lock:
         folder = claim_folder(config)
+        files = (folder.config, folder.last, folder.best, folder.before, folder.weights)
+        remove_unfinished(folder.path, tuple(path.name for path in files))
         if folder.last.is_file():
             refuse_other_checkpoint(open_checkpoint(folder.last), module, folder.last)
         try:
