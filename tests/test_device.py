@@ -162,6 +162,18 @@ def test_batches_have_the_keys_shapes_and_kinds_of_numpy_batches(deform):
     assert device.on_after_batch_transfer(a, 0) is a
 
 
+def test_recipes_are_the_same_from_any_number_of_workers():
+    alone = PairDataModule(replace(TINY, on_device=True, deform=2.0))
+    alone.setup()
+    spread = PairDataModule(replace(alone.config, workers=2))
+    spread.train_pairs = alone.train_pairs
+    for a, b in zip(alone.train_dataloader(), spread.train_dataloader(), strict=True):
+        assert (a.world, a.seed, a.mode, a.id) == (b.world, b.seed, b.mode, b.id)
+        for one, other in ((a, b), (a.photometry, b.photometry)):
+            assert one.tensors().keys() == other.tensors().keys()
+            assert all(torch.equal(one.tensors()[name], other.tensors()[name]) for name in one.tensors())
+
+
 def test_files_cannot_be_mixed_in():
     with pytest.raises(ValueError, match="on_device"):
         replace(TINY, on_device=True, triplets="somewhere", share_generated=1.0)

@@ -21,7 +21,6 @@ __all__ = [
 ]
 
 # %% ../../nbs/04_data/05_landmarks.ipynb #b8d375d9
-import logging
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -57,6 +56,7 @@ from .triplets import (
     mask_plane,
     raise_faults,
     same_shape,
+    warn_of_estimates,
 )
 
 # %% ../../nbs/04_data/05_landmarks.ipynb #2085510c
@@ -325,14 +325,9 @@ class PairTableSource:
         self.table, self.strength = Path(table), float(strength)
         self.pairs = read_pairs(table) if pairs is None else list(pairs)
         self.frames = FrameStore(table_frame, self.pairs)
-        estimated = sum(p.mask is None for p in self.pairs)
-        if pairs is None and estimated:
-            logging.getLogger(__name__).warning(
-                "%s: %d of %d pairs have no vessel mask; it is estimated from the fixed image",
-                self.table.name,
-                estimated,
-                len(self.pairs),
-            )
+        if pairs is None:
+            estimated = sum(pair.mask is None for pair in self.pairs)
+            warn_of_estimates(self.table, estimated, len(self.pairs), "pairs have no vessel mask")
 
     @property
     def cases(self) -> list:

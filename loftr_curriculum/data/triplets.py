@@ -23,6 +23,7 @@ __all__ = [
     "estimated_mask",
     "mask_plane",
     "triplet_frame",
+    "warn_of_estimates",
     "TripletSource",
 ]
 
@@ -312,10 +313,24 @@ def triplet_frame(
     )
 
 
-# %% ../../nbs/04_data/04_triplets.ipynb #f7e97128
+# %% ../../nbs/04_data/04_triplets.ipynb #7e01b8f1
 FIELD = (0.4, 1.0)  # side of a view as a share of the image's shorter side
 
 
+# %% ../../nbs/04_data/04_triplets.ipynb #7e02b8f2
+def warn_of_estimates(
+    source: Path,  # folder or table
+    estimated: int,  # how many have no vessel mask
+    total: int,  # of how many
+    what: str,  # which of what these are, in words
+) -> None:
+    "Say which masks nobody drew; nothing where all are there."
+    if estimated:
+        text = "%s: %d of %d %s; it is estimated from the fixed image"
+        logging.getLogger(__name__).warning(text, source.name, estimated, total, what)
+
+
+# %% ../../nbs/04_data/04_triplets.ipynb #f7e97128
 class TripletSource:
     "Pairs cut from a folder of triplets; every case in every mode is one item."
 
@@ -328,25 +343,15 @@ class TripletSource:
         deform=0.0,  # largest residual of the moving view, rms px at 512; 0: none
     ):
         "Check all files, or raise one FileError that lists every fault."
-        self.folder, self.modes, self.strength, self.deform = (
-            Path(folder),
-            tuple(modes),
-            float(strength),
-            float(deform),
-        )
+        self.folder = Path(folder)
+        self.modes = tuple(modes)
+        self.strength, self.deform = float(strength), float(deform)
         self.items = find_items(folder, self.modes) if items is None else list(items)
         self.frames = FrameStore(triplet_frame, self.items)
         if items is None:
-            cases = set(self.cases)
-            self.estimated = len({i.case for i in self.items if i.mask is None})
-            if self.estimated:
-                logging.getLogger(__name__).warning(
-                    "%s: %d of %d cases have no vessel mask for the chosen modes; "
-                    "it is estimated from the fixed image",
-                    self.folder.name,
-                    self.estimated,
-                    len(cases),
-                )
+            self.estimated = len({item.case for item in self.items if item.mask is None})
+            what = "cases have no vessel mask for the chosen modes"
+            warn_of_estimates(self.folder, self.estimated, len(set(self.cases)), what)
 
     @property
     def cases(self) -> list:
@@ -358,9 +363,8 @@ class TripletSource:
         cases,  # names to keep
     ):  # TripletSource
         "The same source with some of its cases."
-        return TripletSource(
-            self.folder, self.modes, self.strength, [i for i in self.items if i.case in cases], self.deform
-        )
+        kept = [item for item in self.items if item.case in cases]
+        return TripletSource(self.folder, self.modes, self.strength, kept, self.deform)
 
     def __len__(self) -> int:
         return len(self.items)
@@ -374,14 +378,6 @@ class TripletSource:
     ):  # PairSample
         "Two views of one item."
         item = self.items[index]
-        return cut_views(
-            self.frames[index],
-            rng,
-            size,
-            motion,
-            self.strength,
-            item.mode,
-            f"{item.case}:{item.mode}",
-            FIELD,
-            deform=self.deform,
-        )
+        id = f"{item.case}:{item.mode}"
+        frame = self.frames[index]
+        return cut_views(frame, rng, size, motion, self.strength, item.mode, id, FIELD, deform=self.deform)
