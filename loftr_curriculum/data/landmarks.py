@@ -10,10 +10,13 @@ __all__ = [
     "LEAST_OVERLAP",
     "read_landmarks",
     "LandmarkPair",
+    "read_set_pair",
     "read_landmark_set",
     "parse_matrix",
     "TablePair",
     "fit_landmarks",
+    "mode_in",
+    "parse_lines",
     "read_pairs",
     "aligned",
     "table_frame",
@@ -114,30 +117,38 @@ def _image_of(
     )
 
 
+# %% ../../nbs/04_data/05_landmarks.ipynb #8e01b8f1
+def read_set_pair(
+    folder,  # folder with `images` and `landmarks`
+    table,  # its file of landmarks
+) -> tuple:  # LandmarkPair, or None where it cannot be read; list of faults
+    "One pair of a set, and everything that is wrong with it."
+    fixed, moving = (_image_of(folder / "images", f"{table.stem}_{side}") for side in ("fixed", "moving"))
+    faults = [f"{path}: no such file" for path in (fixed, moving) if not path.is_file()]
+    reference = table.with_suffix(".json")
+    try:
+        points = read_landmarks(table)
+        matrix = load_transform(reference).matrix if reference.is_file() else None
+    except FileError as error:
+        return None, [*faults, str(error)]
+    return LandmarkPair(table.stem, fixed, moving, *points, matrix), faults
+
+
 # %% ../../nbs/04_data/05_landmarks.ipynb #9879cd3e
 def read_landmark_set(
     folder,  # folder with `images` and `landmarks`
 ) -> list:  # of LandmarkPair, in the order of their ids
     "All pairs of a set; raises one FileError that lists everything missing or wrong."
-    folder, pairs, faults = Path(folder), [], []
-    tables = sorted((folder / "landmarks").glob("*.csv"), key=lambda p: _natural(p.stem))
+    folder = Path(folder)
+    tables = sorted((folder / "landmarks").glob("*.csv"), key=lambda path: _natural(path.stem))
     if not tables:
         raise FileError(
             f"{folder}: expected landmarks/<id>.csv and images/<id>_fixed.png, images/<id>_moving.png; "
             "found no landmarks"
         )
-    for table in tables:
-        fixed, moving = (_image_of(folder / "images", f"{table.stem}_{side}") for side in ("fixed", "moving"))
-        faults += [f"{p}: no such file" for p in (fixed, moving) if not p.is_file()]
-        reference = table.with_suffix(".json")
-        try:
-            points = read_landmarks(table)
-            matrix = load_transform(reference).matrix if reference.is_file() else None
-            pairs.append(LandmarkPair(table.stem, fixed, moving, *points, matrix))
-        except FileError as e:
-            faults.append(str(e))
-    raise_faults(folder, faults)
-    return pairs
+    found = [read_set_pair(folder, table) for table in tables]
+    raise_faults(folder, [fault for _, faults in found for fault in faults])
+    return [pair for pair, _ in found]
 
 
 # %% ../../nbs/04_data/05_landmarks.ipynb #fd7cea4d
@@ -215,10 +226,21 @@ def _geometry(
     return invert(matrix) if column == "fixed_to_moving" else matrix
 
 
+# %% ../../nbs/04_data/05_landmarks.ipynb #8e02b8f2
+def mode_in(
+    row,  # dict of a table's line
+) -> str:  # "" where the line does not say
+    "The mode of one line; raises FileError for one that there is not."
+    mode = row.get("mode", "")
+    if mode:
+        try:
+            split_mode(mode)
+        except ValueError as error:
+            raise FileError(str(error)) from None
+    return mode
+
+
 # %% ../../nbs/04_data/05_landmarks.ipynb #e86ac190
-LEAST_OVERLAP = 0.05  # share of the fixed image that the moving image must cover to be believed
-
-
 def _pair_of(
     row,  # dict of a table's line
     base,  # folder of the table
@@ -226,26 +248,23 @@ def _pair_of(
     "One line; raises FileError that says what is wrong with it."
     if not row["fixed"] or not row["moving"]:
         raise FileError("expected a fixed and a moving image")
-    mode = row.get("mode", "")
-    if mode:
-        try:
-            split_mode(mode)
-        except ValueError as e:
-            raise FileError(str(e)) from None
+    mode = mode_in(row)
     id = row.get("id") or Path(row["fixed"]).stem
-    mask = base / row["fixed_mask"] if row.get("fixed_mask") else None
     return TablePair(
-        id,
-        row.get("patient") or id,
-        base / row["fixed"],
-        base / row["moving"],
-        _geometry(row, base),
-        mask,
-        mode,
+        id=id,
+        patient=row.get("patient") or id,
+        fixed=base / row["fixed"],
+        moving=base / row["moving"],
+        moving_to_fixed=_geometry(row, base),
+        mask=base / row["fixed_mask"] if row.get("fixed_mask") else None,
+        mode=mode,
     )
 
 
 # %% ../../nbs/04_data/05_landmarks.ipynb #7ff77e34
+LEAST_OVERLAP = 0.05  # share of the fixed image that the moving image must cover to be believed
+
+
 def _misfit(
     pair,  # TablePair
     sizes,  # path -> (height, width) of the readable files
@@ -253,16 +272,31 @@ def _misfit(
     "Whether matrix, mask and images can belong together."
     if pair.fixed not in sizes or pair.moving not in sizes:
         return ""
-    if np.linalg.det(jacobian(pair.moving_to_fixed, centre(sizes[pair.moving]))) <= 0:
+    fixed, moving = sizes[pair.fixed], sizes[pair.moving]
+    if np.linalg.det(jacobian(pair.moving_to_fixed, centre(moving))) <= 0:
         return "the transform mirrors the image"
-    share = overlap(invert(pair.moving_to_fixed), sizes[pair.fixed], sizes[pair.moving])
+    share = overlap(invert(pair.moving_to_fixed), fixed, moving)
     if not share >= LEAST_OVERLAP:
-        return (
-            f"the moving image covers {share:.0%} of the fixed one; is the transform in the other direction?"
-        )
-    if pair.mask in sizes and not same_shape(sizes[pair.mask], sizes[pair.fixed]):
+        covered = f"the moving image covers {share:.0%} of the fixed one"
+        return f"{covered}; is the transform in the other direction?"
+    if pair.mask in sizes and not same_shape(sizes[pair.mask], fixed):
         return f"{pair.mask} has another aspect ratio than {pair.fixed.name}"
     return ""
+
+
+# %% ../../nbs/04_data/05_landmarks.ipynb #8e03b8f3
+def parse_lines(
+    rows,  # of `read_table`
+    base,  # folder of the table
+) -> tuple[dict, list]:  # line -> TablePair; what is wrong with the other lines
+    "The pairs of a table, from its text alone."
+    pairs, faults = {}, []
+    for line, row in rows:
+        try:
+            pairs[line] = _pair_of(row, base)
+        except FileError as error:
+            faults.append(f"line {line}: {error}")
+    return pairs, faults if rows else ["no pairs"]
 
 
 # %% ../../nbs/04_data/05_landmarks.ipynb #b12227b5
@@ -270,20 +304,12 @@ def read_pairs(
     path,  # CSV file
 ) -> list:  # of TablePair
     "All pairs of a table; raises one FileError that lists the faults of all lines."
-    base, pairs, faults = Path(path).parent, {}, []
-    rows = read_table(path, ("fixed", "moving"))
-    for line, row in rows:
-        try:
-            pairs[line] = _pair_of(row, base)
-        except FileError as e:
-            faults.append(f"line {line}: {e}")
-    if not rows:
-        faults.append("no pairs")
-    sizes, unreadable = decode_all(
-        p for pair in pairs.values() for p in (pair.fixed, pair.moving, pair.mask) if p
-    )
+    pairs, faults = parse_lines(read_table(path, ("fixed", "moving")), Path(path).parent)
+    files = [file for pair in pairs.values() for file in (pair.fixed, pair.moving, pair.mask) if file]
+    sizes, unreadable = decode_all(files)
     faults += unreadable.values()
-    faults += [f"line {line}: {fault}" for line, pair in pairs.items() if (fault := _misfit(pair, sizes))]
+    misfits = {line: _misfit(pair, sizes) for line, pair in pairs.items()}
+    faults += [f"line {line}: {fault}" for line, fault in misfits.items() if fault]
     raise_faults(path, faults)
     return list(pairs.values())
 
