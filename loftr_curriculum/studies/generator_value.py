@@ -514,13 +514,11 @@ def compare_versions(
     set: str,  # folder of real pairs with landmarks, as for `evaluate`; nothing trains on it
     out: str,  # JSON file to write when all runs are done
     new: str | None = None,  # git revision of the new version; None: the clone's folder as it is now
-    only: str
-    | None = None,  # take only this room (such as retina) from the new version, the rest from the old
+    only: str | None = None,  # take only this room (such as retina) from the new version; None: all
     steps: int = 400,  # training steps of every run
     seeds: int = 3,  # number of seeds, 0, 1, ...
     batch: int = 8,  # pairs in a step
-    config: str
-    | None = None,  # settings that both versions know; None: configs/generator_value.yaml of the clone
+    config: str | None = None,  # known to both versions; None: configs/generator_value.yaml of the clone
     work: str | None = None,  # runs and rendered eyes, gone on with; None: runs/generator_value of the clone
 ) -> dict:
     """Train one small matcher on the eyes of two versions of the package, and score both on real pairs.

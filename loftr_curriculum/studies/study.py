@@ -9,6 +9,8 @@ __all__ = [
     "overview",
     "function_named",
     "ended_by_ctrl_c",
+    "comments_of",
+    "parser_of",
     "run_study",
     "processor",
     "this_machine",
@@ -19,12 +21,14 @@ __all__ = [
 ]
 
 # %% ../../nbs/11_studies/00_study.ipynb #231a75fc
+import inspect
 import os
 import platform
+import re
 import signal
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
@@ -165,6 +169,45 @@ def ended_by_ctrl_c() -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
+# %% ../../nbs/11_studies/00_study.ipynb #9c8c8a1e
+def comments_of(
+    thing,  # function or dataclass, one parameter or field a line
+    prefix: str = "",  # of the names, such as "settings."
+) -> dict[str, str]:
+    "Name -> the comment behind it or above it; the fields of nested dataclasses included."
+    source = inspect.getsource(thing)
+    if inspect.isfunction(thing):
+        source = source.partition("\n)")[0]
+    above = re.findall(r"^ +# (.+)\n +(\w+): [^#\n]*$", source, re.MULTILINE)
+    behind = re.findall(r"^ +(\w+): .*  # (.+)$", source, re.MULTILINE)
+    comments = {prefix + name: text for text, name in above}
+    comments |= {prefix + name: text for name, text in behind}
+    for name, kind in thing.__annotations__.items():
+        if is_dataclass(kind):
+            comments |= comments_of(kind, f"{prefix}{name}.")
+    return comments
+
+
+# %% ../../nbs/11_studies/00_study.ipynb #ceb54a52
+def parser_of(
+    name: str,  # one of `STUDIES`
+):  # jsonargparse.ArgumentParser
+    "The options of a study, from the parameters of its function."
+    from jsonargparse import ArgumentParser
+
+    study = STUDIES[name]
+    measure = function_named(study.measures)
+    purpose = measure.__doc__.partition("\n\n")[0]
+    parser = ArgumentParser(prog=f"loftr-curriculum study {name}", description=purpose)
+    parser.add_function_arguments(measure, skip={*study.hidden}, as_positional=True)
+    comments = comments_of(measure)
+    for action in parser._actions:
+        if action.dest in comments:
+            # the command line writes null for None; argparse reads a single % as a format
+            action.help = re.sub(r"\bNone\b", "null", comments[action.dest]).replace("%", "%%")
+    return parser
+
+
 # %% ../../nbs/11_studies/00_study.ipynb #6ea74de9
 def run_study(
     name: str,  # one of `STUDIES`
@@ -173,16 +216,11 @@ def run_study(
     """Measure, print, and return what was written.
 
     Raises ValueError or OSError as the study does."""
-    from jsonargparse import ArgumentParser
-
     study = STUDIES[name]
-    measure = function_named(study.measures)
-    purpose = measure.__doc__.partition("\n\n")[0]
-    parser = ArgumentParser(prog=f"loftr-curriculum study {name}", description=purpose)
-    parser.add_function_arguments(measure, skip=set(study.hidden), as_positional=True)
-    options = parser.instantiate(parser.parse_args(list(words)))
+    parser = parser_of(name)
+    options = parser.instantiate(parser.parse_args([*words]))
     with ended_by_ctrl_c():
-        found = measure(**vars(options))
+        found = function_named(study.measures)(**vars(options))
     print(function_named(study.shows)(found))
     return found
 
