@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from loftr_curriculum.data import pairs, recipe
 from loftr_curriculum.data.config import DataConfig, patient_of
 from loftr_curriculum.data.landmarks import LANDMARK_COLUMNS, PairTableSource, read_landmark_set, read_pairs
 from loftr_curriculum.data.masks import vesselness
@@ -682,3 +683,17 @@ def test_configuration_and_files_do_not_import_torch():
     imports = ", ".join(f"loftr_curriculum.{room}" for room in rooms)
     code = f"import sys, {imports}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("old", "new"), [("draw_views", "draw_views"), ("Residual", "Residual"), ("CELL", "STRIDE")]
+)
+def test_names_of_before_say_where_they_are_now(old, new):
+    with pytest.warns(DeprecationWarning, match=f"recipe.{new}"):
+        assert getattr(pairs, old) is getattr(recipe, new)
+
+
+def test_cell_points_of_before_are_those_of_the_grid():
+    with pytest.warns(DeprecationWarning, match="Grid.points"):
+        points = pairs.cell_points((64, 96))
+    assert points.shape == (8, 12, 2) and points[2, 3].tolist() == [27.5, 19.5]
