@@ -263,7 +263,7 @@ def rgb(seed=0):
 
 def with_alpha():
     alpha = np.full((90, 120), 255, np.uint8)
-    alpha[:, :40] = 0
+    alpha[:, :20] = 0
     return np.dstack([rgb(), alpha])
 
 
@@ -297,8 +297,8 @@ def test_alpha_bounds_the_field_of_view_in_every_form(tmp_path, form):
         "file": tmp_path / "a.png",
     }[form]
     pair = open_pair(rgb(), given, RegistrationConfig(long_side=120, first_long_side=120))
-    assert not pair.moving.fov[:, :39].any() and pair.moving.fov[:, 42:].mean() > 0.95
-    assert not pair.moving.gray[:, :40].any() and pair.moving_image.shape == (90, 120, 3)
+    assert not pair.moving.fov[:, :19].any() and pair.moving.fov[:, 22:].mean() > 0.95
+    assert not pair.moving.gray[:, :20].any() and pair.moving_image.shape == (90, 120, 3)
 
 
 @pytest.mark.parametrize("image, expected", [
