@@ -33,7 +33,6 @@ from ..data.pairs import cut
 from ..data.recipe import draw_views
 from ..evaluation.collapse import (
     CONFIDENCE_SHARE,
-    THRESHOLD,
     believed_transform,
     collapse_index,
     most_confident,
