@@ -107,6 +107,11 @@ STUDIES = {
         "studies.bending.measure_bending",
         "studies.bending.in_words",
     ),
+    "curves": Study(
+        "error curves on sets of real pairs, with and without a bend",
+        "studies.curves.measure_curves",
+        "studies.curves.in_words",
+    ),
     "card": Study(
         "the model card of a weights file",
         "studies.card.score_weights",
