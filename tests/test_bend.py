@@ -102,6 +102,10 @@ def test_a_mirrored_image_is_named_and_answered_only_where_that_is_allowed(eyes)
     points = np.random.default_rng(0).uniform(100, 380, (50, 2))
     flipped = points * (-1, 1) + (SIZE[1] - 1, 0)
     assert np.median(np.linalg.norm(allowed.to_fixed(flipped) - points, axis=1)) < 2
+    similar = RegistrationConfig(allow_mirrored=True, transform="similarity")
+    turned = register(eyes[0]["cf"], mirrored, config=similar)
+    assert np.linalg.det(turned.moving_to_fixed[:2, :2]) < 0
+    assert np.median(np.linalg.norm(turned.to_fixed(flipped) - points, axis=1)) < 3
     unseen = register(eyes[0]["cf"], mirrored, config=RegistrationConfig(check_mirrored=False))
     assert not any("mirrored" in reason for reason in unseen.reasons)
 

@@ -162,7 +162,7 @@ def cut(
     size,  # (height, width) of the view
     unbent=None,  # (H, W, 2) float32: where the view's pixels lay before it was bent; None = where they lie
 ) -> np.ndarray:  # size, uint8, 0 outside the frame
-    "One view with one warp; from the half-size level where the view shrinks the frame by a third or more."
+    "One view with one warp; from the half-size level where the view shrinks the frame below `SHRINKS`."
     A, halved = view_from_level(A, plane.shape[:2], half.shape[:2])
     level = half if halved else plane
     if unbent is not None:

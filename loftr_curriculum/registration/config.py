@@ -8,6 +8,7 @@ __all__ = [
     "TRANSFORMS",
     "FALSE_ACCEPT",
     "MOST_CELLS",
+    "AT_LEAST_ZERO",
     "SHARES",
     "MATCHES_ALONE",
     "Verdict",
@@ -51,6 +52,14 @@ FALSE_ACCEPT = (
 
 
 MOST_CELLS = 256  # along each side: 2 px of the working frame
+AT_LEAST_ZERO = (
+    "sure_inliers",
+    "ok_inliers",
+    "ok_patches",
+    "ok_agreement_px",
+    "ok_starts_px",
+    "failed_agreement_px",
+)
 SHARES = (
     "nudge",
     "min_overlap",
@@ -125,7 +134,7 @@ class RegistrationConfig:
             raise ValueError(
                 f"limits {self.limits}: expected scale and stretch of at least 1, perspective of 0 or more"
             )
-        for name in ("sure_inliers", "ok_inliers", "ok_patches", "ok_agreement_px", "failed_agreement_px"):
+        for name in AT_LEAST_ZERO:
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} {getattr(self, name)}: expected 0 or more")
         for name in ("first_threshold_px", "threshold_px"):

@@ -20,6 +20,7 @@ __all__ = [
     "between_files",
     "map_of",
     "judged_matches",
+    "similarity_of",
     "answer_of",
     "check_guidance_and_masks",
     "register",
@@ -38,6 +39,7 @@ import numpy as np
 from ..geometry import (
     Affine,
     PointMap,
+    Similarity,
     affine_of,
     fit_similarity,
     fit_size,
@@ -56,7 +58,7 @@ from .frames import (
     unusable,
     warp_to_fixed,
 )
-from .registrar import Outcome, drive, drive_many, walk
+from .registrar import Outcome, drive, drive_many, to_original, walk
 from .verdict import Evidence
 
 
@@ -94,9 +96,8 @@ class Registration:
     moving_size: tuple  # (height, width)
     evidence: Evidence  # the numbers behind the verdict
     moving: np.ndarray | None = field(default=None)  # the moving image, for `warped`
-    point_map: PointMap | None = (
-        None  # moving -> fixed, the whole map; None: that of the matrix, or no answer
-    )
+    # moving -> fixed, the whole map; None: that of the matrix, or no answer
+    point_map: PointMap | None = None
     facts: dict = field(default_factory=dict)  # "fixed", "moving" -> what the files say of their images
 
     @classmethod
@@ -110,8 +111,16 @@ class Registration:
         facts: dict | None = None,  # as in the class
     ) -> "Registration":
         "No answer, and why."
-        known = {"facts": facts or {}}
-        return cls(None, Verdict.FAILED, tuple(reasons), matches, fixed_size, moving_size, evidence, **known)
+        return cls(
+            moving_to_fixed=None,
+            verdict=Verdict.FAILED,
+            reasons=tuple(reasons),
+            matches=matches,
+            fixed_size=fixed_size,
+            moving_size=moving_size,
+            evidence=evidence,
+            facts=facts or {},
+        )
 
     def __post_init__(self):
         if self.point_map is None and self.moving_to_fixed is not None:
@@ -284,8 +293,7 @@ def map_of(
     if refined is not None and refined.model != "matches":
         to_fixed = refined.fixed_to_moving.inverse()
     else:
-        back = outcome.last.fixed_to_moving.inverse()
-        to_fixed = pair.moving.to_working.then(back).then(pair.fixed.to_working.inverse())
+        to_fixed = to_original(outcome.last, pair.fixed, pair.moving).inverse()
     if outcome.mirrored:
         to_fixed = mirror_map(pair.moving.gray.shape).then(to_fixed)
     return between_files(to_fixed, pair)
@@ -313,6 +321,19 @@ def judged_matches(
     return JudgedMatches(points0, points1, m.confidence, agrees)
 
 
+# %% ../../nbs/06_registration/10_pair.ipynb #3f0e11d0
+def similarity_of(
+    matches: JudgedMatches,  # that agree
+    moving_size: tuple,  # (height, width)
+    mirrored: bool,  # is the moving image mirrored?
+) -> PointMap:  # original moving -> original fixed pixels
+    "The similarity through matches; of a mirrored image, after it was turned round."
+    if not mirrored:
+        return Similarity(fit_similarity(matches.points1, matches.points0))
+    mirror = mirror_map(moving_size)
+    return mirror.then(Similarity(fit_similarity(mirror(matches.points1), matches.points0)))
+
+
 # %% ../../nbs/06_registration/10_pair.ipynb #9efd3495
 def answer_of(
     outcome: Outcome,
@@ -328,20 +349,20 @@ def answer_of(
     point_map = map_of(outcome, pair)
     matches = judged_matches(outcome, point_map, pair, config)
     if config.transform == "similarity":
-        kept = matches[matches.inliers]
-        point_map = map_from_matrix(fit_similarity(kept.points1, kept.points0))
+        point_map = similarity_of(matches[matches.inliers], pair.moving_size, outcome.mirrored)
     matrix = affine_of(point_map)
     matrix = matrix / matrix[2, 2]
     answer = Registration(
-        matrix,
-        outcome.verdict,
-        outcome.reasons,
-        matches,
-        *sizes,
-        outcome.evidence,
-        pair.moving_image,
-        point_map,
-        pair.facts,
+        moving_to_fixed=matrix,
+        verdict=outcome.verdict,
+        reasons=outcome.reasons,
+        matches=matches,
+        fixed_size=pair.fixed_size,
+        moving_size=pair.moving_size,
+        evidence=outcome.evidence,
+        moving=pair.moving_image,
+        point_map=point_map,
+        facts=pair.facts,
     )
     return heed_laterality(answer)
 

@@ -47,6 +47,7 @@ class Study:
     measures: str  # 'room.module.function': writes a file and returns what it wrote
     shows: str  # 'room.module.function': what was written -> text
     hidden: tuple[str, ...] = ()  # parameters of `measures` that the command does not offer
+    resumes: bool = False  # does the same command go on where it was interrupted?
 
 
 # %% ../../nbs/11_studies/00_study.ipynb #1f631f39
@@ -65,11 +66,13 @@ STUDIES = {
         "time and memory beside kornia's LoFTR",
         "studies.benchmark.run_benchmark",
         "studies.benchmark.benchmark_table",
+        resumes=True,
     ),
     "sweep": Study(
         "success against rotation, scale and shift",
         "studies.sweep.sweep_file",
         "studies.sweep.lines_of",
+        resumes=True,
     ),
     "precision": Study(
         "how far off every single match is",
@@ -101,11 +104,13 @@ STUDIES = {
         "studies.verification.report_unmatchable",
         "studies.verification.verdicts_in_words",
         ("matcher", "config"),
+        resumes=True,
     ),
     "bending": Study(
         "what a map that bends is worth",
         "studies.bending.measure_bending",
         "studies.bending.in_words",
+        resumes=True,
     ),
     "curves": Study(
         "error curves on sets of real pairs, with and without a bend",
@@ -117,27 +122,32 @@ STUDIES = {
         "studies.card.score_weights",
         "studies.card.scores_text",
         ("spec",),
+        resumes=True,
     ),
     "learning-curve": Study(
         "score against training pairs seen",
         "studies.card.curve",
         "studies.card.in_words",
         ("spec",),
+        resumes=True,
     ),
     "fine-tuning": Study(
         "from the packaged weights to a new camera",
         "studies.fine_tuning.run_fine_tuning",
         "studies.fine_tuning.summary_text",
+        resumes=True,
     ),
     "ablation": Study(
         "every variant of the curriculum, paired by seed",
         "studies.ablation.run_ablation",
         "studies.ablation.summary_text",
+        resumes=True,
     ),
     "generator-value": Study(
         "what a better generator is worth on real pairs",
         "studies.generator_value.compare_versions",
         "studies.generator_value.lines_of",
+        resumes=True,
     ),
 }
 
@@ -160,11 +170,14 @@ def function_named(
 
 # %% ../../nbs/11_studies/00_study.ipynb #312b14fa
 @contextmanager
-def ended_by_ctrl_c() -> Iterator[None]:
+def ended_by_ctrl_c(
+    resumes: bool,  # does the same command go on where it stopped?
+) -> Iterator[None]:
     "Ctrl-C ends the process with status 130, whatever runs."
+    hint = "the same command goes on where it stopped" if resumes else "nothing is kept of this run"
 
     def stop(number, frame):
-        print("\ninterrupted; the same command goes on where it stopped", flush=True)
+        print(f"\ninterrupted; {hint}", flush=True)
         os._exit(130)
 
     before = signal.signal(signal.SIGINT, stop)
@@ -224,7 +237,7 @@ def run_study(
     study = STUDIES[name]
     parser = parser_of(name)
     options = parser.instantiate(parser.parse_args([*words]))
-    with ended_by_ctrl_c():
+    with ended_by_ctrl_c(study.resumes):
         found = function_named(study.measures)(**vars(options))
     print(function_named(study.shows)(found))
     return found
