@@ -312,7 +312,7 @@ def refuse_strange_run(
 ) -> None:
     "The same for one run."
     wrong = [n for n in NUMBERS if not isinstance(facts.get(n, 0), (int, float, type(None)))]
-    wrong += [n for n in ("config", "val", "before") if not isinstance(facts.get(n, {}), dict)]
+    wrong += [n for n in ("config", "val", "before") if not isinstance(facts.get(n), (dict, type(None)))]
     if not wrong and not isinstance((facts.get("config") or {}).get("data", {}), dict):
         wrong = ["data"]
     if wrong:
