@@ -31,6 +31,7 @@ import inspect
 import io
 import json
 import logging
+import os
 import re
 import shlex
 import sys
@@ -660,6 +661,10 @@ def _warp(a):
     from .registration.journal import load_batch_transform
 
     refuse_to_overwrite([a.out], [a.image, a.transform])
+    if a.id is None and Path(a.transform).is_dir():
+        raise FileError(
+            f"{a.transform}: is a folder; name one of its pairs with --id, or give a transform.json"
+        )
     record = load_transform(a.transform) if a.id is None else load_batch_transform(a.transform, a.id)
     image = read_image(with_frame([a.image], a.frame)[0])
     if record.matrix is None:
@@ -905,6 +910,8 @@ def main(
     command = COMMANDS[name]
     try:
         told = argv[1:] if command.own_words else parse(make_parser(name), argv[1:])
+        if getattr(told, "out", None) == "":
+            raise ValueError("--out: expected a path, got nothing")
         return command.run(told)
     except KeyboardInterrupt:
         return _interrupted(argv)
@@ -912,5 +919,8 @@ def main(
         if e.code in ENDED:
             return _interrupted(argv, e.code)
         return _interrupted(argv) if isinstance(e.__context__, KeyboardInterrupt) else e.code or 0
+    except BrokenPipeError:  # the reader of our lines has gone, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except (ValueError, OSError) as e:
         return _complain([name], e)

@@ -689,3 +689,19 @@ def test_an_interrupted_command_that_cannot_go_on_says_no_more(monkeypatch, caps
     monkeypatch.setattr("loftr_curriculum.io.transforms.load_transform", interrupted)
     assert run("warp", "a.png", "b.json", "--out", "c.png") == 130
     assert capsys.readouterr().err == "\ninterrupted\n"
+
+
+def test_a_folder_without_a_pair_and_an_empty_place_are_refused(tmp_path, capsys):
+    picture = tmp_path / "a.png"
+    cv2.imwrite(str(picture), np.zeros((70, 70), np.uint8))
+    assert main(["warp", str(picture), str(tmp_path), "--out", str(tmp_path / "b.png")]) == 2
+    assert "--id" in capsys.readouterr().err
+    assert main(["register", str(picture), str(picture), "--out", ""]) == 2
+    assert "--out: expected a path" in capsys.readouterr().err
+
+
+def test_a_reader_that_has_gone_is_no_error():
+    code = "import sys; from loftr_curriculum.cli import main; sys.exit(main(['weights']))"
+    words = f'{sys.executable} -c "{code}" | head -n 1'
+    done = subprocess.run(words, shell=True, capture_output=True, text=True, cwd=ROOT)
+    assert done.stderr == ""
