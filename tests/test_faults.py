@@ -61,6 +61,11 @@ def environment() -> dict:
     return os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
 
 
+def heed_every_signal() -> None:
+    "A test that was started by `nohup` would hand its deafness to SIGHUP on."
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
 def start(*words, code=COMMAND) -> subprocess.Popen:
     "The command line in a session of its own."
     return subprocess.Popen(
@@ -70,6 +75,7 @@ def start(*words, code=COMMAND) -> subprocess.Popen:
         text=True,
         start_new_session=True,
         env=environment(),
+        preexec_fn=heed_every_signal if hasattr(signal, "SIGHUP") else None,
     )
 
 
