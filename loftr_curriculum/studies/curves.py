@@ -134,11 +134,11 @@ def measure_curves(
     result = {"hardware": this_machine(), "factor": factor, "sets": {}}
     for folder, pairs in read.items():
         rows = {}
-        for pair in tqdm(pairs, desc=folder, unit="pair"):
+        for pair in tqdm(pairs, desc=Path(folder).name, unit="pair"):
             rows[pair.id] = errors_of_pair(pair, matcher, factor)
         title = Path(folder).name
         if title in result["sets"]:
-            title = folder
+            title = str(folder)
         result["sets"][title] = {"figures": figures_of_set(rows), "pairs": rows}
         write_json(out, result)
     draw_curves(result).savefig(Path(out).with_suffix(".png"))
