@@ -5,6 +5,7 @@
 # %% auto #0
 __all__ = [
     "UNKNOWN_KEY",
+    "REQUIRED",
     "LONGEST",
     "EXIT",
     "COMMANDS",
@@ -17,6 +18,8 @@ __all__ = [
     "explain",
     "refuse_classes",
     "parse",
+    "as_list",
+    "plain_words",
     "read_settings",
     "Command",
     "worst_status",
@@ -42,7 +45,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields, is_dataclass
 from operator import attrgetter
 from pathlib import Path
-from typing import get_args
+from typing import Literal, get_args, get_origin
 
 from jsonargparse import ActionConfigFile, ArgumentParser
 
@@ -152,6 +155,9 @@ UNKNOWN_KEY = re.compile(  # how the parser complains about a key that it does n
 )
 
 
+REQUIRED = re.compile(r"arguments are required: (.+)")
+
+
 def _expected_type(
     found,  # match with the name of a type
 ) -> str:
@@ -164,6 +170,10 @@ def explain(
     known,  # valid names
 ) -> str:  # one line
     "The complaint; where it is about an unknown key of a file, with the nearest valid one."
+    required = REQUIRED.search(message)
+    if required:
+        names = required[1].split(", ")
+        return "required: " + ", ".join(f"--{n}" if n in known else n.upper() for n in names)
     key = UNKNOWN_KEY.search(message)
     if key:
         name = ".".join(filter(None, key.groups()))
@@ -194,7 +204,7 @@ def parse(
     argv,  # list of str
 ):  # namespace of values
     "The values; ValueError says in one line what is wrong."
-    argv = [_underscored(w) if w.startswith("--") else w for w in argv]
+    argv = plain_words(parser, argv)
     known = {flag[2:] for a in parser._actions for flag in a.option_strings if flag.startswith("--")}
     strange = [
         w.partition("=")[0][2:] for w in argv if w.startswith("--") and w.partition("=")[0][2:] not in known
@@ -222,6 +232,47 @@ def parse(
 def _underscored(word):
     flag, equals, value = word.partition("=")
     return f"--{flag[2:].replace('-', '_')}{equals}{value}"
+
+
+# %% ../nbs/12_cli/00_cli.ipynb #4816cf97
+def as_list(
+    words: list,  # of str, the first of which begins a list
+) -> tuple[str, int]:
+    "The list in brackets and without spaces, and how many words it took."
+    text, taken = words[0], 1
+    while taken < len(words) and (text.endswith(",") or (text.startswith("[") and "]" not in text)):
+        text += words[taken]
+        taken += 1
+    return (text if text.startswith("[") else f"[{text}]"), taken
+
+
+# %% ../nbs/12_cli/00_cli.ipynb #20a432a9
+def plain_words(
+    parser,  # ArgumentParser
+    argv,  # list of str
+) -> list:  # of str
+    "The same words with underscores in flags, and every list as one word in brackets."
+    lists = {
+        flag
+        for action in parser._actions
+        if get_origin(getattr(action, "_typehint", None)) is tuple
+        for flag in action.option_strings
+    }
+    words, rest = [], list(argv)
+    while rest:
+        word = rest.pop(0)
+        word = _underscored(word) if word.startswith("--") else word
+        words.append(word)
+        flag, equals, value = word.partition("=")
+        if flag not in lists:
+            continue
+        if equals:
+            words[-1] = f"{flag}={as_list([value])[0]}"
+        elif rest and not rest[0].startswith("--"):
+            found, taken = as_list(rest)
+            words.append(found)
+            rest = rest[taken:]
+    return words
 
 
 # %% ../nbs/12_cli/00_cli.ipynb #31232923
@@ -264,10 +315,19 @@ EXIT = {"ok": 0, "doubtful": 3, "failed": 4}  # by verdict; 2 is bad input, 130 
 
 # %% ../nbs/12_cli/00_cli.ipynb #bb5903de
 def _add_synth(parser):
-    from .retina.config import MODALITIES, EyeConfig
+    from .retina.config import MODALITIES, MODES, EyeConfig
 
-    parser.add_argument("out", type=str, help="folder to fill, <case>/<case>_<modality>.png")
-    parser.add_argument("--cases", type=int, default=100, help="number of eyes")
+    parser.add_argument(
+        "out", type=str, help="folder to fill, <case>/<case>_<modality>.png; with --pairs a set of pairs"
+    )
+    parser.add_argument(
+        "--pairs",
+        action="store_true",
+        help="write misaligned pairs with their true maps instead, to try registration on",
+    )
+    parser.add_argument(
+        "--cases", type=int | None, default=None, help="number of eyes; null: 100, or 5 with --pairs"
+    )
     parser.add_argument(
         "--seed",
         type=int,
@@ -281,8 +341,31 @@ def _add_synth(parser):
         default=MODALITIES,
         help="renderings to write; the vessel mask is always written",
     )
+    parser.add_argument(
+        "--modes",
+        type=tuple[str, ...],
+        default=MODES,
+        help="with --pairs: fixed-moving, taken in turn",
+    )
     parser.add_argument("--workers", type=int, default=2, help="processes")
     add_settings(parser, EyeConfig, "eye")
+
+
+# %% ../nbs/12_cli/00_cli.ipynb #084cbc1c
+def _synth_pairs(a):
+    from .data.practice import write_practice
+    from .retina.config import EyeConfig
+
+    cases = 5 if a.cases is None else a.cases
+    names = write_practice(a.out, cases, a.seed, a.size, a.modes, settings(EyeConfig, a.eye), a.workers)
+    folder = Path(a.out)
+    first = f"{folder / 'images' / names[0]}"
+    one = _again("register", f"{first}_fixed.png", f"{first}_moving.png", "--out", f"{folder}_one")
+    many = _again("register-many", f"{folder / 'pairs.csv'}", "--out", f"{folder}_batch")
+    score = _again("evaluate", "--set", f"{folder}", "--pred", f"{folder}_batch")
+    print(f"{len(names)} pairs in {folder}, their true maps in {folder / 'landmarks'}")
+    print(f"register one of them: {one}\nregister all: {many}\nscore the answers: {score}")
+    return 0
 
 
 # %% ../nbs/12_cli/00_cli.ipynb #f0997464
@@ -290,7 +373,10 @@ def _synth(a):
     from .retina.config import EyeConfig
     from .retina.synth import synthesise
 
-    names = synthesise(a.out, a.cases, a.seed, a.size, a.modalities, settings(EyeConfig, a.eye), a.workers)
+    if a.pairs:
+        return _synth_pairs(a)
+    cases = 100 if a.cases is None else a.cases
+    names = synthesise(a.out, cases, a.seed, a.size, a.modalities, settings(EyeConfig, a.eye), a.workers)
     print(f"{len(names)} cases in {a.out}\ntrain on them: {_again('train', '--data.triplets', a.out)}")
     return 0
 
@@ -531,8 +617,8 @@ def _add_work(parser):
     )
     parser.add_argument(
         "--save",
-        type=str,
-        default="",
+        type=tuple[str, ...],
+        default=(),
         help="pictures in a folder for every pair: some of warped,checkerboard,overlay,matches",
     )
 
@@ -591,6 +677,18 @@ def _pairs(a):
     return find_pairs(*patterns)
 
 
+# %% ../nbs/12_cli/00_cli.ipynb #fb39d071
+def _is_done(pairs, out, shard):
+    from .registration.journal import RESULTS, read_results
+
+    if shard is not None:
+        pairs, out = shard.part(pairs), shard.folder(out)
+    if not (out / RESULTS).is_file():
+        return False
+    rows = read_results(out / RESULTS)
+    return all(pair.id in rows and not rows[pair.id]["error"] for pair in pairs)
+
+
 # %% ../nbs/12_cli/00_cli.ipynb #25ffcbed
 def _many(a):
     from .registration.config import RegistrationConfig
@@ -604,8 +702,10 @@ def _many(a):
         return 0
     for path, why in found.alone:
         print(f"alone: {path}: {why}", file=sys.stderr)
-    pictures = BatchPictures(a.out, tuple(filter(None, a.save.split(","))))
+    pictures = BatchPictures(a.out, a.save)
     shard = parse_shard(a.shard) if a.shard else None
+    if not a.merge and _is_done(found.pairs, Path(a.out), shard):
+        print("every pair has an answer already, nothing is left to register", flush=True)
     if a.merge:
         count = merge_shards(a.pairs or found.pairs, a.out, pictures)
     else:
@@ -645,9 +745,8 @@ def _add_warp(parser):
     )
     parser.add_argument(
         "--mode",
-        type=str,
+        type=Literal["linear", "nearest"],
         default="linear",
-        choices=["linear", "nearest"],
         help="nearest keeps the labels of a mask as they are",
     )
 
@@ -764,7 +863,7 @@ def _add_study(parser):
 
 
 def _study(words):
-    from .studies.study import STUDIES, overview, run_study
+    from .studies.study import STUDIES, overview, parser_of, run_study
 
     if not words or words[0] in ("-h", "--help"):
         print(overview())
@@ -772,7 +871,7 @@ def _study(words):
     name = words[0]
     if name not in STUDIES:
         raise ValueError(f"unknown study {name}, the nearest is {nearest(name, STUDIES)}")
-    run_study(name, words[1:])
+    run_study(name, plain_words(parser_of(name), words[1:]))
     return 0
 
 
@@ -817,8 +916,8 @@ COMMANDS = {
         _diagnose,
     ),
     "synth": Command(
-        "write generated eyes as a folder of triplets",
-        "OUT [--cases N] [--seed N] [--size PX] [--key value ...]",
+        "write generated eyes as a folder of triplets, or of pairs to practise on",
+        "OUT [--pairs] [--cases N] [--seed N] [--size PX] [--key value ...]",
         _add_synth,
         _synth,
         True,

@@ -19,7 +19,7 @@ import pytest
 from test_evaluation import SCORER, make_set, needs_scorer, predictions
 from test_registration import UprightSift, a_pair
 
-from loftr_curriculum.cli import COMMANDS, main, make_parser
+from loftr_curriculum.cli import COMMANDS, main, make_parser, parse
 from loftr_curriculum.io.files import read_json, write_json
 from loftr_curriculum.io.images import read_image, write_image
 from loftr_curriculum.model.config import MatcherConfig
@@ -113,7 +113,22 @@ def test_comments_are_the_help():
     assert "folder where rendered eyes are kept; null: in memory" in text
 
 
+@pytest.mark.parametrize("command", COMMANDS)
+def test_no_help_shows_an_object_of_python(command):
+    assert "<" not in make_parser(command).format_help().replace("<id>", "").replace("<case>", "").replace(
+        "<modality>", ""
+    ).replace("[_<note>]", "")
+
+
 # ---- names, values, files
+
+
+@pytest.mark.parametrize("words", ["cf-fa,cf-oct", "[cf-fa,cf-oct]", "[cf-fa, cf-oct]", "cf-fa, cf-oct"])
+@pytest.mark.parametrize("flag", ["--data.patient-pattern", "--data.patient_pattern"])
+def test_lists_and_flags_are_taken_as_people_write_them(words, flag):
+    values = parse(make_parser("train"), ["--data.modes", *words.split(), flag, "x"])
+    assert values.data.modes == ("cf-fa", "cf-oct")
+    assert values.data.patient_pattern == "x"
 
 
 @pytest.mark.parametrize(
@@ -131,7 +146,9 @@ def test_comments_are_the_help():
         ("warp a b --out c --mod nearest", "the nearest is --mode"),
         ("demo --aut x", "the nearest is --out"),
         ("trian", "unknown command trian, the nearest is train"),
-        ("register a --out c", "moving"),
+        ("register a --out c", "required: MOVING"),
+        ("register a b", "required: --out"),
+        ("synth a --pairs --size 3", "size must be at least 128"),
         ("train something", "rguments: something"),
         ("train --epochs 1.5", "epochs: expected int"),
         ("train --data.size 100", "size must be a multiple of 32"),
@@ -705,3 +722,32 @@ def test_a_reader_that_has_gone_is_no_error():
     words = f'{sys.executable} -c "{code}" | head -n 1'
     done = subprocess.run(words, shell=True, capture_output=True, text=True, cwd=ROOT)
     assert done.stderr == ""
+
+
+def test_practice_pairs_are_read_by_register_many_and_evaluate(tmp_path, capsys):
+    practice = tmp_path / "practice"
+    words = ("--cases", "2", "--size", "192", "--modes", "cf-fa, cf-oct", "--workers", "1")
+    assert run("synth", practice, "--pairs", *" ".join(words).split()) == 0
+    assert f"register-many {practice / 'pairs.csv'}" in capsys.readouterr().out
+    assert run("register-many", practice / "pairs.csv", "--out", tmp_path / "b", "--dry-run") == 0
+    assert "000_cf-fa" in capsys.readouterr().out
+    truth = {p.stem: read_json(p)["moving_to_fixed"] for p in (practice / "landmarks").glob("*.json")}
+    write_json(tmp_path / "truth.json", truth)
+    assert run("evaluate", "--set", practice, "--pred", tmp_path / "truth.json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["pairs"], found["no_answer"]) == (2, 0) and found["landmark_median"] < 1e-6
+    assert run("evaluate", "--set", practice, "--pred", tmp_path / "none.json") == 2
+
+
+def test_a_finished_batch_says_so_before_anything_is_loaded(pair, sees, tmp_path, capsys, monkeypatch):
+    (tmp_path / "pairs.csv").write_text("id,fixed,moving\na,fixed.png,moving.tif\n")
+    words = ("register-many", tmp_path / "pairs.csv", "--out", tmp_path / "many", "--workers", "1", *QUICK)
+    assert run(*words) == 0
+    assert "nothing is left" not in capsys.readouterr().out
+
+    def load(path, device):
+        assert "nothing is left to register" in capsys.readouterr().out
+        return UprightSift()
+
+    monkeypatch.setattr("loftr_curriculum.model.weights.load_matcher", load)
+    assert run(*words) == 0

@@ -169,7 +169,7 @@ def _items_of(
     "The items of one case, from names alone."
     case = folder.name
     files = [f for f in (parse_name(p, case) for p in sorted(folder.iterdir())) if f]
-    items = []
+    items, needed_by = [], {}
     for mode in modes:
         chosen = choose(files, mode)
         lacking = [
@@ -177,9 +177,13 @@ def _items_of(
             for side, kind in zip(("fixed", "moving"), split_mode(mode))
             if not chosen[side]
         ]
-        faults += [f"{folder / name}: no such file, mode {mode} needs it" for name in lacking]
+        for name in lacking:
+            needed_by.setdefault(name, []).append(mode)
         if not lacking:
             items.append(Item(case, mode, *(f and f.path for f in chosen.values())))
+    for name, needing in needed_by.items():
+        who = f"mode {needing[0]} needs" if len(needing) == 1 else f"modes {', '.join(needing)} need"
+        faults.append(f"{folder / name}: no such file, {who} it")
     return items
 
 
@@ -202,9 +206,12 @@ def find_items(
     items = [item for case in cases for item in _items_of(case, modes, faults)]
     sizes, unreadable = decode_all(p for i in items for p in (i.fixed, i.moving, i.mask) if p)
     faults += unreadable.values()
+    told = set()
     for item in items:
         for other in (item.moving, item.mask):
-            if item.fixed in sizes and other in sizes and not same_shape(sizes[item.fixed], sizes[other]):
+            known = item.fixed in sizes and other in sizes and other not in told
+            if known and not same_shape(sizes[item.fixed], sizes[other]):
+                told.add(other)
                 faults.append("{}: {} x {} px has another aspect ratio than {} with {} x {}".format(
                     other, *sizes[other][::-1], item.fixed.name, *sizes[item.fixed][::-1]))  # fmt: skip
     raise_faults(folder, faults)
