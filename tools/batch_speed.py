@@ -6,7 +6,9 @@ Each way registers the same N pairs with the packaged weights into a temporary f
 pairs a minute, how many times the rate of one process, seconds of processor a pair (the figure that a busy
 machine changes least; not known of a cluster's workers), and the largest memory of a process. The start of
 the processes, a few seconds, is included: measure a hundred pairs or more. With --bookkeeping N it times what
-surrounds N registrations that cost nothing: the first start, and the start of a finished batch.
+surrounds N registrations that cost nothing: the first start, and the start of a finished batch. With --memory PX
+it registers generated eyes of PX x PX pixels in a worker, with the pictures of the report, and says how much
+memory the worker took; with --save, as `register-many` takes it, with these pictures too.
 """
 
 import argparse
@@ -120,13 +122,53 @@ def bookkeeping(n):
         print(f"{n} pairs, {name}: {time.perf_counter() - start:.1f} s", flush=True)
 
 
+def large_pair(folder, side):
+    """A table of one pair: a photograph and an angiogram of a generated eye, enlarged, as JPEG."""
+    import cv2
+
+    from loftr_curriculum.geometry import affine, warp_image
+    from loftr_curriculum.retina.config import EyeConfig, seeds_of
+    from loftr_curriculum.retina.world import make_world
+
+    (seed,) = seeds_of("report", 1, 0)
+    eye = make_world(seed, EyeConfig(), ("cf", "fa"))
+    middle = [(side - 1) / 2] * 2
+    turn = affine(12, 1.1, (side / 40, -side / 60), center=middle)
+    for name in ("cf", "fa"):
+        image = cv2.resize(eye.images[name], (side, side), interpolation=cv2.INTER_CUBIC)
+        if name == "fa":
+            image = warp_image(image, turn, (side, side))
+        cv2.imwrite(str(folder / f"{name}.jpg"), image if image.ndim == 2 else image[..., ::-1])
+    (folder / "pairs.csv").write_text("id,fixed,moving\ne,cf.jpg,fa.jpg\n")
+    return folder / "pairs.csv"
+
+
+def memory(side, save):
+    """The memory of the worker that registers six pairs of one size."""
+    from loftr_curriculum.report.batch import BatchPictures
+
+    with tempfile.TemporaryDirectory() as d:
+        folder = Path(d)
+        pairs = enough_pairs(large_pair(folder, side), 6)
+        how = {"workers": 2, "pictures": BatchPictures(folder / "out", save)}
+        seconds, processor, largest = measure(pairs, folder / "out", **how)
+        verdicts = {row["verdict"] for row in read_results(folder / "out" / "results.csv").values()}
+    said = f"{side} x {side} px, {len(pairs)} pairs ({', '.join(verdicts)})"
+    print(f"{said}: largest worker {largest} MB, {processor / len(pairs):.2f} s of processor a pair")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("table", nargs="?")
     parser.add_argument("--pairs", type=int, default=100, help="pairs that each way registers")
     parser.add_argument("--dask", action="store_true", help="also on a Dask cluster with two workers")
     parser.add_argument("--bookkeeping", type=int, help="time the start of so many pairs instead")
+    parser.add_argument("--memory", type=int, help="measure the memory that pairs of so many px a side take")
+    parser.add_argument("--save", default="", help="with --memory: pictures that are written for every pair")
     a = parser.parse_args()
+    if a.memory:
+        memory(a.memory, tuple(filter(None, a.save.split(","))))
+        return
     if a.bookkeeping:
         bookkeeping(a.bookkeeping)
         return

@@ -4,13 +4,17 @@
 
 # %% auto #0
 __all__ = [
+    "AS_IN_FILE",
     "WIDE_BORDERS",
     "MARGIN",
+    "LARGEST",
     "open_image",
     "open_mask",
     "Frame",
     "working_field",
     "without_borders",
+    "at_most_largest",
+    "place_in_file",
     "make_frame",
     "unusable",
     "mirror_map",
@@ -35,6 +39,7 @@ from ..geometry import (
     resample,
     resize_image,
     resize_matrix,
+    translation,
 )
 from ..io.images import ImageError
 from ..io.inputs import as_picture
@@ -69,6 +74,9 @@ def open_mask(
 
 
 # %% ../../nbs/06_registration/03_frames.ipynb #949eb5b3
+AS_IN_FILE = Affine(np.eye(3))
+
+
 @dataclass(frozen=True)
 class Frame:
     "One image of the pair, in its own pixels and in the working frame."
@@ -77,7 +85,7 @@ class Frame:
     mask: np.ndarray | None  # (H, W) float32 in [0, 1]: vessels, original pixels
     fov: np.ndarray  # (h, w) bool: field of view, working frame
     to_working: Affine  # original points -> working points
-    corner: tuple = (0, 0)  # (x, y) of the first original pixel in the file, where borders were cut off
+    to_file: Affine = AS_IN_FILE  # original points -> points of the file
 
     @property
     def size(self) -> tuple:
@@ -88,6 +96,7 @@ class Frame:
 # %% ../../nbs/06_registration/03_frames.ipynb #3f0e11c1
 WIDE_BORDERS = 0.8  # of the file's long side: a field of view that is shorter has its borders cut off
 MARGIN = 0.02  # of the field's long side: what is left around it
+LARGEST = 3072  # px of the long side that is kept
 
 
 def working_field(
@@ -123,6 +132,29 @@ def without_borders(
     return rows, columns
 
 
+# %% ../../nbs/06_registration/03_frames.ipynb #c7a48e96
+def at_most_largest(
+    plane: np.ndarray,  # (H, W) float32
+) -> np.ndarray:  # (h, w), as it is or averaged to a long side of `LARGEST`
+    "What is kept of a plane."
+    if max(plane.shape) <= LARGEST:
+        return plane
+    return resize_image(plane, fit_size(plane.shape, LARGEST))
+
+
+# %% ../../nbs/06_registration/03_frames.ipynb #157ea4ca
+def place_in_file(
+    size: tuple,  # (height, width) of what the borders left
+    part: tuple | None,  # (rows, columns) as slices of the file's image; None: all of it
+) -> Affine:  # original points -> points of the file
+    "Where the pixels that are kept lie in the file."
+    if part is None and max(size) <= LARGEST:
+        return AS_IN_FILE
+    kept = fit_size(size, LARGEST) if max(size) > LARGEST else size
+    corner = (0, 0) if part is None else (part[1].start, part[0].start)
+    return Affine(translation(corner) @ resize_matrix(kept, size))
+
+
 # %% ../../nbs/06_registration/03_frames.ipynb #9ea91056
 def make_frame(
     image: np.ndarray,  # (H, W) or (H, W, 3), uint8, uint16 or float32 in [0, 1]
@@ -133,18 +165,18 @@ def make_frame(
     "An image with its working frame. What is not seen is black and no part of the field of view."
     gray = to_gray(image)
     if seen is not None:
-        gray = np.where(seen, gray, np.float32(0))
+        gray[~seen] = 0
     vessels = None if mask is None else to_gray(mask)
     size, field = working_field(gray, seen, long_side)
     part = without_borders(gray.shape, field)
-    if part is None:
-        return Frame(gray, vessels, field, Affine(resize_matrix(gray.shape, size)))
-    gray = np.ascontiguousarray(gray[part])
-    vessels = None if vessels is None else np.ascontiguousarray(vessels[part])
-    size, field = working_field(gray, None if seen is None else seen[part], long_side)
-    rows, columns = part
-    to_working = Affine(resize_matrix(gray.shape, size))
-    return Frame(gray, vessels, field, to_working, (columns.start, rows.start))
+    if part is not None:
+        gray = np.ascontiguousarray(gray[part])
+        vessels = None if vessels is None else np.ascontiguousarray(vessels[part])
+        size, field = working_field(gray, None if seen is None else seen[part], long_side)
+    to_file = place_in_file(gray.shape, part)
+    gray = at_most_largest(gray)
+    vessels = None if vessels is None else at_most_largest(vessels)
+    return Frame(gray, vessels, field, Affine(resize_matrix(gray.shape, size)), to_file)
 
 
 # %% ../../nbs/06_registration/03_frames.ipynb #0653cb93

@@ -13,6 +13,8 @@ __all__ = [
     "describe_as_html",
     "shipped_matcher",
     "OpenPair",
+    "Side",
+    "open_side",
     "open_pair",
     "other_eye",
     "heed_laterality",
@@ -37,7 +39,6 @@ from pathlib import Path
 import numpy as np
 
 from ..geometry import (
-    Affine,
     PointMap,
     Similarity,
     affine_of,
@@ -45,12 +46,12 @@ from ..geometry import (
     fit_size,
     map_from_matrix,
     resize_image,
-    translation,
 )
 from ..io.inputs import as_picture, storable
 from ..model.config import UNGUIDED, Guidance, Matches
 from .config import RegistrationConfig, Verdict
 from .frames import (
+    AS_IN_FILE,
     Frame,
     make_frame,
     mirror_map,
@@ -214,22 +215,46 @@ class OpenPair:
     facts: dict  # "fixed", "moving" -> what the files say of their images, see `io.images.Picture`
 
 
+# %% ../../nbs/06_registration/10_pair.ipynb #83ca8f9e
+@dataclass(frozen=True)
+class Side:
+    "One image of a pair, opened; in place of the image it saves opening it again."
+
+    frame: Frame
+    size: tuple  # (height, width), original
+    pixels: np.ndarray  # original
+    facts: dict  # what the file says of its image, see `io.images.Picture`
+
+
+# %% ../../nbs/06_registration/10_pair.ipynb #cd9c1dc0
+def open_side(
+    image,  # in any form that `io.inputs.as_picture` takes, or a Side
+    name: str,  # fixed or moving
+    config: RegistrationConfig,
+    mask=None,  # file path or array
+) -> Side:
+    "An image with its frame; raises ImageError for what is no image."
+    if isinstance(image, Side):
+        return image
+    picture = as_picture(image, name)
+    size = picture.pixels.shape[:2]
+    frame = make_frame(picture.pixels, open_mask(mask, size, name), config.long_side, picture.seen)
+    return Side(frame, size, picture.pixels, picture.facts)
+
+
+# %% ../../nbs/06_registration/10_pair.ipynb #672f02ff
 def open_pair(
-    fixed,  # image in any form that `io.inputs.as_picture` takes
+    fixed,  # as in `open_side`
     moving,  # the same
     config: RegistrationConfig,
     fixed_mask=None,  # file path or array
     moving_mask=None,  # file path or array
 ) -> OpenPair:
-    "Both images with their frames; raises ImageError for what is no image."
-    picture0, picture1 = as_picture(fixed, "fixed"), as_picture(moving, "moving")
-    image0, image1 = picture0.pixels, picture1.pixels
-    size0, size1 = image0.shape[:2], image1.shape[:2]
-    mask0, mask1 = open_mask(fixed_mask, size0, "fixed"), open_mask(moving_mask, size1, "moving")
-    frame0 = make_frame(image0, mask0, config.long_side, picture0.seen)
-    frame1 = make_frame(image1, mask1, config.long_side, picture1.seen)
-    facts = {"fixed": picture0.facts, "moving": picture1.facts}
-    return OpenPair(frame0, frame1, size0, size1, image1, facts)
+    "Both images with their frames, one after the other; raises ImageError for what is no image."
+    one = replace(open_side(fixed, "fixed", config, fixed_mask), pixels=None)
+    other = open_side(moving, "moving", config, moving_mask)
+    facts = {"fixed": one.facts, "moving": other.facts}
+    return OpenPair(one.frame, other.frame, one.size, other.size, other.pixels, facts)
 
 
 # %% ../../nbs/06_registration/10_pair.ipynb #9efd3491
@@ -275,12 +300,10 @@ def between_files(
     to_fixed: PointMap,  # from the moving frame's original pixels to the fixed frame's
     pair: OpenPair,
 ) -> PointMap:
-    "The same map between pixels of the files, where borders were cut off."
-    if pair.fixed.corner == pair.moving.corner == (0, 0):
+    "The same map between pixels of the files, where borders were cut off or a large image was shrunk."
+    if pair.fixed.to_file == pair.moving.to_file == AS_IN_FILE:
         return to_fixed
-    away = Affine(translation(-np.array(pair.moving.corner, float)))
-    back = Affine(translation(np.array(pair.fixed.corner, float)))
-    return away.then(to_fixed).then(back)
+    return pair.moving.to_file.inverse().then(to_fixed).then(pair.fixed.to_file)
 
 
 # %% ../../nbs/06_registration/10_pair.ipynb #f87ab7eb
@@ -308,14 +331,14 @@ def judged_matches(
 ) -> JudgedMatches:
     "The matches of the last pass in original pixels; those within `threshold_px` of the answer are inliers."
     m = outcome.last.matches
-    points0 = pair.fixed.to_working.inverse()(m.points0) + pair.fixed.corner
+    points0 = pair.fixed.to_file(pair.fixed.to_working.inverse()(m.points0))
     points1 = pair.moving.to_working.inverse()(m.points1)
     if outcome.mirrored:
         points1 = mirror_map(pair.moving.gray.shape)(points1)
-    points1 = points1 + pair.moving.corner
+    points1 = pair.moving.to_file(points1)
     agrees = np.zeros(len(m), bool)
     if moving_to_fixed is not None:
-        expected = moving_to_fixed(points1) - pair.fixed.corner
+        expected = pair.fixed.to_file.inverse()(moving_to_fixed(points1))
         off = pair.fixed.to_working(expected) - m.points0
         agrees = np.linalg.norm(off, axis=1) <= config.threshold_px
     return JudgedMatches(points0, points1, m.confidence, agrees)
