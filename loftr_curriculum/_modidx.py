@@ -1404,6 +1404,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                      'loftr_curriculum/model/reference.py')},
             'loftr_curriculum.model.stages': { 'loftr_curriculum.model.stages.CellMatches': ( '05_model/stages.html#cellmatches',
                                                                                               'loftr_curriculum/model/stages.py'),
+                                               'loftr_curriculum.model.stages.CellTruth': ( '05_model/stages.html#celltruth',
+                                                                                            'loftr_curriculum/model/stages.py'),
                                                'loftr_curriculum.model.stages.CoarseResult': ( '05_model/stages.html#coarseresult',
                                                                                                'loftr_curriculum/model/stages.py'),
                                                'loftr_curriculum.model.stages.CoarseResult.conf_matrix': ( '05_model/stages.html#coarseresult.conf_matrix',

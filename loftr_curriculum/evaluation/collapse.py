@@ -60,9 +60,9 @@ class Fields:
 
 # %% ../../nbs/07_evaluation/01_collapse.ipynb #a0fb7b37
 def overlap_fields(
-    fov0,  # (H0, W0) bool
-    fov1,  # (H1, W1) bool
-    fixed_to_moving=None,  # (3, 3) plausible fixed -> moving, None where there is none
+    fov0: np.ndarray,  # (H0, W0) bool
+    fov1: np.ndarray,  # (H1, W1) bool
+    fixed_to_moving: np.ndarray | None = None,  # (3, 3) plausible fixed -> moving, None where there is none
 ) -> Fields:
     "The parts of both fields of view that the other image sees; the whole fields without a transform."
     fov0, fov1 = np.asarray(fov0, bool), np.asarray(fov1, bool)
@@ -81,10 +81,10 @@ LEAST_AGREEING, LEAST_SHARE = 6, 0.15  # of a fit that is believed
 
 
 def agreeing(
-    fixed_to_moving,  # (3, 3) fixed -> moving, or None
-    points0,  # (N, 2) start points
-    points1,  # (N, 2) end points
-    size0,  # (height, width) of the fixed image
+    fixed_to_moving: np.ndarray | None,  # (3, 3) fixed -> moving, or None
+    points0: np.ndarray,  # (N, 2) start points
+    points1: np.ndarray,  # (N, 2) end points
+    size0: tuple[int, int],  # (height, width) of the fixed image
 ) -> np.ndarray:  # (N,) bool, all False without a transform
     "Which matches agree with a transform to 8 px at 512 px."
     if fixed_to_moving is None or not len(points0):
@@ -94,11 +94,11 @@ def agreeing(
 
 # %% ../../nbs/07_evaluation/01_collapse.ipynb #0762aba7
 def believed_transform(
-    points0,  # (N, 2) start points
-    points1,  # (N, 2) end points
-    fov0,  # (H0, W0) bool
-    size1,  # (height, width) of the moving image
-    confidence=None,  # (N,); all alike when None
+    points0: np.ndarray,  # (N, 2) start points
+    points1: np.ndarray,  # (N, 2) end points
+    fov0: np.ndarray,  # (H0, W0) bool
+    size1: tuple[int, int],  # (height, width) of the moving image
+    confidence: np.ndarray | None = None,  # (N,); all alike when None
 ) -> np.ndarray | None:  # (3, 3) fixed -> moving, None where no fit deserves belief
     "A single-pass affine through the matches, if it is plausible and supported."
     points0, points1 = np.asarray(points0, float).reshape(-1, 2), np.asarray(points1, float).reshape(-1, 2)
@@ -123,8 +123,8 @@ CONFIDENCE_SHARE = 0.8
 
 
 def most_confident(
-    confidence,  # (N,) >= 0
-    share=CONFIDENCE_SHARE,  # of the summed confidence
+    confidence: np.ndarray,  # (N,) >= 0
+    share: float = CONFIDENCE_SHARE,  # of the summed confidence
 ) -> np.ndarray:  # (M,) int, ascending
     "The fewest matches that together have this share of all confidence."
     confidence = np.asarray(confidence, float)
@@ -141,8 +141,8 @@ CELLS = 8
 
 
 def cell_counts(
-    points,  # (N, 2) points
-    field,  # (H, W) bool: the overlap in their image
+    points: np.ndarray,  # (N, 2) points
+    field: np.ndarray,  # (H, W) bool: the overlap in their image
 ) -> np.ndarray:  # (C,) points in each of the field's cells; points outside the field are not counted
     "How many points fall into each cell of a grid over the field."
     if not field.any():
@@ -160,8 +160,8 @@ def cell_counts(
 
 # %% ../../nbs/07_evaluation/01_collapse.ipynb #185f99a3
 def coverage(
-    points,  # (N, 2) points
-    field,  # (H, W) bool: the overlap in their image
+    points: np.ndarray,  # (N, 2) points
+    field: np.ndarray,  # (H, W) bool: the overlap in their image
 ) -> float:  # in [0, 1]; 0 without points
     "Share of the cells of the overlap that are hit, relative to as many points thrown evenly."
     counts, n = cell_counts(points, field), len(points)
@@ -173,8 +173,8 @@ def coverage(
 
 # %% ../../nbs/07_evaluation/01_collapse.ipynb #96e76f8e
 def entropy(
-    points,  # (N, 2) end points
-    field,  # (H, W) bool: the overlap in the moving image
+    points: np.ndarray,  # (N, 2) end points
+    field: np.ndarray,  # (H, W) bool: the overlap in the moving image
 ) -> float:  # in [0, 1]; 0 with fewer than two points in the field
     "Normalised entropy of the points over the cells of the overlap."
     counts = cell_counts(points, field)
@@ -187,10 +187,10 @@ def entropy(
 
 # %% ../../nbs/07_evaluation/01_collapse.ipynb #508075d5
 def many_to_one(
-    points0,  # (N, 2) start points
-    points1,  # (N, 2) end points
-    scale=1.0,  # px of the moving image per px of the fixed one
-    radius=8.0,  # r, px of the moving image
+    points0: np.ndarray,  # (N, 2) start points
+    points1: np.ndarray,  # (N, 2) end points
+    scale: float = 1.0,  # px of the moving image per px of the fixed one
+    radius: float = 8.0,  # r, px of the moving image
 ) -> float:  # share in [0, 1]; 0 without matches
     "Share of the matches that end where matches from quite another place end."
     points0, points1 = np.asarray(points0, float).reshape(-1, 2), np.asarray(points1, float).reshape(-1, 2)
@@ -204,9 +204,9 @@ def many_to_one(
 
 # %% ../../nbs/07_evaluation/01_collapse.ipynb #28cc85b6
 def thirds(
-    points,  # (N, 2) end points
-    field,  # (H, W) bool: the overlap in the moving image
-    fov,  # (H, W) bool: the whole field of view of the moving image, whose height is divided
+    points: np.ndarray,  # (N, 2) end points
+    field: np.ndarray,  # (H, W) bool: the overlap in the moving image
+    fov: np.ndarray,  # (H, W) bool: the whole field of view of the moving image, whose height is divided
 ) -> tuple:  # (3,) share of the points in the top, middle and lower third; (3,) share of the overlap's area
     "Where the end points lie from top to bottom, and where the overlap lies."
     _, top, _, bottom = field_box(fov)
@@ -222,9 +222,9 @@ def thirds(
 
 # %% ../../nbs/07_evaluation/01_collapse.ipynb #ee2a0214
 def thirds_excess(
-    points,  # (N, 2) end points
-    field,  # (H, W) bool: the overlap in the moving image
-    fov,  # (H, W) bool: the whole field of view of the moving image
+    points: np.ndarray,  # (N, 2) end points
+    field: np.ndarray,  # (H, W) bool: the overlap in the moving image
+    fov: np.ndarray,  # (H, W) bool: the whole field of view of the moving image
 ) -> float:  # in [0, 1]; 1 without points
     "Distance of the two distributions over the thirds."
     if not len(points) or not field.any():
@@ -235,10 +235,10 @@ def thirds_excess(
 
 # %% ../../nbs/07_evaluation/01_collapse.ipynb #93955c64
 def spread(
-    points0,  # (N, 2) start points
-    points1,  # (N, 2) end points
-    fixed_to_moving=None,  # (3, 3) fixed -> moving; None: only `scale` is removed
-    scale=1.0,  # px of the moving image per px of the fixed one
+    points0: np.ndarray,  # (N, 2) start points
+    points1: np.ndarray,  # (N, 2) end points
+    fixed_to_moving: np.ndarray | None = None,  # (3, 3) fixed -> moving; None: only `scale` is removed
+    scale: float = 1.0,  # px of the moving image per px of the fixed one
 ) -> float:  # 1 is right, 0 is one point; 0 without matches
     "Spread of the end points, the transform removed, against that of the start points."
 
@@ -255,9 +255,9 @@ def spread(
 
 # %% ../../nbs/07_evaluation/01_collapse.ipynb #15783ffb
 def vessel_share(
-    points,  # (N, 2) start points
-    mask,  # (H, W) vessel mask of their image in [0, 1]
-    field,  # (H, W) bool: the overlap in their image
+    points: np.ndarray,  # (N, 2) start points
+    mask: np.ndarray,  # (H, W) vessel mask of their image in [0, 1]
+    field: np.ndarray,  # (H, W) bool: the overlap in their image
 ) -> tuple:  # (share, gain)
     """How often match points lie on vessels, and how much more often than chance.
 
@@ -299,11 +299,11 @@ class CollapseFigures:
 
 # %% ../../nbs/07_evaluation/01_collapse.ipynb #4581f7b4
 def symptoms(
-    points0,  # (N, 2) start points
-    points1,  # (N, 2) end points
-    fields,  # Fields
-    fov1,  # (H1, W1) bool
-    fixed_to_moving,  # (3, 3) or None
+    points0: np.ndarray,  # (N, 2) start points
+    points1: np.ndarray,  # (N, 2) end points
+    fields: Fields,
+    fov1: np.ndarray,  # (H1, W1) bool
+    fixed_to_moving: np.ndarray | None,  # (3, 3) or None
 ) -> np.ndarray:  # (5,) in [0, 1]: starts, ends, many to one, thirds, shrinking
     "The five symptoms against one choice of fields."
     return np.array(
@@ -319,11 +319,11 @@ def symptoms(
 
 # %% ../../nbs/07_evaluation/01_collapse.ipynb #b549d986
 def collapse_index(
-    points0,  # (N, 2) start points, pixels of the fixed image
-    points1,  # (N, 2) end points, pixels of the moving image
-    fov0,  # (H0, W0) bool
-    fov1,  # (H1, W1) bool
-    fixed_to_moving=None,  # (3, 3) fixed -> moving that is true or believed; None where there is none
+    points0: np.ndarray,  # (N, 2) start points, pixels of the fixed image
+    points1: np.ndarray,  # (N, 2) end points, pixels of the moving image
+    fov0: np.ndarray,  # (H0, W0) bool
+    fov1: np.ndarray,  # (H1, W1) bool
+    fixed_to_moving: np.ndarray | None = None,  # (3, 3) fixed -> moving; None: none is known or believed
 ) -> float:  # in [0, 1]; 1 for fewer than four matches
     """Mean of the two worst symptoms, less what is proven right.
 
@@ -346,13 +346,13 @@ def collapse_index(
 
 # %% ../../nbs/07_evaluation/01_collapse.ipynb #c432096f
 def collapse_figures(
-    points0,  # (N, 2) start points, pixels of the fixed image
-    points1,  # (N, 2) end points, pixels of the moving image
-    fov0,  # (H0, W0) bool
-    fov1,  # (H1, W1) bool
-    fixed_to_moving=None,  # (3, 3) fixed -> moving; None: fitted, where a fit can be believed
-    mask0=None,  # (H0, W0) vessel mask of the fixed image in [0, 1]
-    confidence=None,  # (N,) in (0, 1]; all matches count alike when None
+    points0: np.ndarray,  # (N, 2) start points, pixels of the fixed image
+    points1: np.ndarray,  # (N, 2) end points, pixels of the moving image
+    fov0: np.ndarray,  # (H0, W0) bool
+    fov1: np.ndarray,  # (H1, W1) bool
+    fixed_to_moving: np.ndarray | None = None,  # (3, 3) fixed -> moving; None: fitted, if believed
+    mask0: np.ndarray | None = None,  # (H0, W0) vessel mask of the fixed image in [0, 1]
+    confidence: np.ndarray | None = None,  # (N,) in (0, 1]; all matches count alike when None
 ) -> CollapseFigures:
     """All figures of one pair.
 

@@ -17,6 +17,8 @@ __all__ = [
 ]
 
 # %% ../../nbs/07_evaluation/00_metrics.ipynb #c7ae771c
+from collections.abc import Sequence
+
 import numpy as np
 
 from ..geometry import PointMap, apply_transform, corners
@@ -24,7 +26,7 @@ from ..geometry import PointMap, apply_transform, corners
 
 # %% ../../nbs/07_evaluation/00_metrics.ipynb #fe18ceee
 def is_answer(
-    M,  # PointMap, (3, 3) matrix or anything else
+    M: object,  # PointMap, (3, 3) matrix or anything else
 ) -> bool:
     "Is `M` a map, or a finite, invertible 3x3 matrix?"
     if isinstance(M, PointMap):
@@ -46,7 +48,7 @@ def _mean_distance(a, b):
 
 # %% ../../nbs/07_evaluation/00_metrics.ipynb #cf43aaef
 def mapped(
-    point_map,  # PointMap or (3, 3) matrix
+    point_map: PointMap | np.ndarray,  # PointMap or (3, 3) matrix
     points: np.ndarray,  # (N, 2)
 ) -> np.ndarray:  # (N, 2)
     "Points under an answer of either form."
@@ -57,9 +59,9 @@ def mapped(
 
 # %% ../../nbs/07_evaluation/00_metrics.ipynb #6dbd1340
 def landmark_error(
-    moving_to_fixed,  # PointMap or (3, 3) matrix, or None for no answer
-    fixed_points,  # (N, 2) landmarks in the fixed image
-    moving_points,  # (N, 2) the same landmarks in the moving image
+    moving_to_fixed: PointMap | np.ndarray | None,  # PointMap or (3, 3) matrix, or None for no answer
+    fixed_points: np.ndarray,  # (N, 2) landmarks in the fixed image
+    moving_points: np.ndarray,  # (N, 2) the same landmarks in the moving image
 ) -> float:  # pixels of the fixed image
     "Mean distance of the mapped moving landmarks from the fixed ones."
     if not is_answer(moving_to_fixed):
@@ -69,9 +71,9 @@ def landmark_error(
 
 # %% ../../nbs/07_evaluation/00_metrics.ipynb #71c5e905
 def corner_error(
-    moving_to_fixed,  # PointMap or (3, 3) matrix, or None for no answer
-    reference,  # (3, 3) true moving -> fixed
-    moving_size,  # (height, width) of the moving image
+    moving_to_fixed: PointMap | np.ndarray | None,  # PointMap or (3, 3) matrix, or None for no answer
+    reference: np.ndarray,  # (3, 3) true moving -> fixed
+    moving_size: tuple[int, int],  # (height, width) of the moving image
 ) -> float:  # pixels of the fixed image
     "Mean distance of the moving image's corners under the answer and under the reference."
     if not is_answer(moving_to_fixed):
@@ -82,8 +84,8 @@ def corner_error(
 
 # %% ../../nbs/07_evaluation/00_metrics.ipynb #c34fc916
 def at_512(
-    error,  # pixels of the fixed image
-    fixed_size,  # (height, width) of the fixed image
+    error: float | np.ndarray,  # pixels of the fixed image
+    fixed_size: tuple[int, int],  # (height, width) of the fixed image
 ) -> float:  # pixels of the fixed image resized to 512 px on its long side
     "The same error in the frame in which sets are compared."
     return error * 512 / max(fixed_size)
@@ -91,8 +93,8 @@ def at_512(
 
 # %% ../../nbs/07_evaluation/00_metrics.ipynb #66093982
 def success_rate(
-    errors,  # (N,) pixels, inf for no answer
-    threshold,  # pixels
+    errors: np.ndarray,  # (N,) pixels, inf for no answer
+    threshold: float,  # pixels
 ) -> float:  # share in [0, 1]
     "Share of the pairs with an error below the threshold."
     errors = np.asarray(errors, float)
@@ -101,8 +103,8 @@ def success_rate(
 
 # %% ../../nbs/07_evaluation/00_metrics.ipynb #cea8cebc
 def auc(
-    errors,  # (N,) pixels, inf for no answer
-    threshold,  # pixels
+    errors: np.ndarray,  # (N,) pixels, inf for no answer
+    threshold: float,  # pixels
 ) -> float:  # in [0, 1]
     "Normalised area under the cumulative error curve up to the threshold."
     errors = np.asarray(errors, float)
@@ -128,8 +130,8 @@ def mauc25(
 
 # %% ../../nbs/07_evaluation/00_metrics.ipynb #c13582b2
 def summarise(
-    errors,  # (N,) pixels, inf for no answer
-    thresholds=(5, 10, 20),  # pixels
+    errors: np.ndarray,  # (N,) pixels, inf for no answer
+    thresholds: Sequence[float] = (5, 10, 20),  # pixels
 ) -> dict:  # pairs, no_answer, mean (of the answers), median (of all), SR@t, AUC@t
     "Figures of a set of errors; None where a figure is not finite."
     errors = np.asarray(errors, float)
@@ -150,10 +152,10 @@ def summarise(
 
 # %% ../../nbs/07_evaluation/00_metrics.ipynb #f3fd1b02
 def promises(
-    errors,  # (N,) pixels, inf for no answer
-    verdicts,  # (N,) verdicts or their strings
-    good=10.0,  # an answer below is good, pixels
-    wrong=20.0,  # an answer above is wrong, pixels
+    errors: np.ndarray,  # (N,) pixels, inf for no answer
+    verdicts: Sequence,  # (N,) verdicts or their strings
+    good: float = 10.0,  # an answer below is good, pixels
+    wrong: float = 20.0,  # an answer above is wrong, pixels
 ) -> dict:  # wrong_ok and good_ok
     """How far the verdict `ok` can be believed.
 

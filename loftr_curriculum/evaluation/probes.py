@@ -15,8 +15,10 @@ __all__ = [
 ]
 
 # %% ../../nbs/07_evaluation/08_probes.ipynb #52abedf9
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -24,20 +26,24 @@ import torch
 from ..data.landmarks import read_landmark_set
 from ..data.masks import vesselness
 from ..data.pairs import GeneratedSource
-from ..data.preprocess import prepare, to_gray
+from ..data.preprocess import Prepared, prepare, to_gray
 from ..data.pseudo_real import PseudoReal, pseudo_real_pair
 from ..geometry import fit_affine, invert, map_from_matrix, resize_image
 from ..io.images import read_image
-from ..model.config import UNGUIDED
+from ..model.config import UNGUIDED, Guidance
+from ..model.stages import TwoStageMatcher
 from ..registration.table import read_batch
 from ..retina.config import MODES, EyeConfig
 from .recording import Probe, make_probe
 
+if TYPE_CHECKING:
+    from ..data.module import ValPairs
+
 
 # %% ../../nbs/07_evaluation/08_probes.ipynb #ea427915
 def validation_probes(
-    pairs,  # ValPairs
-    count,  # how many, the first ones
+    pairs: "ValPairs",
+    count: int,  # how many, the first ones
 ) -> list:  # of Probe
     "The first validation pairs."
     probes = []
@@ -59,9 +65,9 @@ def validation_probes(
 
 # %% ../../nbs/07_evaluation/08_probes.ipynb #9b2e417d
 def between_prepared(
-    fixed,  # Prepared
-    moving,  # Prepared
-    fixed_to_moving,  # (3, 3) between the files' pixels
+    fixed: Prepared,
+    moving: Prepared,
+    fixed_to_moving: np.ndarray,  # (3, 3) between the files' pixels
 ) -> np.ndarray:  # (3, 3) between the pixels of the prepared images
     "The true map of two prepared images."
     to_file = fixed.to_prepared.inverse()
@@ -71,12 +77,12 @@ def between_prepared(
 
 # %% ../../nbs/07_evaluation/08_probes.ipynb #c0ba5e47
 def estimated_probe(
-    name,  # str
-    kind,  # "pseudo-real" or "real"
-    fixed,  # (H0, W0[, 3]) uint8 or uint16
-    moving,  # (H1, W1[, 3]) uint8 or uint16
-    fixed_to_moving,  # (3, 3) between the files' pixels, or None
-    size,  # px of the long side of both images
+    name: str,
+    kind: str,  # "pseudo-real" or "real"
+    fixed: np.ndarray,  # (H0, W0[, 3]) uint8 or uint16
+    moving: np.ndarray,  # (H1, W1[, 3]) uint8 or uint16
+    fixed_to_moving: np.ndarray | None,  # (3, 3) between the files' pixels, or None
+    size: int,  # px of the long side of both images
 ) -> Probe:
     "A probe from two pictures: resized, field of view and vessels estimated."
     p0, p1 = prepare(fixed, size), prepare(moving, size)
@@ -94,8 +100,8 @@ def estimated_probe(
 # %% ../../nbs/07_evaluation/08_probes.ipynb #5ec2c3f8
 @lru_cache(2)
 def pseudo_real_probes(
-    per_mode,  # pairs of each mode
-    size,  # px of the side
+    per_mode: int,  # pairs of each mode
+    size: int,  # px of the side
 ) -> tuple:  # of Probe
     "The first pairs of every mode, always the same."
     spec = PseudoReal(size=(size, size), eye=EyeConfig(size=3 * size, gap=1.25, disease=0.75))
@@ -119,8 +125,8 @@ def _truth(pair):
 
 # %% ../../nbs/07_evaluation/08_probes.ipynb #0bd8b639
 def real_probes(
-    source,  # folder with `images` and `landmarks`, or a CSV file with the columns id, fixed, moving
-    size,  # px of the long side of both images
+    source: str | Path,  # folder with `images` and `landmarks`, or a CSV file with columns id, fixed, moving
+    size: int,  # px of the long side of both images
 ) -> list:  # of Probe
     "Real pairs that the user names; raises FileError that lists everything missing."
     if Path(source).is_dir():
@@ -135,10 +141,10 @@ def real_probes(
 
 # %% ../../nbs/07_evaluation/08_probes.ipynb #52640aff
 def stack_probes(
-    probes,  # sequence of Probe of equal shapes
-    name,  # field of a probe that holds an array
-    device,  # torch device
-    scale=None,  # divide by it; None: as it is stored
+    probes: Sequence[Probe],  # sequence of Probe of equal shapes
+    name: str,  # field of a probe that holds an array
+    device: torch.device | str,  # torch device
+    scale: float | None = None,  # divide by it; None: as it is stored
 ) -> torch.Tensor:  # (B, ...)
     "One field of several probes as a tensor."
     arrays = [getattr(p, name) for p in probes]
@@ -148,9 +154,9 @@ def stack_probes(
 
 
 def match_equal(
-    matcher,  # Matcher, in eval mode
-    probes,  # sequence of Probe of equal shapes
-    guidance,  # masks are handed over where it asks for them
+    matcher: TwoStageMatcher,  # Matcher, in eval mode
+    probes: Sequence[Probe],  # sequence of Probe of equal shapes
+    guidance: Guidance,  # masks are handed over where it asks for them
 ) -> list:  # of Matches
     "One pass of the matcher over probes of equal shapes."
     device = next(matcher.parameters()).device
@@ -169,10 +175,10 @@ def match_equal(
 
 
 def match_probes(
-    matcher,  # Matcher, in eval mode
-    probes,  # sequence of Probe
-    guidance=UNGUIDED,  # masks are handed over where it asks for them
-    batch=8,  # probes in one pass
+    matcher: TwoStageMatcher,  # Matcher, in eval mode
+    probes: Sequence[Probe],  # sequence of Probe
+    guidance: Guidance = UNGUIDED,  # masks are handed over where it asks for them
+    batch: int = 8,  # probes in one pass
 ) -> list:  # of Matches, in the order of the probes
     "What the matcher says to every probe."
     groups = {}

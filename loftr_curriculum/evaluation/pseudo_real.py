@@ -6,7 +6,11 @@
 __all__ = ["matrix_of", "evaluate_pseudo_real", "system_named", "score_system", "lines_of"]
 
 # %% ../../nbs/07_evaluation/03_pseudo_real.ipynb #e04efc3f
+from collections.abc import Callable, Sequence
 from importlib import import_module
+from pathlib import Path
+
+import numpy as np
 
 from ..data.pseudo_real import PSEUDO_REAL_VERSION, SPECIFICATION, pseudo_real_pairs
 from ..io.files import write_json
@@ -16,22 +20,22 @@ from .metrics import at_512, landmark_error, summarise
 
 # %% ../../nbs/07_evaluation/03_pseudo_real.ipynb #285693d8
 def matrix_of(
-    answer,  # (3, 3), None, or an object that has `moving_to_fixed`, as `registration.register` gives
-):  # (3, 3) or None
+    answer: object,  # (3, 3), None, or an object that has `moving_to_fixed`, as `registration.register` gives
+) -> np.ndarray | None:  # (3, 3) or None
     "The transform in an answer."
     return getattr(answer, "moving_to_fixed", answer)
 
 
 # %% ../../nbs/07_evaluation/03_pseudo_real.ipynb #5993688b
 def evaluate_pseudo_real(
-    register_function,  # (fixed, moving) -> moving_to_fixed (3, 3), or None, or an object with that attribute
-    modes=MODES,  # modes to score
-    limit=None,  # pairs of each mode, the first ones; None: all 100
-    folder=None,  # where the pairs are kept, or will be; None: make them afresh
-    workers=2,  # processes that make pairs
-    progress=True,  # show a progress bar
-    per_pair=False,  # add the error of every pair
-    spec=SPECIFICATION,  # another one is another list, and its scores compare with nothing
+    register_function: Callable,  # (fixed, moving) -> moving_to_fixed (3, 3), None, or an object that has it
+    modes: Sequence[str] = MODES,  # modes to score
+    limit: int | None = None,  # pairs of each mode, the first ones; None: all 100
+    folder: str | Path | None = None,  # where the pairs are kept, or will be; None: make them afresh
+    workers: int = 2,  # processes that make pairs
+    progress: bool = True,  # show a progress bar
+    per_pair: bool = False,  # add the error of every pair
+    spec: str = SPECIFICATION,  # another one is another list, and its scores compare with nothing
 ) -> dict:  # mode -> figures as in `metrics.summarise`; 'all' over all modes
     "Score a system on the pseudo-real list."
     errors = {mode: {} for mode in modes}
@@ -52,7 +56,7 @@ def evaluate_pseudo_real(
 # %% ../../nbs/07_evaluation/03_pseudo_real.ipynb #a7c18add
 def system_named(
     name: str,  # 'package.module.function'
-):  # the function
+) -> Callable:  # the function
     "A system by its dotted name; raises ValueError where there is none."
     module, _, function = name.rpartition(".")
     try:

@@ -35,6 +35,7 @@ __all__ = [
 
 # %% ../../nbs/07_evaluation/07_recording.ipynb #f1e99bf3
 import io
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import wraps
 from pathlib import Path
@@ -72,12 +73,12 @@ class Probe:
 
 # %% ../../nbs/07_evaluation/07_recording.ipynb #3b7b841a
 def make_probe(
-    name,  # str
-    kind,  # "generated", "pseudo-real" or "real"
-    images,  # two (H, W) float32 in [-1, 1]
-    fovs,  # two (H, W) bool
-    masks,  # two (H, W) float32 in [0, 1]
-    fixed_to_moving,  # (3, 3) or None
+    name: str,
+    kind: str,  # "generated", "pseudo-real" or "real"
+    images: Sequence[np.ndarray],  # two (H, W) float32 in [-1, 1]
+    fovs: Sequence[np.ndarray],  # two (H, W) bool
+    masks: Sequence[np.ndarray],  # two (H, W) float32 in [0, 1]
+    fixed_to_moving: np.ndarray | None,  # (3, 3) or None
 ) -> Probe:
     "A probe from prepared images."
     return Probe(
@@ -107,9 +108,9 @@ class Entry:
 
 # %% ../../nbs/07_evaluation/07_recording.ipynb #c41d7a06
 def error_of_fit(
-    fit,  # (3, 3) fixed -> moving through the matches, None where none deserves belief
-    truth,  # (3, 3) fixed -> moving, None where nobody knows
-    probe,  # Probe
+    fit: np.ndarray | None,  # (3, 3) fixed -> moving through the matches, None where none deserves belief
+    truth: np.ndarray | None,  # (3, 3) fixed -> moving, None where nobody knows
+    probe: Probe,
 ) -> float:  # px of the fixed image at 512 px; inf for no answer, nan without a truth
     "The corner error of the map that the matches give."
     if truth is None:
@@ -122,10 +123,10 @@ def error_of_fit(
 
 # %% ../../nbs/07_evaluation/07_recording.ipynb #f9cbec60
 def measure(
-    number,  # of the probe
-    probe,  # Probe
-    guided,  # bool
-    matches,  # Matches
+    number: int,  # of the probe
+    probe: Probe,
+    guided: bool,
+    matches: Matches,
 ) -> Entry:
     "The figures of one pass over a probe."
     p, q, size0, size1 = matches.points0, matches.points1, probe.fov0.shape, probe.fov1.shape
@@ -142,7 +143,7 @@ def measure(
 
 # %% ../../nbs/07_evaluation/07_recording.ipynb #284c6a6b
 def probes_file(
-    folder,  # of the recording
+    folder: str | Path,  # of the recording
 ) -> Path:
     "Where the pairs lie."
     return Path(folder) / "probes.npz"
@@ -150,7 +151,7 @@ def probes_file(
 
 # %% ../../nbs/07_evaluation/07_recording.ipynb #52389eeb
 def epoch_files(
-    folder,  # of the recording
+    folder: str | Path,  # of the recording
 ) -> list[Path]:
     "The files of the recorded epochs, in order."
     return sorted(Path(folder).glob("epoch_*.npz"))
@@ -162,8 +163,8 @@ MOST = 500  # matches of one look that are kept
 
 
 def write_probes(
-    folder,  # of the recording
-    probes,  # list of Probe
+    folder: str | Path,  # of the recording
+    probes: Sequence[Probe],  # list of Probe
 ) -> None:
     "Write the pairs themselves."
     arrays = dict(
@@ -183,13 +184,13 @@ def write_probes(
 
 # %% ../../nbs/07_evaluation/07_recording.ipynb #dcf5a9b6
 def write_epoch(
-    folder,  # of the recording
-    epoch,  # number of the epoch
-    lam,  # vessel_soft_lambda with which the epoch was trained
-    scaler,  # vessel_loss_weight_scaler with which the epoch was trained
-    entries,  # list of Entry
-    seconds=0.0,  # what this recording took
-    share=0.0,  # of the run's time that went into recording so far, in [0, 1]
+    folder: str | Path,  # of the recording
+    epoch: int,  # number of the epoch
+    lam: float,  # vessel_soft_lambda with which the epoch was trained
+    scaler: float,  # vessel_loss_weight_scaler with which the epoch was trained
+    entries: Sequence[Entry],  # list of Entry
+    seconds: float = 0.0,  # what this recording took
+    share: float = 0.0,  # of the run's time that went into recording so far, in [0, 1]
 ) -> None:
     "Write one epoch."
     pick = [np.linspace(0, len(e.matches) - 1, min(len(e.matches), MOST)).astype(int) for e in entries]
@@ -240,12 +241,12 @@ class EpochRecord:
     confidence: np.ndarray  # (N,)
     agrees: np.ndarray  # (N,) bool
 
-    def find(self, probe, guided=False) -> int | None:
+    def find(self, probe: int, guided: bool = False) -> int | None:
         "Number of the look at a probe; None where there was none."
         at = np.flatnonzero((self.probe == probe) & (self.guided == guided))
         return int(at[0]) if len(at) else None
 
-    def lines(self, look) -> tuple:  # Matches, (n,) bool
+    def lines(self, look: int) -> tuple:  # Matches, (n,) bool
         "The kept matches of a look, and which of them agree with the transform."
         keep = self.look == look
         return Matches(self.points0[keep], self.points1[keep], self.confidence[keep]), self.agrees[keep]
@@ -286,7 +287,7 @@ def _in_recording(make):
 # %% ../../nbs/07_evaluation/07_recording.ipynb #e9c1dd72
 @_in_recording
 def read_epoch(
-    path,  # epoch_NNNN.npz
+    path: str | Path,  # epoch_NNNN.npz
 ) -> EpochRecord:
     "One epoch; raises FileError that names the file."
     a = _load(path)
@@ -310,7 +311,7 @@ def read_epoch(
 # %% ../../nbs/07_evaluation/07_recording.ipynb #e3929573
 @_in_recording
 def probes_in(
-    path,  # probes.npz
+    path: str | Path,  # probes.npz
 ) -> list:  # of Probe
     "The pairs in a file; raises FileError that names it."
     a = _load(path)
@@ -325,7 +326,7 @@ def probes_in(
 
 
 def read_probes(
-    folder,  # of the recording
+    folder: str | Path,  # of the recording
 ) -> list:  # of Probe
     "The pairs of a recording; raises FileError."
     return probes_in(probes_file(folder))
@@ -337,7 +338,7 @@ class Recording:
 
     def __init__(
         self,
-        run,  # folder of a run, or of its recording
+        run: str | Path,  # folder of a run, or of its recording
     ):
         run = Path(run)
         self.folder = run / "recording" if (run / "recording").is_dir() else run
@@ -360,7 +361,7 @@ class Recording:
     def records(self) -> list:
         return sorted((record for _, record in self._read.values()), key=lambda r: r.epoch)
 
-    def record(self, epoch) -> EpochRecord:
+    def record(self, epoch: int) -> EpochRecord:
         return next(r for r in self.records if r.epoch == epoch)
 
     @property
@@ -370,9 +371,9 @@ class Recording:
 
 # %% ../../nbs/07_evaluation/07_recording.ipynb #8adf592c
 def summary(
-    recording,  # Recording
-    guided=False,  # the guided looks instead
-    kind=None,  # probes of one kind only
+    recording: Recording,
+    guided: bool = False,  # the guided looks instead
+    kind: str | None = None,  # probes of one kind only
 ) -> list:  # one dict an epoch: epoch, lam, scaler, and the median of every figure
     "The medians over the probes, epoch by epoch; epochs without such looks are left out."
     wanted = np.array([kind in (None, p.kind) for p in recording.probes])
@@ -417,7 +418,7 @@ TABLE = (
 
 
 def table(
-    recording,  # Recording
+    recording: Recording,
 ) -> str:
     "The table of a run: unguided medians, and the index of every kind of probe and of the guided looks."
     kinds = recording.kinds if len(recording.kinds) > 1 else []
@@ -455,9 +456,9 @@ PATIENCE = 5  # recordings in a row above the threshold before a run is called c
 
 
 def spells(
-    index,  # (N,) collapse index per recording
-    threshold=THRESHOLD,  # above is collapsed
-    patience=PATIENCE,  # shorter spells are left out
+    index: np.ndarray,  # (N,) collapse index per recording
+    threshold: float = THRESHOLD,  # above is collapsed
+    patience: int = PATIENCE,  # shorter spells are left out
 ) -> list:  # of (first, last) positions, ascending
     "Stretches of at least `patience` recordings above the threshold."
     above = np.r_[False, np.asarray(index) > threshold, False].astype(int)
@@ -467,10 +468,10 @@ def spells(
 
 # %% ../../nbs/07_evaluation/07_recording.ipynb #5a602027
 def never_collapsed(
-    epochs,  # (N,) recorded epochs
-    index,  # (N,) unguided collapse index
-    threshold,  # above is collapsed
-    patience,  # recordings in a row
+    epochs: np.ndarray,  # (N,) recorded epochs
+    index: np.ndarray,  # (N,) unguided collapse index
+    threshold: float,  # above is collapsed
+    patience: int,  # recordings in a row
 ) -> str:
     "The sentence for a run without a collapse."
     highest = int(index.argmax())
@@ -484,10 +485,10 @@ def never_collapsed(
 
 
 def still_collapsed(
-    epochs,  # (N,) recorded epochs
-    index,  # (N,) unguided collapse index
-    threshold,  # above is collapsed
-    first,  # number of the recording where the collapse begins
+    epochs: np.ndarray,  # (N,) recorded epochs
+    index: np.ndarray,  # (N,) unguided collapse index
+    threshold: float,  # above is collapsed
+    first: int,  # number of the recording where the collapse begins
 ) -> str:
     "The sentence for a collapse that lasts to the end."
     begin = "from the first recording on, epoch" if first == 0 else "since epoch"
@@ -498,11 +499,11 @@ def still_collapsed(
 
 
 def recovered(
-    epochs,  # (N,) recorded epochs
-    index,  # (N,) unguided collapse index
-    threshold,  # above is collapsed
-    first,  # number of the recording where the last collapse begins
-    stop,  # number of the recording where it ends
+    epochs: np.ndarray,  # (N,) recorded epochs
+    index: np.ndarray,  # (N,) unguided collapse index
+    threshold: float,  # above is collapsed
+    first: int,  # number of the recording where the last collapse begins
+    stop: int,  # number of the recording where it ends
 ) -> str:
     "The sentence for a collapse that is over."
     return (
@@ -512,10 +513,10 @@ def recovered(
 
 
 def held_up_by_masks(
-    recording,  # Recording
-    epochs,  # (N,) recorded epochs
-    index,  # (N,) unguided collapse index
-    threshold,  # above is collapsed
+    recording: Recording,
+    epochs: np.ndarray,  # (N,) recorded epochs
+    index: np.ndarray,  # (N,) unguided collapse index
+    threshold: float,  # above is collapsed
 ) -> int:
     "In how many recordings the matches collapse unguided but not guided."
     guided = {r["epoch"]: r["collapse_index"] for r in summary(recording, guided=True)}
@@ -527,9 +528,9 @@ def held_up_by_masks(
 
 
 def in_words(
-    recording,  # Recording
-    threshold=THRESHOLD,  # above is collapsed
-    patience=PATIENCE,  # recordings in a row
+    recording: Recording,
+    threshold: float = THRESHOLD,  # above is collapsed
+    patience: int = PATIENCE,  # recordings in a row
 ) -> str:  # one to three sentences
     "Did the run collapse, and since when?"
     rows = summary(recording)

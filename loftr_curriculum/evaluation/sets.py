@@ -7,14 +7,17 @@ __all__ = ["read_predictions", "read_verdicts", "set_errors", "score", "predict_
 
 # %% ../../nbs/07_evaluation/02_sets.ipynb #d7521862
 import warnings
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 from tqdm.auto import tqdm
 
-from ..data.landmarks import read_landmark_set
+from ..data.landmarks import LandmarkPair, read_landmark_set
+from ..geometry import PointMap
 from ..io.files import FileError, read_json
 from ..io.images import image_size
+from ..registration.config import RegistrationConfig
 from ..registration.journal import MAPS, RESULTS, TRANSFORMS, read_maps, read_results
 from ..registration.pair import register
 from ..registration.table import RESERVED
@@ -30,7 +33,7 @@ from .metrics import (
 
 # %% ../../nbs/07_evaluation/02_sets.ipynb #8bcb78c8
 def read_predictions(
-    path,  # JSON file {id: 3x3 or null}, or the folder of a batch that holds transforms.json
+    path: str | Path,  # JSON file {id: 3x3 or null}, or the folder of a batch that holds transforms.json
 ) -> dict:  # {id: 3x3 or None}
     """Answers from a file, the whole maps of a batch where it has them.
 
@@ -49,7 +52,7 @@ def read_predictions(
 
 # %% ../../nbs/07_evaluation/02_sets.ipynb #fc973787
 def read_verdicts(
-    path,  # folder of a batch that holds results.csv
+    path: str | Path,  # folder of a batch that holds results.csv
 ) -> dict:  # {id: verdict}, empty where there is no such table
     "The verdicts of a batch."
     table = Path(path) / RESULTS
@@ -58,8 +61,10 @@ def read_verdicts(
 
 # %% ../../nbs/07_evaluation/02_sets.ipynb #101c4efb
 def set_errors(
-    pairs,  # list of LandmarkPair
-    predictions,  # {id: PointMap, 3x3 or None}; a missing id is no answer
+    pairs: Sequence[LandmarkPair],  # list of LandmarkPair
+    predictions: Mapping[
+        str, PointMap | np.ndarray | None
+    ],  # {id: PointMap, 3x3 or None}; a missing id is no answer
 ) -> (
     tuple
 ):  # {id: landmark error}, {id: corner error of the pairs with a reference}, pixels of the fixed image
@@ -82,10 +87,10 @@ def set_errors(
 
 # %% ../../nbs/07_evaluation/02_sets.ipynb #574b0d6a
 def score(
-    landmark,  # {id: landmark error}, pixels of the fixed image, inf for no answer
-    corner,  # {id: corner error}
-    verdicts=None,  # {id: verdict}; adds how far `ok` can be believed
-    per_pair=False,  # add the landmark error of every pair
+    landmark: dict[str, float],  # {id: landmark error}, pixels of the fixed image, inf for no answer
+    corner: dict[str, float],  # {id: corner error}
+    verdicts: dict[str, str] | None = None,  # {id: verdict}; adds how far `ok` can be believed
+    per_pair: bool = False,  # add the landmark error of every pair
 ) -> dict:  # figures in the order in which they are printed, rounded
     "The figures of a set."
     L, C = np.array(list(landmark.values())), np.array(list(corner.values()))
@@ -113,10 +118,10 @@ def score(
 
 # %% ../../nbs/07_evaluation/02_sets.ipynb #c08d855e
 def predict_set(
-    pairs,  # list of LandmarkPair
-    matcher,  # as in `registration.register`
-    config=None,  # RegistrationConfig
-    progress=True,  # show a progress bar
+    pairs: Sequence[LandmarkPair],  # list of LandmarkPair
+    matcher: object,  # as in `registration.register`
+    config: RegistrationConfig | None = None,  # RegistrationConfig
+    progress: bool = True,  # show a progress bar
 ) -> tuple:  # {id: PointMap or None}, {id: verdict}
     "Register every pair of a set."
     bar = tqdm(pairs, desc="registering", unit="pair", disable=not progress)
@@ -126,13 +131,13 @@ def predict_set(
 
 # %% ../../nbs/07_evaluation/02_sets.ipynb #d2b1c9c1
 def evaluate_set(
-    folder,  # folder of the set
-    predictions=None,  # {id: 3x3 or None}, a JSON file of that, or the folder of a batch
+    folder: str | Path,  # folder of the set
+    predictions: Mapping | str | Path | None = None,  # {id: 3x3 or None}, or a file or batch with them
     *,
-    matcher=None,  # register the set with this matcher instead
-    config=None,  # RegistrationConfig of the registrations
-    per_pair=False,  # add the landmark error of every pair
-    progress=True,  # show a progress bar while registering
+    matcher: object | None = None,  # register the set with this matcher instead
+    config: RegistrationConfig | None = None,  # RegistrationConfig of the registrations
+    per_pair: bool = False,  # add the landmark error of every pair
+    progress: bool = True,  # show a progress bar while registering
 ) -> dict:  # see `score`
     """Figures of a set of real pairs. The verdicts of a batch's folder are judged too.
 

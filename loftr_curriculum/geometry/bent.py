@@ -99,15 +99,15 @@ class Bent(PointMap):
     fade: float  # px of the source within which the bend goes outside the support
 
     @property
-    def model(self):
+    def model(self) -> str:
         return "flow" if len(self.knots) else "quadratic"
 
-    def __call__(self, points):
+    def __call__(self, points: np.ndarray) -> np.ndarray:
         points = np.asarray(points, float)
         flat = points.reshape(-1, 2)
         return (apply_transform(self.affine, flat) + self.bend(flat)).reshape(points.shape)
 
-    def bend(self, points):
+    def bend(self, points: np.ndarray) -> np.ndarray:
         "Displacement (N, 2) from the affine, px of the destination."
         nearest, distance = nearest_in_polygon(points, self.support)
         q = normalised(nearest, self.middle, self.scale)
@@ -118,10 +118,10 @@ class Bent(PointMap):
         keep = rest * rest * (3 - 2 * rest)
         return keep[:, None] * (design @ self.coefficients)
 
-    def inverse(self):
+    def inverse(self) -> "Backward":
         return Backward(self)
 
-    def to_dict(self):
+    def to_dict(self) -> dict:
         numbers = {name: np.asarray(getattr(self, name)).tolist() for name in FIELDS}
         return {"model": self.model, **numbers}
 
@@ -141,7 +141,7 @@ class Backward(PointMap):
 
     model = "inverse"
 
-    def __call__(self, points):
+    def __call__(self, points: np.ndarray) -> np.ndarray:
         points = np.asarray(points, float)
         target = points.reshape(-1, 2)
         back = invert(self.of.affine)
@@ -153,17 +153,17 @@ class Backward(PointMap):
                 break
         return found.reshape(points.shape)
 
-    def inverse(self):
+    def inverse(self) -> Bent:
         return self.of
 
-    def to_dict(self):
+    def to_dict(self) -> dict:
         return {"model": self.model, "of": self.of.to_dict()}
 
 
 # %% ../../nbs/01_geometry/04_bent.ipynb #586e2318
 @reads("quadratic")
 @reads("flow")
-def read_bent(values):
+def read_bent(values: dict) -> Bent:
     "A bent map from its dict; ValueError where shapes do not fit."
     arrays = {name: np.asarray(values[name], float) for name in FIELDS}
     arrays["knots"] = arrays["knots"].reshape(-1, 2)
@@ -180,7 +180,7 @@ def read_bent(values):
 
 
 @reads("inverse")
-def read_backward(values):
+def read_backward(values: dict) -> Backward:
     "The inverse of a bent map from its dict."
     return Backward(read_bent(values["of"]))
 
@@ -204,7 +204,7 @@ def affine_of(
 
 # %% ../../nbs/01_geometry/04_bent.ipynb #c5e14cd1
 def folds(
-    point_map,  # PointMap
+    point_map: PointMap,
     size: tuple,  # (height, width) of the source frame
     step: float = 16.0,  # px between the points of the lattice
 ) -> bool:

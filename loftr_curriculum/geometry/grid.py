@@ -7,8 +7,12 @@ __all__ = ["Grid", "points_of", "cells_of"]
 
 # %% ../../nbs/01_geometry/06_grid.ipynb #642a0ed8
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
+
+if TYPE_CHECKING:
+    import torch
 
 
 # %% ../../nbs/01_geometry/06_grid.ipynb #bfe05c93
@@ -54,7 +58,7 @@ class Grid:
         return self.rows * self.columns
 
     @classmethod
-    def of(cls, size, stride, offset=None):
+    def of(cls, size: tuple[int, int], stride: int, offset: float | None = None) -> "Grid":
         "The cells that cover an image of `size` (height, width); the last ones may reach beyond it."
         height, width = size
         return cls(-(-height // stride), -(-width // stride), stride, offset)
@@ -64,20 +68,20 @@ class Grid:
         y, x = np.mgrid[: self.rows, : self.columns]
         return np.stack([x, y], -1) * float(self.stride) + (self.offset - 0.5)
 
-    def centres(self, device=None):
+    def centres(self, device: "torch.device | str | None" = None) -> "torch.Tensor":
         "`points` as a (rows * columns, 2) float32 tensor, row by row."
         return points_of(self, device)
 
-    def index(self, points):
+    def index(self, points: "torch.Tensor") -> "torch.Tensor":
         "The cell that contains each point (..., 2), int64; -1 outside the grid and for what is not finite."
         return cells_of(self, points)
 
 
 # %% ../../nbs/01_geometry/06_grid.ipynb #9d69357e
 def points_of(
-    grid,  # Grid
-    device=None,  # torch device
-):
+    grid: Grid,
+    device: "torch.device | str | None" = None,  # torch device
+) -> "torch.Tensor":
     "The points that the cells stand for, (rows * columns, 2) float32 tensor, pixels (x, y), row by row."
     import torch
 
@@ -89,9 +93,9 @@ def points_of(
 
 # %% ../../nbs/01_geometry/06_grid.ipynb #54f7cf05
 def cells_of(
-    grid,  # Grid
-    points,  # (..., 2) tensor, pixels (x, y)
-):
+    grid: Grid,
+    points: "torch.Tensor",  # (..., 2) tensor, pixels (x, y)
+) -> "torch.Tensor":
     "The cell that contains each point, int64; -1 outside the grid and for what is not finite."
     import torch
 

@@ -6,15 +6,21 @@
 __all__ = ["resize_matrix", "fit_size", "resize_image", "warp_image", "warp_tensor", "resample"]
 
 # %% ../../nbs/01_geometry/01_images.ipynb #874e8c7a
+from typing import TYPE_CHECKING
+
 import numpy as np
+from numpy.typing import ArrayLike
 
 from .points import compose, decompose
+
+if TYPE_CHECKING:
+    import torch
 
 
 # %% ../../nbs/01_geometry/01_images.ipynb #92b5e995
 def resize_matrix(
-    size_from,  # (height, width)
-    size_to,  # (height, width)
+    size_from: tuple[int, int],  # (height, width)
+    size_to: tuple[int, int],  # (height, width)
 ) -> np.ndarray:
     "The transform (3, 3) that `resize_image` applies to points."
     sy, sx = size_to[0] / size_from[0], size_to[1] / size_from[1]
@@ -23,8 +29,8 @@ def resize_matrix(
 
 # %% ../../nbs/01_geometry/01_images.ipynb #fce7ed3c
 def fit_size(
-    size,  # (height, width)
-    long_side,  # pixels of the longer side of the answer
+    size: tuple[int, int],  # (height, width)
+    long_side: int,  # pixels of the longer side of the answer
 ) -> tuple:
     "The size with the same aspect ratio, rounded to whole pixels, whose long side is `long_side`."
     f = long_side / max(size)
@@ -33,8 +39,8 @@ def fit_size(
 
 # %% ../../nbs/01_geometry/01_images.ipynb #ea3257e1
 def resize_image(
-    image,  # (H, W) or (H, W, C), any dtype of OpenCV or bool
-    size,  # (height, width) of the answer
+    image: np.ndarray,  # (H, W) or (H, W, C), any dtype of OpenCV or bool
+    size: tuple[int, int],  # (height, width) of the answer
 ) -> np.ndarray:
     "The image at another size, same dtype. A bool image is true where at least half of the pixel's area was."
     import cv2
@@ -51,11 +57,11 @@ def resize_image(
 
 # %% ../../nbs/01_geometry/01_images.ipynb #01c45681
 def warp_image(
-    image,  # (H, W) or (H, W, C), any dtype of OpenCV or bool
-    T,  # (3, 3) maps source points to output points
-    size,  # (height, width) of the output
-    mode="linear",  # "linear", "nearest" (labels), "cubic"
-    fill=0,  # value outside the source
+    image: np.ndarray,  # (H, W) or (H, W, C), any dtype of OpenCV or bool
+    T: ArrayLike,  # (3, 3) maps source points to output points
+    size: tuple[int, int],  # (height, width) of the output
+    mode: str = "linear",  # "linear", "nearest" (labels), "cubic"
+    fill: float = 0,  # value outside the source
 ) -> np.ndarray:
     """The image seen in another frame, same dtype and channels.
 
@@ -77,10 +83,10 @@ def warp_image(
 
 # %% ../../nbs/01_geometry/01_images.ipynb #f3576ad2
 def warp_tensor(
-    images,  # torch (B, C, H, W), floating
-    T,  # torch (B, 3, 3) maps source points to output points
-    size,  # (height, width) of the output
-):
+    images: "torch.Tensor",  # torch (B, C, H, W), floating
+    T: "torch.Tensor",  # torch (B, 3, 3) maps source points to output points
+    size: tuple[int, int],  # (height, width) of the output
+) -> "torch.Tensor":
     "`warp_image` for tensors: linear, zero outside, differentiable in images and `T`."
     from kornia.geometry.transform import warp_perspective
 
@@ -89,10 +95,10 @@ def warp_tensor(
 
 # %% ../../nbs/01_geometry/01_images.ipynb #44099a61
 def resample(
-    image,  # (H, W) or (H, W, C), any dtype of OpenCV or bool
-    T,  # (3, 3) maps source points to output points
-    size,  # (height, width) of the output
-    mode="linear",  # "linear", "nearest" (labels), "cubic"
+    image: np.ndarray,  # (H, W) or (H, W, C), any dtype of OpenCV or bool
+    T: ArrayLike,  # (3, 3) maps source points to output points
+    size: tuple[int, int],  # (height, width) of the output
+    mode: str = "linear",  # "linear", "nearest" (labels), "cubic"
 ) -> np.ndarray:
     """The image seen in another frame: averaged where it shrinks by a quarter or more, zero outside.
 

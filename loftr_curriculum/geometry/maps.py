@@ -28,6 +28,7 @@ __all__ = [
 
 # %% ../../nbs/01_geometry/03_maps.ipynb #80e6d8c0
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -91,7 +92,7 @@ class MatrixMap(PointMap):
         matrix.flags.writeable = False
         object.__setattr__(self, "matrix", matrix)
 
-    def __call__(self, points):
+    def __call__(self, points: np.ndarray) -> np.ndarray:
         return apply_transform(self.matrix, np.asarray(points, float))
 
     def __eq__(self, other):
@@ -100,19 +101,19 @@ class MatrixMap(PointMap):
     def __hash__(self):
         return hash((type(self), self.matrix.tobytes()))
 
-    def inverse(self):
+    def inverse(self) -> "MatrixMap":
         return type(self)(invert(self.matrix))
 
-    def then(self, other):
+    def then(self, other: PointMap) -> PointMap:
         if not isinstance(other, MatrixMap):
             return super().then(other)
         kind = max(type(self), type(other), key=FAMILIES.index)
         return kind(compose(self.matrix, other.matrix))
 
-    def warp(self, image, size, mode="linear"):
+    def warp(self, image: np.ndarray, size: tuple[int, int], mode: str = "linear") -> np.ndarray:
         return resample(image, self.matrix, size, mode)
 
-    def to_dict(self):
+    def to_dict(self) -> dict:
         return {"model": self.model, "matrix": self.matrix.tolist()}
 
 
@@ -182,15 +183,15 @@ class Chain(PointMap):
 
     model = "chain"
 
-    def __call__(self, points):
+    def __call__(self, points: np.ndarray) -> np.ndarray:
         for part in self.parts:
             points = part(points)
         return points
 
-    def inverse(self):
+    def inverse(self) -> "Chain":
         return Chain(tuple(part.inverse() for part in reversed(self.parts)))
 
-    def to_dict(self):
+    def to_dict(self) -> dict:
         return {"model": self.model, "parts": [part.to_dict() for part in self.parts]}
 
 
@@ -207,7 +208,7 @@ LATTICE = 8  # px between the points at which a smooth map is asked
 
 
 def dense_points(
-    point_map,  # PointMap, or any function of points
+    point_map: Callable[[np.ndarray], np.ndarray],  # PointMap, or any function of points
     size: tuple,  # (height, width)
     step: int = LATTICE,  # px between the points that are asked
 ) -> np.ndarray:  # (H, W, 2) float32
@@ -228,7 +229,7 @@ def dense_points(
 
 # %% ../../nbs/01_geometry/03_maps.ipynb #eb18e9b9
 def local_scale(
-    point_map,  # PointMap
+    point_map: PointMap,
     point: np.ndarray,  # (2,) source point
 ) -> float:
     "Destination pixels per source pixel: square root of the determinant of the derivative at a point."
@@ -244,7 +245,7 @@ def local_scale(
 # %% ../../nbs/01_geometry/03_maps.ipynb #b9d44b01
 def warp_by_points(
     image: np.ndarray,  # (H, W) or (H, W, C), any dtype of OpenCV or bool
-    point_map,  # PointMap, source -> destination
+    point_map: PointMap,  # PointMap, source -> destination
     size: tuple,  # (height, width) of the destination frame
     mode: str = "linear",  # linear, nearest (labels) or cubic
 ) -> np.ndarray:
@@ -275,7 +276,7 @@ READERS = {}  # model -> function of a dict
 
 def reads(
     model: str,  # name in files
-):
+) -> Callable:
     "Decorator: this function makes a map of that model from its dict."
 
     def register(function):
@@ -310,7 +311,7 @@ LONGEST_CHAIN = 64  # maps within maps
 
 
 def depth_of(
-    values,  # of a chain, or of anything else
+    values: object,  # of a chain, or of anything else
 ) -> int:  # how far maps lie within maps, at most 1 above `LONGEST_CHAIN`
     "How deeply a chain is nested."
     depth, level = 0, [values]
@@ -321,7 +322,7 @@ def depth_of(
 
 
 @reads("chain")
-def read_chain(values):
+def read_chain(values: dict) -> Chain:
     "A chain from its dict."
     if depth_of(values) > LONGEST_CHAIN:
         raise ValueError(f"a chain is nested deeper than {LONGEST_CHAIN} maps")

@@ -16,11 +16,11 @@ from .points import affine, apply_transform, centre, corners, invert
 
 # %% ../../nbs/01_geometry/02_motion.ipynb #f09f87c4
 def overlap(
-    fixed_to_moving,  # (3, 3) fixed -> moving
-    size0,  # (height, width) of the fixed image
-    size1,  # (height, width) of the moving image
-    fov0=None,  # bool (H0, W0): field of view of the fixed image
-    fov1=None,  # bool (H1, W1): field of view of the moving image
+    fixed_to_moving: np.ndarray,  # (3, 3) fixed -> moving
+    size0: tuple[int, int],  # (height, width) of the fixed image
+    size1: tuple[int, int],  # (height, width) of the moving image
+    fov0: np.ndarray | None = None,  # bool (H0, W0): field of view of the fixed image
+    fov1: np.ndarray | None = None,  # bool (H1, W1): field of view of the moving image
 ) -> float:
     "Share in [0, 1] of the fixed field of view that the moving image sees."
     if fov0 is None and fov1 is None:
@@ -61,8 +61,8 @@ NEAR = Motion(
 
 
 def mild(
-    motion,  # Motion at full range
-    share,  # in [0, 1]: how much of the way from the mild start to the full range
+    motion: Motion,  # Motion at full range
+    share: float,  # in [0, 1]: how much of the way from the mild start to the full range
 ) -> Motion:
     "A narrower range of rotation (from 30 degrees) and scale (from 1.25), for a beginner; the same shift."
 
@@ -74,10 +74,10 @@ def mild(
 
 # %% ../../nbs/01_geometry/02_motion.ipynb #9232b45c
 def random_transform(
-    rng,  # np.random.Generator
-    size0,  # (height, width) of the fixed image
-    size1=None,  # (height, width) of the moving image; the same when None
-    motion=Motion(),  # range of motion
+    rng: np.random.Generator,
+    size0: tuple[int, int],  # (height, width) of the fixed image
+    size1: tuple[int, int] | None = None,  # (height, width) of the moving image; the same when None
+    motion: Motion = Motion(),  # range of motion
 ) -> np.ndarray:
     "A random affine `fixed_to_moving` (3, 3) within `motion`, deterministic by `rng`."
     size1 = size1 or size0

@@ -23,15 +23,20 @@ __all__ = [
 
 # %% ../../nbs/01_geometry/00_points.ipynb #ec0e88e6
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import ArrayLike
+
+if TYPE_CHECKING:
+    import torch
 
 
 # %% ../../nbs/01_geometry/00_points.ipynb #58650c11
 def apply_transform(
-    T,  # (3, 3) or (B, 3, 3) matrix, NumPy or torch
-    points,  # (..., N, 2) points (x, y) of the source image; with a (B, 3, 3) matrix (B, N, 2)
-):
+    T: "np.ndarray | torch.Tensor",  # (3, 3) or (B, 3, 3) matrix, NumPy or torch
+    points: "np.ndarray | torch.Tensor",  # (..., N, 2) points (x, y) of the source; (B, N, 2) with (B, 3, 3)
+) -> "np.ndarray | torch.Tensor":
     """Points mapped by `T`, same shape and kind as `points`.
 
     Convention: `T` maps source points to destination points; on the horizon they become inf or nan.
@@ -45,7 +50,7 @@ def apply_transform(
 
 # %% ../../nbs/01_geometry/00_points.ipynb #2b9a19d7
 def compose(
-    *Ts,  # (3, 3) matrices in the order in which they act
+    *Ts: ArrayLike,  # (3, 3) matrices in the order in which they act
 ) -> np.ndarray:
     "One matrix that applies the first transform first: `compose(fixed_to_moving, T_1to2)` is `T_0to2`."
     out = np.eye(3)
@@ -56,7 +61,7 @@ def compose(
 
 # %% ../../nbs/01_geometry/00_points.ipynb #c3d37893
 def invert(
-    T,  # (3, 3) invertible matrix
+    T: ArrayLike,  # (3, 3) invertible matrix
 ) -> np.ndarray:
     "The inverse transform, scaled so that its last entry is 1 where that is possible."
     Ti = np.linalg.inv(np.asarray(T, float))
@@ -65,7 +70,7 @@ def invert(
 
 # %% ../../nbs/01_geometry/00_points.ipynb #198e4f5c
 def centre(
-    size,  # (height, width)
+    size: tuple[int, int],  # (height, width)
 ) -> np.ndarray:
     "The point (x, y) in the middle of an image."
     return np.array([(size[1] - 1) / 2, (size[0] - 1) / 2])
@@ -73,7 +78,7 @@ def centre(
 
 # %% ../../nbs/01_geometry/00_points.ipynb #486b93b3
 def corners(
-    size,  # (height, width)
+    size: tuple[int, int],  # (height, width)
 ) -> np.ndarray:
     "Centres of the four corner pixels, (4, 2), clockwise from the top left."
     h, w = size
@@ -82,7 +87,7 @@ def corners(
 
 # %% ../../nbs/01_geometry/00_points.ipynb #ec07d4bb
 def translation(
-    shift,  # (2,) pixels along x and y
+    shift: ArrayLike,  # (2,) pixels along x and y
 ) -> np.ndarray:
     T = np.eye(3)
     T[:2, 2] = shift
@@ -91,12 +96,12 @@ def translation(
 
 # %% ../../nbs/01_geometry/00_points.ipynb #5c63000a
 def affine(
-    angle_deg=0.0,  # degrees, clockwise on the screen
-    scale=1.0,  # square root of the determinant, > 0
-    shift=(0, 0),  # (2,) pixels: where the centre goes, relative to itself
-    center=(0, 0),  # (2,) point that only the shift moves
-    aspect=1.0,  # stretch along x, shrink along y, > 0
-    shear=0.0,  # tangent of the shear angle
+    angle_deg: float = 0.0,  # degrees, clockwise on the screen
+    scale: float = 1.0,  # square root of the determinant, > 0
+    shift: ArrayLike = (0, 0),  # (2,) pixels: where the centre goes, relative to itself
+    center: ArrayLike = (0, 0),  # (2,) point that only the shift moves
+    aspect: float = 1.0,  # stretch along x, shrink along y, > 0
+    shear: float = 0.0,  # tangent of the shear angle
 ) -> np.ndarray:
     "An affine transform (3, 3) about `center`."
     a, c = np.deg2rad(angle_deg), np.asarray(center, float)
@@ -109,10 +114,10 @@ def affine(
 
 # %% ../../nbs/01_geometry/00_points.ipynb #5db49674
 def similarity(
-    angle_deg=0.0,  # degrees, clockwise on the screen
-    scale=1.0,  # magnification, > 0
-    shift=(0, 0),  # (2,) pixels
-    center=(0, 0),  # (2,) point that only the shift moves
+    angle_deg: float = 0.0,  # degrees, clockwise on the screen
+    scale: float = 1.0,  # magnification, > 0
+    shift: ArrayLike = (0, 0),  # (2,) pixels
+    center: ArrayLike = (0, 0),  # (2,) point that only the shift moves
 ) -> np.ndarray:
     "A similarity transform (3, 3): rotation, scale and shift."
     return affine(angle_deg, scale, shift, center)
@@ -120,8 +125,8 @@ def similarity(
 
 # %% ../../nbs/01_geometry/00_points.ipynb #120e0e48
 def jacobian(
-    T,  # (3, 3)
-    point,  # (2,) point of the source image
+    T: ArrayLike,  # (3, 3)
+    point: ArrayLike,  # (2,) point of the source image
 ) -> np.ndarray:
     "The 2x2 derivative of the point map at `point`."
     T, p = np.asarray(T, float), np.append(np.asarray(point, float), 1)
@@ -131,8 +136,8 @@ def jacobian(
 
 # %% ../../nbs/01_geometry/00_points.ipynb #d31008ef
 def decompose(
-    T,  # (3, 3) source -> destination
-    size,  # (height, width) of the source
+    T: ArrayLike,  # (3, 3) source -> destination
+    size: tuple[int, int],  # (height, width) of the source
 ) -> dict:
     """What `T` does at the centre of the source image.
 
@@ -171,8 +176,8 @@ def _check_points(src, dst, least):
 
 # %% ../../nbs/01_geometry/00_points.ipynb #cd55157f
 def fit_affine(
-    src,  # (N, 2) points, N >= 3
-    dst,  # (N, 2) where they go
+    src: ArrayLike,  # (N, 2) points, N >= 3
+    dst: ArrayLike,  # (N, 2) where they go
 ) -> np.ndarray:
     "The affine (3, 3) with the least squared distance between `T(src)` and `dst`."
     src, dst = _check_points(src, dst, 3)
@@ -185,8 +190,8 @@ def fit_affine(
 
 # %% ../../nbs/01_geometry/00_points.ipynb #505bb79f
 def fit_similarity(
-    src,  # (N, 2) points, N >= 2
-    dst,  # (N, 2) where they go
+    src: ArrayLike,  # (N, 2) points, N >= 2
+    dst: ArrayLike,  # (N, 2) where they go
 ) -> np.ndarray:
     "The similarity (3, 3), without reflection, with the least squared distance (Umeyama 1991)."
     src, dst = _check_points(src, dst, 2)
@@ -200,8 +205,8 @@ def fit_similarity(
 
 # %% ../../nbs/01_geometry/00_points.ipynb #7dff8888
 def fit_homography(
-    src,  # (N, 2) points, N >= 4
-    dst,  # (N, 2) where they go
+    src: ArrayLike,  # (N, 2) points, N >= 4
+    dst: ArrayLike,  # (N, 2) where they go
 ) -> np.ndarray:
     "The homography (3, 3) by the normalised direct linear transform (Hartley and Zisserman, algorithm 4.2)."
     src, dst = _check_points(src, dst, 4)
@@ -225,9 +230,9 @@ class Limits:
 
 # %% ../../nbs/01_geometry/00_points.ipynb #1820a61c
 def check_transform(
-    T,  # (3, 3) source -> destination
-    size,  # (height, width) of the source
-    limits=Limits(),  # what is plausible
+    T: ArrayLike,  # (3, 3) source -> destination
+    size: tuple[int, int],  # (height, width) of the source
+    limits: Limits = Limits(),  # what is plausible
 ) -> tuple:
     "The reasons, in words, why `T` is not plausible; an empty tuple where it is."
     T = np.asarray(T, float)

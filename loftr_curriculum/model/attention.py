@@ -23,7 +23,7 @@ from torch import nn
 
 # %% ../../nbs/05_model/03_attention.ipynb #bc535322
 def fused_pays(
-    q,  # queries
+    q: torch.Tensor,  # queries
 ) -> bool:
     "Is the fused kernel faster here? Not where a CPU computes gradients in bf16."
     on_cpu = q.device.type == "cpu"
@@ -32,11 +32,11 @@ def fused_pays(
 
 # %% ../../nbs/05_model/03_attention.ipynb #d868633c
 def attend_softmax(
-    q,  # (B, h, N, d) queries
-    k,  # (B, h, M, d) keys
-    v,  # (B, h, M, d) values
-    bias,  # (B, M) added to the logits of each key
-    seen,  # (B, M) bool: keys inside the field of view
+    q: torch.Tensor,  # (B, h, N, d) queries
+    k: torch.Tensor,  # (B, h, M, d) keys
+    v: torch.Tensor,  # (B, h, M, d) values
+    bias: torch.Tensor,  # (B, M) added to the logits of each key
+    seen: torch.Tensor,  # (B, M) bool: keys inside the field of view
 ) -> torch.Tensor:
     "Scaled dot-product attention (Vaswani et al. 2017) with a bias on the keys, (B, h, N, d)."
     # half: in float16 the lowest number plus a logit of -16 is -inf
@@ -49,11 +49,11 @@ def attend_softmax(
 
 # %% ../../nbs/05_model/03_attention.ipynb #f1c9346b
 def attend_linear(
-    q,  # (B, h, N, d) queries
-    k,  # (B, h, M, d) keys
-    v,  # (B, h, M, d) values
-    bias,  # (B, M) logit bias of each key
-    seen,  # (B, M) bool: keys inside the field of view
+    q: torch.Tensor,  # (B, h, N, d) queries
+    k: torch.Tensor,  # (B, h, M, d) keys
+    v: torch.Tensor,  # (B, h, M, d) values
+    bias: torch.Tensor,  # (B, M) logit bias of each key
+    seen: torch.Tensor,  # (B, M) bool: keys inside the field of view
 ) -> torch.Tensor:
     "Kernelised attention with a bias on the keys, (B, h, N, d), summed in float32."
     with torch.autocast(q.device.type, enabled=False):
@@ -73,9 +73,9 @@ ATTEND = {"softmax": attend_softmax, "linear": attend_linear}
 
 # %% ../../nbs/05_model/03_attention.ipynb #ea1e3572
 def rotary_angles(
-    grid,  # (h, w) tokens
-    dim,  # channels of a head, a multiple of 4
-    device=None,
+    grid: tuple[int, int],  # (h, w) tokens
+    dim: int,  # channels of a head, a multiple of 4
+    device: torch.device | None = None,
 ) -> torch.Tensor:
     "Angles (h * w, dim / 2) in radians: first half for x, second half for y."
     n = dim // 4
@@ -88,8 +88,8 @@ def rotary_angles(
 
 # %% ../../nbs/05_model/03_attention.ipynb #7f1d7300
 def rotate(
-    x,  # (B, h, N, d)
-    angles,  # (N, d / 2)
+    x: torch.Tensor,  # (B, h, N, d)
+    angles: torch.Tensor,  # (N, d / 2)
 ) -> torch.Tensor:
     "Channel pairs turned by `angles`, same shape and dtype."
     cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
@@ -103,9 +103,9 @@ class AttentionLayer(nn.Module):
 
     def __init__(
         self,
-        dim,  # channels C
-        heads,  # attention heads
-        attention="softmax",  # "softmax" or "linear"
+        dim: int,  # channels C
+        heads: int,  # attention heads
+        attention: str = "softmax",  # "softmax" or "linear"
     ):
         super().__init__()
         self.heads = heads
@@ -124,12 +124,12 @@ class AttentionLayer(nn.Module):
 
     def forward(
         self,
-        x,  # (B, N, C) tokens that ask
-        source,  # (B, M, C) tokens that answer
-        bias,  # (B, M) bias of the answering tokens
-        seen,  # (B, M) bool: answering tokens inside the field of view
-        angles=None,  # (N, d / 2) rotary angles for self-attention
-    ):
+        x: torch.Tensor,  # (B, N, C) tokens that ask
+        source: torch.Tensor,  # (B, M, C) tokens that answer
+        bias: torch.Tensor,  # (B, M) bias of the answering tokens
+        seen: torch.Tensor,  # (B, M) bool: answering tokens inside the field of view
+        angles: torch.Tensor | None = None,  # (N, d / 2) rotary angles for self-attention
+    ) -> torch.Tensor:
         q = self.q(self.norm_q(x))
         k, v = self.kv(self.norm_k(source)).chunk(2, -1)
         q, k, v = self._split(q), self._split(k), self._split(v)
@@ -146,10 +146,10 @@ class Transformer(nn.Module):
 
     def __init__(
         self,
-        dim,  # channels
-        heads,  # attention heads
-        layers,  # pairs of self- and cross-attention
-        attention="softmax",  # "softmax" or "linear"
+        dim: int,  # channels
+        heads: int,  # attention heads
+        layers: int,  # pairs of self- and cross-attention
+        attention: str = "softmax",  # "softmax" or "linear"
     ):
         super().__init__()
 
@@ -159,15 +159,15 @@ class Transformer(nn.Module):
 
     def forward(
         self,
-        x0,  # (B, N, C) tokens of image 0
-        x1,  # (B, M, C) tokens of image 1
-        grid0,  # (h, w) of image 0, N = h * w
-        grid1,  # (h, w) of image 1
-        bias0,  # (B, N) key bias of image 0
-        bias1,  # (B, M) key bias of image 1
-        seen0,  # (B, N) bool
-        seen1,  # (B, M) bool
-    ):
+        x0: torch.Tensor,  # (B, N, C) tokens of image 0
+        x1: torch.Tensor,  # (B, M, C) tokens of image 1
+        grid0: tuple[int, int],  # (h, w) of image 0, N = h * w
+        grid1: tuple[int, int],  # (h, w) of image 1
+        bias0: torch.Tensor,  # (B, N) key bias of image 0
+        bias1: torch.Tensor,  # (B, M) key bias of image 1
+        seen0: torch.Tensor,  # (B, N) bool
+        seen1: torch.Tensor,  # (B, M) bool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         "Both token sets, each aware of itself and of the other: `(x0, x1)`."
         angles0 = rotary_angles(grid0, self.head_dim, x0.device)
         if tuple(grid0) == tuple(grid1):
@@ -181,11 +181,11 @@ class Transformer(nn.Module):
 
     def together(
         self,
-        x,  # (2 B, N, C) tokens of both images
-        bias,  # (2 B, N) key bias
-        seen,  # (2 B, N) bool
-        angles,  # (N, d / 2) rotary angles, the same for both
-    ):
+        x: torch.Tensor,  # (2 B, N, C) tokens of both images
+        bias: torch.Tensor,  # (2 B, N) key bias
+        seen: torch.Tensor,  # (2 B, N) bool
+        angles: torch.Tensor,  # (N, d / 2) rotary angles, the same for both
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         "The same where both images have one grid: all of them in one batch."
         for own, cross in zip(self.self_layers, self.cross_layers):
             x = own(x, x, bias, seen, angles)
@@ -195,7 +195,7 @@ class Transformer(nn.Module):
 
 # %% ../../nbs/05_model/03_attention.ipynb #bf7ece8c
 def other_image(
-    x,  # (2 B, ...) first of image 0, then of image 1
+    x: torch.Tensor,  # (2 B, ...) first of image 0, then of image 1
 ) -> torch.Tensor:
     "The same first of image 1, then of image 0."
     return x.roll(len(x) // 2, 0)

@@ -24,18 +24,20 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from ..geometry import Grid
-from .attention import rotate
-from .config import UNGUIDED, VARIANTS
+from .attention import AttentionLayer, rotate
+from .config import UNGUIDED, VARIANTS, Guidance
+from .matcher import Matcher
 
 
 # %% ../../nbs/05_model/10_attention_maps.ipynb #db06c6b0
 def queries_and_keys(
-    layer,  # AttentionLayer
-    x,  # (B, N, C) tokens that ask
-    source,  # (B, M, C) tokens that answer
-    angles=None,  # (N, d / 2) rotary angles for self-attention
+    layer: AttentionLayer,
+    x: torch.Tensor,  # (B, N, C) tokens that ask
+    source: torch.Tensor,  # (B, M, C) tokens that answer
+    angles: torch.Tensor | None = None,  # (N, d / 2) rotary angles for self-attention
 ) -> tuple:
     "What the layer compares: (B, heads, N, d) and (B, heads, M, d)."
     q = layer.q(layer.norm_q(x))
@@ -48,9 +50,9 @@ def queries_and_keys(
 
 # %% ../../nbs/05_model/10_attention_maps.ipynb #6a061ecb
 def log_kernel(
-    kind,  # "softmax" or "linear", as the layer was made
-    q,  # (B, heads, Q, d) float32
-    k,  # (B, heads, M, d) float32
+    kind: str,  # "softmax" or "linear", as the layer was made
+    q: torch.Tensor,  # (B, heads, Q, d) float32
+    k: torch.Tensor,  # (B, heads, M, d) float32
 ) -> torch.Tensor:
     "Logarithm of the kernel of both kinds of attention, (B, heads, Q, M)."
     if kind == "linear":
@@ -60,14 +62,14 @@ def log_kernel(
 
 # %% ../../nbs/05_model/10_attention_maps.ipynb #a6a3fb63
 def attention_weights(
-    layer,  # AttentionLayer
-    kind,  # "softmax" or "linear", as the layer was made
-    x,  # (B, N, C) tokens that ask
-    source,  # (B, M, C) tokens that answer
-    bias,  # (B, M) bias of the answering tokens
-    seen,  # (B, M) bool: answering tokens inside the field of view
-    angles=None,  # (N, d / 2) rotary angles for self-attention
-    queries=slice(None),  # which of the N tokens: a slice or (Q,) int
+    layer: AttentionLayer,
+    kind: str,  # "softmax" or "linear", as the layer was made
+    x: torch.Tensor,  # (B, N, C) tokens that ask
+    source: torch.Tensor,  # (B, M, C) tokens that answer
+    bias: torch.Tensor,  # (B, M) bias of the answering tokens
+    seen: torch.Tensor,  # (B, M) bool: answering tokens inside the field of view
+    angles: torch.Tensor | None = None,  # (N, d / 2) rotary angles for self-attention
+    queries: torch.Tensor | slice = slice(None),  # which of the N tokens: a slice or (Q,) int
 ) -> torch.Tensor:
     """Weights of a layer, (B, heads, Q, M) float32.
 
@@ -93,7 +95,7 @@ TOKEN = 16  # pixels a side of the cell of a token
 
 
 def token_grid(
-    size,  # (height, width) of an image
+    size: tuple[int, int],  # (height, width) of an image
 ) -> Grid:
     "Where its tokens lie."
     return Grid.of(size, TOKEN)
@@ -101,8 +103,8 @@ def token_grid(
 
 # %% ../../nbs/05_model/10_attention_maps.ipynb #35866093
 def chosen_tokens(
-    points,  # (Q, 2) pixels (x, y), or None: all tokens
-    size,  # (height, width) of the image
+    points: torch.Tensor | None,  # (Q, 2) pixels (x, y), or None: all tokens
+    size: tuple[int, int],  # (height, width) of the image
 ) -> torch.Tensor:
     "The tokens (Q,) whose cells contain the points. Raises ValueError for a point outside."
     grid = token_grid(size)
@@ -123,10 +125,10 @@ class LayerRecorder:
 
     def __init__(
         self,
-        kind,  # "softmax" or "linear", as the layers were made
-        image,  # the image that asks: 0 or 1
-        queries,  # (Q,) tokens of this image
-        head,  # one head; None: the mean over the heads
+        kind: str,  # "softmax" or "linear", as the layers were made
+        image: int,  # the image that asks: 0 or 1
+        queries: torch.Tensor | slice,  # (Q,) tokens of this image
+        head: int | None,  # one head; None: the mean over the heads
     ):
         self.kind = kind
         self.image = image
@@ -136,7 +138,7 @@ class LayerRecorder:
         self.weights = {}  # layer -> (Q, M) float32
         self.seen = {}  # layer -> (M,) bool
 
-    def __call__(self, layer, args):  # a forward pre-hook
+    def __call__(self, layer: AttentionLayer, args: tuple) -> None:  # a forward pre-hook
         at = self.image - self.served.setdefault(layer, 0)
         self.served[layer] += len(args[0])
         if not 0 <= at < len(args[0]):
@@ -150,8 +152,8 @@ class LayerRecorder:
 
     def maps(
         self,
-        layers,  # layers that answer over the same image
-        grid,  # Grid of the tokens of that image
+        layers: nn.ModuleList,  # layers that answer over the same image
+        grid: Grid,  # Grid of the tokens of that image
     ) -> tuple:
         "Maps (layers, Q, h, w), and which tokens are inside the field of view (h, w)."
         maps = np.stack([self.weights[layer].reshape(-1, *grid.shape) for layer in layers])
@@ -161,17 +163,17 @@ class LayerRecorder:
 # %% ../../nbs/05_model/10_attention_maps.ipynb #1d576d9e
 @torch.inference_mode()
 def attention_maps(
-    matcher,  # Matcher
-    image0,  # (1, 1, H0, W0) prepared fixed image
-    image1,  # (1, 1, H1, W1) prepared moving image
-    points=None,  # (Q, 2) pixels (x, y) of the image that asks; None: all its tokens, row by row
-    image=0,  # the image that asks: 0 or 1
-    head=None,  # one head; None: the mean over the heads
-    fov0=None,  # (1, H0, W0) bool
-    fov1=None,  # (1, H1, W1) bool
-    mask0=None,  # (1, H0, W0) soft vessel mask in [0, 1]
-    mask1=None,  # (1, H1, W1)
-    guidance=UNGUIDED,  # Engine 1 acts through vessel_soft_lambda
+    matcher: Matcher,
+    image0: torch.Tensor,  # (1, 1, H0, W0) prepared fixed image
+    image1: torch.Tensor,  # (1, 1, H1, W1) prepared moving image
+    points: torch.Tensor | None = None,  # (Q, 2) pixels (x, y) of the image that asks; None: all its tokens
+    image: int = 0,  # the image that asks: 0 or 1
+    head: int | None = None,  # one head; None: the mean over the heads
+    fov0: torch.Tensor | None = None,  # (1, H0, W0) bool
+    fov1: torch.Tensor | None = None,  # (1, H1, W1) bool
+    mask0: torch.Tensor | None = None,  # (1, H0, W0) soft vessel mask in [0, 1]
+    mask1: torch.Tensor | None = None,  # (1, H1, W1)
+    guidance: Guidance = UNGUIDED,  # Engine 1 acts through vessel_soft_lambda
 ) -> AttentionMaps:
     """Attention of chosen tokens in a forward pass of the variant `fast`.
 
@@ -196,8 +198,8 @@ def attention_maps(
 
 # %% ../../nbs/05_model/10_attention_maps.ipynb #3cd7dadb
 def share_on(
-    maps,  # (..., h, w) maps with sum 1
-    weights,  # (h, w) in [0, 1], such as the vessel weight of the cells
+    maps: torch.Tensor,  # (..., h, w) maps with sum 1
+    weights: torch.Tensor,  # (h, w) in [0, 1], such as the vessel weight of the cells
 ) -> np.ndarray:  # (...)
     "Share of the attention that falls on the weighted cells."
     return (np.asarray(maps) * np.asarray(weights)).sum((-2, -1))
@@ -205,8 +207,8 @@ def share_on(
 
 # %% ../../nbs/05_model/10_attention_maps.ipynb #ad10cda3
 def evenness(
-    maps,  # (..., h, w) maps with sum 1
-    seen,  # (h, w) bool: cells inside the field of view
+    maps: torch.Tensor,  # (..., h, w) maps with sum 1
+    seen: torch.Tensor,  # (h, w) bool: cells inside the field of view
 ) -> np.ndarray:  # (...) in [0, 1]
     "Entropy of a map over the entropy of even attention."
     p = np.asarray(maps, float)

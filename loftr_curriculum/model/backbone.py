@@ -6,15 +6,16 @@
 __all__ = ["conv_norm", "Block", "Backbone"]
 
 # %% ../../nbs/05_model/02_backbone.ipynb #580d61d0
+import torch
 from torch import nn
 
 
 # %% ../../nbs/05_model/02_backbone.ipynb #20a138e8
 def conv_norm(
-    cin,  # channels in
-    cout,  # channels out
-    stride=1,  # 1 or 2
-    kernel=3,  # odd
+    cin: int,  # channels in
+    cout: int,  # channels out
+    stride: int = 1,  # 1 or 2
+    kernel: int = 3,  # odd
 ) -> nn.Sequential:
     "Convolution without bias, then group normalisation in groups of 8 channels."
     conv = nn.Conv2d(cin, cout, kernel, stride, kernel // 2, bias=False)
@@ -27,9 +28,9 @@ class Block(nn.Module):
 
     def __init__(
         self,
-        cin,  # channels in
-        cout,  # channels out
-        stride=1,  # 1 or 2
+        cin: int,  # channels in
+        cout: int,  # channels out
+        stride: int = 1,  # 1 or 2
     ):
         super().__init__()
         self.a = conv_norm(cin, cout, stride)
@@ -38,7 +39,7 @@ class Block(nn.Module):
         self.skip = nn.Identity() if same else conv_norm(cin, cout, stride, 1)
         self.act = nn.ReLU(inplace=True)
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.act(self.skip(x) + self.b(self.act(self.a(x))))
 
 
@@ -48,7 +49,7 @@ class Backbone(nn.Module):
 
     def __init__(
         self,
-        dims=(24, 64, 128),  # channels at 1/2, 1/4, 1/8; 1/16 has the last
+        dims: tuple[int, int, int] = (24, 64, 128),  # channels at 1/2, 1/4, 1/8; 1/16 has the last
     ):
         super().__init__()
         d2, d4, d8 = dims
@@ -62,7 +63,7 @@ class Backbone(nn.Module):
         self.to8 = nn.Sequential(Block(d4, d8, 2), Block(d8, d8))
         self.to16 = nn.Sequential(Block(d8, d8, 2), Block(d8, d8))
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         c4 = self.to4(self.to2(x))
         c8 = self.to8(c4)
         return c4, c8, self.to16(c8)

@@ -36,14 +36,14 @@ HIDDEN = -1e37  # similarity with a cell outside the field of view, far from the
 
 
 def coarse_similarity(
-    f0,  # (B, L, C) coarse features of image 0
-    f1,  # (B, S, C) coarse features of image 1
-    temperature,  # scalar factor on the cosine
-    seen0,  # (B, L) bool: cells inside the field of view
-    seen1,  # (B, S) bool
-    mask0=None,  # (B, h0, w0) vessel weight of the cells, in [0, 1]
-    mask1=None,  # (B, h1, w1)
-    lam=0.0,  # vessel_soft_lambda of this site
+    f0: torch.Tensor,  # (B, L, C) coarse features of image 0
+    f1: torch.Tensor,  # (B, S, C) coarse features of image 1
+    temperature: torch.Tensor | float,  # scalar factor on the cosine
+    seen0: torch.Tensor,  # (B, L) bool: cells inside the field of view
+    seen1: torch.Tensor,  # (B, S) bool
+    mask0: torch.Tensor | None = None,  # (B, h0, w0) vessel weight of the cells, in [0, 1]
+    mask1: torch.Tensor | None = None,  # (B, h1, w1)
+    lam: float = 0.0,  # vessel_soft_lambda of this site
 ) -> torch.Tensor:
     "Guided similarity of all cell pairs, (B, L, S) float32; `HIDDEN` and less where a cell is not seen."
     with torch.autocast(f0.device.type, enabled=False):
@@ -58,7 +58,7 @@ def coarse_similarity(
 
 # %% ../../nbs/05_model/04_coarse.ipynb #2071f81b
 def hide_unseen(
-    seen,  # (B, N) bool
+    seen: torch.Tensor,  # (B, N) bool
 ) -> torch.Tensor:
     "The channel that hides what is not seen, (B, N, 1): 0, or `HIDDEN`."
     return torch.where(seen, 0.0, HIDDEN)[..., None]
@@ -66,7 +66,7 @@ def hide_unseen(
 
 # %% ../../nbs/05_model/04_coarse.ipynb #4dd90dfb
 def dual_softmax(
-    sim,  # (B, L, S)
+    sim: torch.Tensor,  # (B, L, S)
 ) -> torch.Tensor:
     "Logarithm of the confidence matrix, (B, L, S); 0 after `exp` where a cell is not seen."
     return 2 * sim - sim.logsumexp(2, keepdim=True) - sim.logsumexp(1, keepdim=True)
@@ -77,9 +77,9 @@ BAND = 2**18  # cell pairs worked on at a time, 1 MB
 
 
 def split_rows(
-    x,  # (B, L, ...)
-    pairs,  # B * S: cell pairs of a row of all images
-    band=BAND,  # cell pairs worked on at a time
+    x: torch.Tensor,  # (B, L, ...)
+    pairs: int,  # B * S: cell pairs of a row of all images
+    band: int = BAND,  # cell pairs worked on at a time
 ) -> tuple:
     "Bands of rows."
     return x.split(max(1, band // pairs), 1)
@@ -87,9 +87,9 @@ def split_rows(
 
 # %% ../../nbs/05_model/04_coarse.ipynb #5922742c
 def spread_of_maxima(
-    sim,  # (B, L, S) guided similarity
-    seen0,  # (B, L) bool
-    seen1,  # (B, S) bool
+    sim: torch.Tensor,  # (B, L, S) guided similarity
+    seen0: torch.Tensor,  # (B, L) bool
+    seen1: torch.Tensor,  # (B, S) bool
 ) -> tuple:
     "The largest similarity (B, 1, 1), and how far the best of the worst seen row or column lies below it."
     high = sim.amax((1, 2))[:, None, None]
@@ -100,10 +100,10 @@ def spread_of_maxima(
 
 # %% ../../nbs/05_model/04_coarse.ipynb #22661285
 def log_sums(
-    sim,  # (B, L, S) guided similarity
-    high,  # (B, 1, 1) its largest value
-    in_double,  # is float32 too short for the exponentials?
-    band=BAND,  # cell pairs worked on at a time
+    sim: torch.Tensor,  # (B, L, S) guided similarity
+    high: torch.Tensor,  # (B, 1, 1) its largest value
+    in_double: bool,  # is float32 too short for the exponentials?
+    band: int = BAND,  # cell pairs worked on at a time
 ) -> tuple:
     "Logarithms of the sums over rows (B, L, 1) and over columns (B, 1, S), of exp(sim - high)."
     B, _, S = sim.shape
@@ -118,10 +118,10 @@ def log_sums(
 
 # %% ../../nbs/05_model/04_coarse.ipynb #cc2c6d88
 def log_confidence(
-    sim,  # part of the similarity
-    high,  # its largest value, broadcastable
-    row,  # logarithm of the sum of the row, broadcastable
-    column,  # logarithm of the sum of the column, broadcastable
+    sim: torch.Tensor,  # part of the similarity
+    high: torch.Tensor,  # its largest value, broadcastable
+    row: torch.Tensor,  # logarithm of the sum of the row, broadcastable
+    column: torch.Tensor,  # logarithm of the sum of the column, broadcastable
 ) -> torch.Tensor:
     "Logarithm of the confidence of a part of the matrix."
     return (sim - high).mul_(2).sub_(row).sub_(column)
@@ -129,12 +129,12 @@ def log_confidence(
 
 # %% ../../nbs/05_model/04_coarse.ipynb #4e2e86c5
 def mutual_maxima(
-    sim,  # (B, L, S) guided similarity
-    seen0,  # (B, L) bool
-    seen1,  # (B, S) bool
-    threshold,  # least confidence
-    band=BAND,  # cell pairs worked on at a time
-):
+    sim: torch.Tensor,  # (B, L, S) guided similarity
+    seen0: torch.Tensor,  # (B, L) bool
+    seen1: torch.Tensor,  # (B, S) bool
+    threshold: float,  # least confidence
+    band: int = BAND,  # cell pairs worked on at a time
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     "Matched cells `(b, i, j, confidence)`, each (M,), ordered by pair and cell of image 0."
     B, _, S = sim.shape
     high, spread = spread_of_maxima(sim, seen0, seen1)
@@ -153,9 +153,9 @@ def mutual_maxima(
 
 # %% ../../nbs/05_model/04_coarse.ipynb #a6a5ab5a
 def cell_centres(
-    grid,  # (h, w) cells
-    cell=COARSE,  # pixels a side
-    device=None,
+    grid: tuple[int, int],  # (h, w) cells
+    cell: int = COARSE,  # pixels a side
+    device: torch.device | str | None = None,
 ) -> torch.Tensor:
     "Deprecated, use `Grid(*grid, cell).centres(device)`."
     warnings.warn("cell_centres is now Grid.centres", DeprecationWarning, stacklevel=2)
@@ -164,9 +164,9 @@ def cell_centres(
 
 # %% ../../nbs/05_model/04_coarse.ipynb #ca4acab6
 def cell_index(
-    points,  # (..., 2) pixels (x, y)
-    grid,  # (h, w) cells
-    cell=COARSE,  # pixels a side
+    points: torch.Tensor,  # (..., 2) pixels (x, y)
+    grid: tuple[int, int],  # (h, w) cells
+    cell: int = COARSE,  # pixels a side
 ) -> torch.Tensor:
     "Deprecated, use `Grid(*grid, cell).index(points)`."
     warnings.warn("cell_index is now Grid.index", DeprecationWarning, stacklevel=2)

@@ -32,6 +32,8 @@ __all__ = [
 ]
 
 # %% ../../nbs/05_model/06_fine.ipynb #a73235db
+from collections.abc import Callable
+
 import cv2
 import numpy as np
 import torch
@@ -41,17 +43,25 @@ from torch import nn
 from ..geometry import Grid, apply_transform
 from ..io.deprecated import deprecated_names
 from .coarse import COARSE
-from .stages import FineTerms, points_of_cells, seen_map
+from .stages import (
+    CellMatches,
+    CellTruth,
+    CoarseResult,
+    FineTerms,
+    ScaledView,
+    points_of_cells,
+    seen_map,
+)
 
 # %% ../../nbs/05_model/06_fine.ipynb #1cd01b6b
 FINE = 4  # pixels between samples of the fine features
 
 
 def read_features(
-    maps,  # (B, C, h, w) features at 1 / stride
-    points,  # (B, K, 2) pixels (x, y)
-    stride=FINE,  # pixels between samples
-    outside="border",  # what lies outside the map: its "border", or "zeros"
+    maps: torch.Tensor,  # (B, C, h, w) features at 1 / stride
+    points: torch.Tensor,  # (B, K, 2) pixels (x, y)
+    stride: int = FINE,  # pixels between samples
+    outside: str = "border",  # what lies outside the map: its "border", or "zeros"
 ) -> torch.Tensor:
     "Features at the points, (B, C, K) float32, bilinear."
     size = points.new_tensor([maps.shape[3], maps.shape[2]]) * stride
@@ -63,10 +73,10 @@ def read_features(
 
 # %% ../../nbs/05_model/06_fine.ipynb #cb46d4d4
 def warp_features(
-    maps,  # (B, C, h1, w1) features of image 1 at 1 / stride
-    fixed_to_moving,  # (B, 3, 3)
-    grid,  # (h0, w0) samples of image 0
-    stride=FINE,  # pixels between samples
+    maps: torch.Tensor,  # (B, C, h1, w1) features of image 1 at 1 / stride
+    fixed_to_moving: torch.Tensor,  # (B, 3, 3)
+    grid: tuple[int, int],  # (h0, w0) samples of image 0
+    stride: int = FINE,  # pixels between samples
 ) -> torch.Tensor:
     """The features of image 1 in the frame of image 0, (B, C, h0, w0) float32, bilinear.
 
@@ -81,8 +91,8 @@ LEAST = 8  # matches that have to agree
 
 
 def consensus(
-    points0,  # (M, 2) centres of matched cells of image 0, pixels
-    points1,  # (M, 2) those of image 1
+    points0: torch.Tensor,  # (M, 2) centres of matched cells of image 0, pixels
+    points1: torch.Tensor,  # (M, 2) those of image 1
 ) -> torch.Tensor | None:  # (3, 3) `fixed_to_moving` like points0; None where there is none
     "The affine on which most matches agree, to a cell."
     if len(points0) < LEAST:
@@ -108,9 +118,9 @@ def consensus(
 
 # %% ../../nbs/05_model/06_fine.ipynb #d40e0b75
 def weighted_affine(
-    points0,  # (B, N, 2)
-    points1,  # (B, N, 2)
-    weight,  # (B, N), >= 0
+    points0: torch.Tensor,  # (B, N, 2)
+    points1: torch.Tensor,  # (B, N, 2)
+    weight: torch.Tensor,  # (B, N), >= 0
 ) -> torch.Tensor:
     "The affine with the least weighted squared distances, (B, 3, 3) `fixed_to_moving`, float64 inside."
     x, y = points0.double(), points1.double()
@@ -132,8 +142,8 @@ BLOCK = 4  # samples a side that are compared at once; sides of fine maps are mu
 
 
 def local_correlation(
-    f0,  # (B, C, h, w) fine features of image 0
-    warped,  # (B, C, h, w) those of image 1, warped
+    f0: torch.Tensor,  # (B, C, h, w) fine features of image 0
+    warped: torch.Tensor,  # (B, C, h, w) those of image 1, warped
 ) -> torch.Tensor:
     """Correlation of every sample with the samples around it.
 
@@ -178,7 +188,7 @@ class FlowHead(nn.Module):
 
     def __init__(
         self,
-        width=48,  # channels
+        width: int = 48,  # channels
     ):
         super().__init__()
         self.compare = nn.Linear((2 * REACH + 1) ** 2, width)
@@ -190,9 +200,9 @@ class FlowHead(nn.Module):
 
     def forward(
         self,
-        f0,  # (B, C, h, w) fine features of image 0
-        warped,  # (B, C, h, w) those of image 1, warped
-        seen,  # (B, 2, h / 2, w / 2) in [0, 1]: is the cell in the field of view of image 0, and of image 1?
+        f0: torch.Tensor,  # (B, C, h, w) fine features of image 0
+        warped: torch.Tensor,  # (B, C, h, w) those of image 1, warped
+        seen: torch.Tensor,  # (B, 2, h / 2, w / 2) in [0, 1]: cells in the fields of view of both images
     ) -> tuple:
         "Flow (B, 2, h / 2, w / 2) in px of image 0, and log of its deviation in the same (B, h / 2, w / 2)."
         samples = F.relu(self.compare(local_correlation(f0, warped)))
@@ -206,7 +216,7 @@ class FlowHead(nn.Module):
 
 # %% ../../nbs/05_model/06_fine.ipynb #4b69251a
 def samples_to_cells(
-    x,  # (B, h / 4, w / 4, 16, C) samples of blocks, as `local_correlation` orders them
+    x: torch.Tensor,  # (B, h / 4, w / 4, 16, C) samples of blocks, as `local_correlation` orders them
 ) -> torch.Tensor:
     "The four samples of each cell side by side, (B, h / 2, w / 2, 4 C)."
     x = x.unflatten(3, (2, 2, 2, 2))  # row of the cell, row in the cell, column of the cell, column in it
@@ -216,12 +226,12 @@ def samples_to_cells(
 
 # %% ../../nbs/05_model/06_fine.ipynb #e5b47920
 def predict_flow(
-    head,  # FlowHead
-    fine0,  # (B, C, h0, w0) fine features of image 0
-    fine1,  # (B, C, h1, w1) fine features of image 1
-    seen0,  # (B, 1, h0 / 2, w0 / 2) cells of image 0 inside the field of view
-    seen1,  # (B, 1, h1 / 2, w1 / 2)
-    fixed_to_moving,  # (B, 3, 3) a first answer, at most 12 px of image 0 off
+    head: FlowHead,
+    fine0: torch.Tensor,  # (B, C, h0, w0) fine features of image 0
+    fine1: torch.Tensor,  # (B, C, h1, w1) fine features of image 1
+    seen0: torch.Tensor,  # (B, 1, h0 / 2, w0 / 2) cells of image 0 inside the field of view
+    seen1: torch.Tensor,  # (B, 1, h1 / 2, w1 / 2)
+    fixed_to_moving: torch.Tensor,  # (B, 3, 3) a first answer, at most 12 px of image 0 off
 ) -> tuple:
     "The flow that a first answer leaves, as `FlowHead` gives it: the partner of x lies at T(x + u)."
     T = fixed_to_moving.float()
@@ -232,10 +242,10 @@ def predict_flow(
 
 # %% ../../nbs/05_model/06_fine.ipynb #6baf3b34
 def affine_from_flow(
-    fixed_to_moving,  # (B, 3, 3) the answer that the flow is left by
-    flow,  # (B, 2, h, w) pixels of image 0
-    log_sigma,  # (B, h, w)
-    seen0,  # (B, 1, h, w)
+    fixed_to_moving: torch.Tensor,  # (B, 3, 3) the answer that the flow is left by
+    flow: torch.Tensor,  # (B, 2, h, w) pixels of image 0
+    log_sigma: torch.Tensor,  # (B, h, w)
+    seen0: torch.Tensor,  # (B, 1, h, w)
 ) -> torch.Tensor:
     "The affine through the flow, every cell weighted by 1 / sigma^2, (B, 3, 3)."
     centres = Grid(*flow.shape[2:], COARSE).centres(flow.device)[None].expand(len(flow), -1, -1)
@@ -249,13 +259,13 @@ ROUNDS = 2  # of the flow at one resolution
 
 
 def refine(
-    head,  # FlowHead
-    fine0,  # (B, C, h0, w0) fine features of image 0
-    fine1,  # (B, C, h1, w1) fine features of image 1
-    seen0,  # (B, 1, h0 / 2, w0 / 2) cells of image 0 inside the field of view
-    seen1,  # (B, 1, h1 / 2, w1 / 2)
-    fixed_to_moving,  # (B, 3, 3) a first answer
-    rounds=ROUNDS,  # times the flow is predicted
+    head: FlowHead,
+    fine0: torch.Tensor,  # (B, C, h0, w0) fine features of image 0
+    fine1: torch.Tensor,  # (B, C, h1, w1) fine features of image 1
+    seen0: torch.Tensor,  # (B, 1, h0 / 2, w0 / 2) cells of image 0 inside the field of view
+    seen1: torch.Tensor,  # (B, 1, h1 / 2, w1 / 2)
+    fixed_to_moving: torch.Tensor,  # (B, 3, 3) a first answer
+    rounds: int = ROUNDS,  # times the flow is predicted
 ) -> tuple:
     "The answer before the last round, and the flow that it leaves, as `predict_flow` gives it."
     flow, log_sigma = predict_flow(head, fine0, fine1, seen0, seen1, fixed_to_moving)
@@ -270,9 +280,9 @@ STRENGTHS = (1.0, 0.3, 0.1)  # of the error of a first answer, drawn with equal 
 
 
 def perturb(
-    fixed_to_moving,  # (B, 3, 3)
-    size,  # (height, width) of image 0, pixels
-    generator,  # torch.Generator
+    fixed_to_moving: torch.Tensor,  # (B, 3, 3)
+    size: tuple[int, int],  # (height, width) of image 0, pixels
+    generator: torch.Generator,
 ) -> torch.Tensor:
     """`fixed_to_moving` behind random affines near the identity, (B, 3, 3).
 
@@ -291,10 +301,10 @@ def perturb(
 
 # %% ../../nbs/05_model/06_fine.ipynb #8f226e44
 def flow_terms(
-    flow,  # (B, L, 2) pixels of image 0
-    log_sigma,  # (B, L)
-    truth,  # (B, L, 2) the flow that is right, pixels of image 0
-    linked,  # (B, L) bool: cells whose partner is seen
+    flow: torch.Tensor,  # (B, L, 2) pixels of image 0
+    log_sigma: torch.Tensor,  # (B, L)
+    truth: torch.Tensor,  # (B, L, 2) the flow that is right, pixels of image 0
+    linked: torch.Tensor,  # (B, L) bool: cells whose partner is seen
 ) -> FineTerms:
     "What every linked cell costs whose partner is within reach."
     within = truth.abs().amax(-1) < REACH * FINE
@@ -308,9 +318,9 @@ def flow_terms(
 
 # %% ../../nbs/05_model/06_fine.ipynb #602176c3
 def seen_at_size(
-    seen,  # (1, 1, h, w) cells of the small image inside the field of view, in [0, 1]
-    fine,  # (1, C, H, W) fine features of the whole image
-    small_to_whole,  # (3, 3)
+    seen: torch.Tensor,  # (1, 1, h, w) cells of the small image inside the field of view, in [0, 1]
+    fine: torch.Tensor,  # (1, C, H, W) fine features of the whole image
+    small_to_whole: torch.Tensor,  # (3, 3)
 ) -> torch.Tensor:
     "Which cells of the whole image are inside the field of view, (1, 1, H / 2, W / 2) in [0, 1]."
     grid = fine.shape[2] // 2, fine.shape[3] // 2
@@ -327,11 +337,11 @@ AGREE = 2 * COARSE
 
 
 def apply_flow(
-    points0,  # (M, 2) pixels of image 0
-    points1,  # (M, 2) their partners in image 1
-    fixed_to_moving,  # (1, 3, 3) an answer
-    flow,  # (1, 2, h, w) what it leaves, pixels of image 0
-    agree,  # pixels of image 0
+    points0: torch.Tensor,  # (M, 2) pixels of image 0
+    points1: torch.Tensor,  # (M, 2) their partners in image 1
+    fixed_to_moving: torch.Tensor,  # (1, 3, 3) an answer
+    flow: torch.Tensor,  # (1, 2, h, w) what it leaves, pixels of image 0
+    agree: torch.Tensor | float,  # pixels of image 0
 ) -> torch.Tensor:  # (M, 2)
     "The partners that the flow leads to, of those matches that agree with it; the others stay."
     left = read_features(flow, points0[None], COARSE)[0].T
@@ -347,32 +357,36 @@ class FlowStage:
 
     def __init__(
         self,
-        head,  # FlowHead
-        merge,  # nn.Module that makes the fine features
-        whole_features,  # (images, tokens, small sizes) of one pair -> fine features of both whole images
+        head: FlowHead,
+        merge: nn.Module,  # nn.Module that makes the fine features
+        whole_features: Callable[
+            ..., list[torch.Tensor]
+        ],  # (images, tokens, small sizes) of one pair -> fine features of both whole images
     ):
         self.head = head
         self.merge = merge
         self.whole_features = whole_features
 
     @property
-    def layers(self):
+    def layers(self) -> tuple[nn.Module, ...]:
         return self.merge, self.head
 
-    def predict(self, result, cells, view0, view1):
+    def predict(
+        self, result: CoarseResult, cells: CellMatches, view0: ScaledView, view1: ScaledView
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         return move_by_flow(self, result, cells, view0, view1)
 
     def flow(
         self,
-        result,  # CoarseResult
-        fixed_to_moving,  # (B, 3, 3) a first answer
+        result: CoarseResult,
+        fixed_to_moving: torch.Tensor,  # (B, 3, 3) a first answer
     ) -> tuple:
         "The flow that it leaves, (B, L, 2) in pixels of image 0, and log of its deviation (B, L)."
         seen0, seen1 = seen_map(result.seen0, result.grid0), seen_map(result.seen1, result.grid1)
         flow, log_sigma = predict_flow(self.head, result.fine0, result.fine1, seen0, seen1, fixed_to_moving)
         return flow.flatten(2).mT, log_sigma.flatten(1)
 
-    def loss_terms(self, result, targets, generator):
+    def loss_terms(self, result: CoarseResult, targets: CellTruth, generator: torch.Generator) -> FineTerms:
         first = perturb(targets.fixed_to_moving, result.grid0.size, generator)
         flow, log_sigma = self.flow(result, first)
         centres = result.grid0.centres(first.device)
@@ -382,11 +396,11 @@ class FlowStage:
 
 # %% ../../nbs/05_model/06_fine.ipynb #d888f359
 def move_by_flow(
-    stage,  # FlowStage
-    result,  # CoarseResult
-    cells,  # CellMatches
-    view0,  # ScaledView of the fixed images
-    view1,  # ScaledView of the moving images
+    stage: FlowStage,
+    result: CoarseResult,
+    cells: CellMatches,
+    view0: ScaledView,  # ScaledView of the fixed images
+    view1: ScaledView,  # ScaledView of the moving images
 ) -> tuple:
     "Points of image 0 and of image 1, (M, 2) each, pixels of the whole views."
     centres0, centres1 = points_of_cells(result, cells)
@@ -404,12 +418,12 @@ def move_by_flow(
 
 # %% ../../nbs/05_model/06_fine.ipynb #2454032d
 def refine_at_both_sizes(
-    stage,  # FlowStage
-    result,  # CoarseResult
-    k,  # which pair of the batch
-    first,  # (3, 3) consensus, pixels of the small views
-    view0,  # ScaledView of the fixed images
-    view1,  # ScaledView of the moving images
+    stage: FlowStage,
+    result: CoarseResult,
+    k: int,  # which pair of the batch
+    first: torch.Tensor,  # (3, 3) consensus, pixels of the small views
+    view0: ScaledView,  # ScaledView of the fixed images
+    view1: ScaledView,  # ScaledView of the moving images
 ) -> tuple:
     "An answer (1, 3, 3) in pixels of the whole views, and the flow (1, 2, h, w) that it leaves."
     one = slice(k, k + 1)

@@ -18,14 +18,16 @@ __all__ = [
 import torch
 import torch.nn.functional as F
 
+from .config import Guidance
+
 # %% ../../nbs/05_model/01_guidance.ipynb #dda26ca2
 FULL_SHARE = 0.25  # vessel share of a cell from which on its token counts as all vessel
 
 
 def pad_to(
-    x,  # (B, ..., H, W)
-    multiple,  # pixels
-):
+    x: torch.Tensor,  # (B, ..., H, W)
+    multiple: int,  # pixels
+) -> torch.Tensor:
     "Zeros added at the right and the bottom up to a multiple; the coordinates of every pixel stay."
     height, width = x.shape[-2:]
     below, right = -height % multiple, -width % multiple
@@ -34,8 +36,8 @@ def pad_to(
 
 # %% ../../nbs/05_model/01_guidance.ipynb #cb0ea9a9
 def cell_share(
-    mask,  # (B, H, W) bool or in [0, 1]
-    cell,  # pixels a side of a token's cell
+    mask: torch.Tensor,  # (B, H, W) bool or in [0, 1]
+    cell: int,  # pixels a side of a token's cell
 ) -> torch.Tensor:
     """Mean of the mask over every cell, (B, ceil(H / cell), ceil(W / cell)) float32.
 
@@ -45,8 +47,8 @@ def cell_share(
 
 # %% ../../nbs/05_model/01_guidance.ipynb #f4c63c9f
 def mask_to_grid(
-    mask,  # (B, H, W) soft vessel mask in [0, 1]
-    cell,  # pixels a side of a token's cell
+    mask: torch.Tensor,  # (B, H, W) soft vessel mask in [0, 1]
+    cell: int,  # pixels a side of a token's cell
 ) -> torch.Tensor:
     "Vessel weight of every token in [0, 1], (B, ceil(H / cell), ceil(W / cell))."
     return (cell_share(mask, cell) / FULL_SHARE).clamp(max=1)
@@ -54,8 +56,8 @@ def mask_to_grid(
 
 # %% ../../nbs/05_model/01_guidance.ipynb #c80ab8c0
 def fov_to_grid(
-    fov,  # (B, H, W) bool field of view
-    cell,  # pixels a side of a token's cell
+    fov: torch.Tensor,  # (B, H, W) bool field of view
+    cell: int,  # pixels a side of a token's cell
 ) -> torch.Tensor:
     "Which tokens see the eye: at least half of their cell lies in the field of view. (B, h, w) bool."
     return cell_share(fov, cell) >= 0.5
@@ -63,9 +65,9 @@ def fov_to_grid(
 
 # %% ../../nbs/05_model/01_guidance.ipynb #560744cd
 def key_bias(
-    mask,  # (B, h, w) token weights in [0, 1], or None
-    lam,  # vessel_soft_lambda of this site, >= 0
-    like,  # (B, N, C) tokens whose shape and device the bias takes; it is float32
+    mask: torch.Tensor | None,  # (B, h, w) token weights in [0, 1], or None
+    lam: float,  # vessel_soft_lambda of this site, >= 0
+    like: torch.Tensor,  # (B, N, C) tokens whose shape and device the bias takes; it is float32
 ) -> torch.Tensor:
     "Additive bias on the logits of every key, (B, N)."
     zeros = torch.zeros(like.shape[:2], device=like.device)
@@ -74,10 +76,10 @@ def key_bias(
 
 # %% ../../nbs/05_model/01_guidance.ipynb #6ff03f53
 def pair_bias(
-    mask0,  # (B, h0, w0) token weights of image 0, or None
-    mask1,  # (B, h1, w1) token weights of image 1, or None
-    lam,  # vessel_soft_lambda of this site, >= 0
-):
+    mask0: torch.Tensor | None,  # (B, h0, w0) token weights of image 0, or None
+    mask1: torch.Tensor | None,  # (B, h1, w1) token weights of image 1, or None
+    lam: float,  # vessel_soft_lambda of this site, >= 0
+) -> torch.Tensor | float:
     "Additive bias on the similarity of every cell pair, (B, L, S), or 0.0 where there is no mask."
     if mask0 is None or mask1 is None or lam == 0:
         return 0.0
@@ -86,10 +88,10 @@ def pair_bias(
 
 # %% ../../nbs/05_model/01_guidance.ipynb #71189dfc
 def check_guidance(
-    mask0,  # (B, H0, W0) or None
-    mask1,  # (B, H1, W1) or None
-    guidance,  # Guidance
-):
+    mask0: torch.Tensor | None,  # (B, H0, W0) or None
+    mask1: torch.Tensor | None,  # (B, H1, W1) or None
+    guidance: Guidance,
+) -> None:
     "Guidance that would silently do nothing is an error."
     if guidance.vessel_soft_lambda > 0 and (mask0 is None or mask1 is None):
         raise ValueError("guidance with vessel_soft_lambda > 0 needs mask0 and mask1")

@@ -18,6 +18,8 @@ __all__ = [
 ]
 
 # %% ../../nbs/05_model/07_matcher.ipynb #05563d60
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -27,10 +29,10 @@ from ..io.deprecated import deprecated_names
 from .attention import Transformer
 from .backbone import Backbone, conv_norm
 from .coarse import COARSE, coarse_similarity
-from .config import MatcherConfig
+from .config import Guidance, MatcherConfig
 from .fine import FlowHead, FlowStage, read_features
 from .guidance import fov_to_grid, key_bias, mask_to_grid, pad_to
-from .stages import CoarseResult, TwoStageMatcher
+from .stages import CoarseResult, TwoStageMatcher, View
 
 
 # %% ../../nbs/05_model/07_matcher.ipynb #16edb7f5
@@ -39,9 +41,9 @@ class Merge(nn.Module):
 
     def __init__(
         self,
-        coarse,  # channels of the coarser map
-        fine,  # channels of the finer map
-        out,  # channels out
+        coarse: int,  # channels of the coarser map
+        fine: int,  # channels of the finer map
+        out: int,  # channels out
     ):
         super().__init__()
         self.up = nn.Conv2d(coarse, out, 1)
@@ -49,15 +51,15 @@ class Merge(nn.Module):
         self.smooth = nn.Sequential(conv_norm(out, out), nn.ReLU(inplace=True))
         self.last = nn.Conv2d(out, out, 3, padding=1)
 
-    def forward(self, coarse, fine):
+    def forward(self, coarse: torch.Tensor, fine: torch.Tensor) -> torch.Tensor:
         up = F.interpolate(self.up(coarse), scale_factor=2, mode="bilinear", align_corners=False)
         return self.last(self.smooth(up + self.side(fine)))
 
 
 # %% ../../nbs/05_model/07_matcher.ipynb #13f65058
 def stack(
-    a,  # (B, ...) of image 0
-    b,  # (B, ...) of image 1
+    a: torch.Tensor,  # (B, ...) of image 0
+    b: torch.Tensor,  # (B, ...) of image 1
 ) -> list:
     "One batch of both where they have one shape, or two."
     return [torch.cat([a, b])] if a.shape == b.shape else [a, b]
@@ -65,7 +67,7 @@ def stack(
 
 # %% ../../nbs/05_model/07_matcher.ipynb #03237700
 def unstack(
-    batches,  # list of one or two, as `stack` makes it
+    batches: Sequence[torch.Tensor],  # one or two, as `stack` makes it
 ) -> tuple:
     "What belongs to image 0 and to image 1."
     return batches[0].chunk(2) if len(batches) == 1 else tuple(batches)
@@ -76,8 +78,8 @@ STEP = 16  # pixels a side of a token's cell; images are padded to a multiple
 
 
 def seen_cells(
-    view,  # View
-    cell,  # pixels a side
+    view: View,
+    cell: int,  # pixels a side
 ) -> torch.Tensor:
     "Which cells of the padded image are inside the field of view, (B, h * w) bool."
     return fov_to_grid(pad_to(view.field, STEP), cell).flatten(1)
@@ -85,9 +87,9 @@ def seen_cells(
 
 # %% ../../nbs/05_model/07_matcher.ipynb #eafd697b
 def vessel_cells(
-    view,  # View
-    cell,  # pixels a side
-):
+    view: View,
+    cell: int,  # pixels a side
+) -> torch.Tensor | None:
     "Vessel weight of the cells of the padded image in [0, 1], (B, h, w), or None without a mask."
     return None if view.mask is None else mask_to_grid(pad_to(view.mask, STEP), cell)
 
@@ -98,11 +100,11 @@ class TokenStage:
 
     def __init__(
         self,
-        matcher,  # Matcher whose layers are used
+        matcher: "Matcher",  # Matcher whose layers are used
     ):
         self.matcher = matcher
 
-    def predict(self, view0, view1, guidance):
+    def predict(self, view0: View, view1: View, guidance: Guidance) -> CoarseResult:
         tokens, cells, fine = self.features(view0, view1, guidance.attention_lambda)
         seen0, seen1 = seen_cells(view0, COARSE), seen_cells(view1, COARSE)
         sim = coarse_similarity(
@@ -118,7 +120,7 @@ class TokenStage:
         grid0, grid1 = (Grid(*features.shape[2:], COARSE) for features in cells)
         return CoarseResult(sim, grid0, grid1, seen0, seen1, *fine, *tokens)
 
-    def features(self, view0, view1, lam):
+    def features(self, view0: View, view1: View, lam: float) -> tuple[tuple, tuple, tuple]:
         "Tokens at 1/16, cell features at 1/8 and fine features at 1/4, of both images each."
         net = self.matcher
         images = stack(pad_to(view0.image, STEP), pad_to(view1.image, STEP))
@@ -131,12 +133,12 @@ class TokenStage:
 
 # %% ../../nbs/05_model/07_matcher.ipynb #d780b148
 def attend(
-    transformer,  # Transformer
-    map0,  # (B, C, h0, w0) the backbone's map of image 0 at 1/16
-    map1,  # (B, C, h1, w1) of image 1
-    view0,  # View
-    view1,  # View
-    lam,  # vessel_soft_lambda of this site
+    transformer: Transformer,
+    map0: torch.Tensor,  # (B, C, h0, w0) the backbone's map of image 0 at 1/16
+    map1: torch.Tensor,  # (B, C, h1, w1) of image 1
+    view0: View,
+    view1: View,
+    lam: float,  # vessel_soft_lambda of this site
 ) -> tuple:
     "Both maps after the transformer, in their shapes."
     grid0, grid1 = map0.shape[2:], map1.shape[2:]
@@ -150,10 +152,10 @@ def attend(
 
 # %% ../../nbs/05_model/07_matcher.ipynb #40c0962c
 def tokens_at_size(
-    tokens,  # (1, C, h, w) of the small image, at 1/16
-    size,  # (height, width) of the small image
-    whole_size,  # (height, width) of the whole image
-    grid,  # (rows, columns) of 1/16 cells of the whole image
+    tokens: torch.Tensor,  # (1, C, h, w) of the small image, at 1/16
+    size: tuple[int, int],  # (height, width) of the small image
+    whole_size: tuple[int, int],  # (height, width) of the whole image
+    grid: tuple[int, int],  # (rows, columns) of 1/16 cells of the whole image
 ) -> torch.Tensor:
     "What the tokens of the small image say at the cells of the whole one, (1, C, *grid)."
     to_small = torch.from_numpy(resize_matrix(whole_size, size)).to(tokens)
@@ -167,7 +169,7 @@ class Matcher(TwoStageMatcher):
 
     def __init__(
         self,
-        config=MatcherConfig(),  # size of the matcher
+        config: MatcherConfig = MatcherConfig(),  # size of the matcher
     ):
         super().__init__()
         self.config = config
@@ -189,9 +191,9 @@ class Matcher(TwoStageMatcher):
 
     def whole_features(
         self,
-        images,  # (1, 1, H, W) of image 0 and of image 1
-        tokens,  # (1, C, h, w) of their small selves at 1/16
-        sizes,  # (height, width) of these
+        images: Sequence[torch.Tensor],  # (1, 1, H, W) of image 0 and of image 1
+        tokens: Sequence[torch.Tensor],  # (1, C, h, w) of their small selves at 1/16
+        sizes: Sequence[tuple[int, int]],  # (height, width) of these
     ) -> list:
         "Fine features of both whole images, (1, C, H / 4, W / 4) padded to a multiple of 16 pixels."
         batches = [self.backbone(pad_to(x, STEP)) for x in stack(*images)]

@@ -40,9 +40,17 @@ from ..geometry import Grid, apply_transform
 from ..io.deprecated import deprecated_names
 from .attention import attend_linear
 from .coarse import COARSE
-from .config import REFERENCE
+from .config import REFERENCE, Guidance, MatcherConfig
 from .guidance import key_bias, mask_to_grid, pair_bias
-from .stages import CoarseResult, FineTerms, TwoStageMatcher
+from .stages import (
+    CellMatches,
+    CellTruth,
+    CoarseResult,
+    FineTerms,
+    ScaledView,
+    TwoStageMatcher,
+    View,
+)
 
 
 # %% ../../nbs/05_model/09_reference.ipynb #ce63c2cd
@@ -51,19 +59,19 @@ class GuidedAttention(nn.Module):
 
     def forward(
         self,
-        queries,  # (B, N, h, d)
-        keys,  # (B, M, h, d)
-        values,  # (B, M, h, d)
-        q_mask,  # not read: an unseen token may become anything, for no key and no match ever uses it
-        kv_mask,  # (bias (B, M), seen (B, M) bool) of the keys
-    ):
+        queries: torch.Tensor,  # (B, N, h, d)
+        keys: torch.Tensor,  # (B, M, h, d)
+        values: torch.Tensor,  # (B, M, h, d)
+        q_mask: object,  # not read: an unseen token may become anything, for no key and no match ever uses it
+        kv_mask: tuple[torch.Tensor, torch.Tensor],  # (bias (B, M), seen (B, M) bool) of the keys
+    ) -> torch.Tensor:
         q, k, v = (t.transpose(1, 2) for t in (queries, keys, values))
         return attend_linear(q, k, v, *kv_mask).transpose(1, 2).contiguous()
 
 
 # %% ../../nbs/05_model/09_reference.ipynb #a821485c
 def seen_at_points(
-    view,  # View
+    view: View,
 ) -> torch.Tensor:
     "Which cells stand for a pixel inside the field of view, (B, ceil(H / 8) * ceil(W / 8)) bool."
     return view.field.bool()[:, ::COARSE, ::COARSE].flatten(1)
@@ -71,9 +79,9 @@ def seen_at_points(
 
 # %% ../../nbs/05_model/09_reference.ipynb #c531597b
 def vessel_weight(
-    mask,  # (B, H, W) soft vessel mask in [0, 1], or None
-    grid,  # Grid
-):
+    mask: torch.Tensor | None,  # (B, H, W) soft vessel mask in [0, 1], or None
+    grid: Grid,
+) -> torch.Tensor | None:
     "Vessel weight of the cells in [0, 1], (B, rows, columns), or None."
     if mask is None:
         return None
@@ -86,11 +94,11 @@ TEMPERATURE = 0.1  # of the similarity
 
 
 def published_similarity(
-    x0,  # (B, L, C) coarse tokens of image 0
-    x1,  # (B, S, C) coarse tokens of image 1
-    seen0,  # (B, L) bool
-    seen1,  # (B, S) bool
-    bias,  # (B, L, S) or 0.0, Engine 1
+    x0: torch.Tensor,  # (B, L, C) coarse tokens of image 0
+    x1: torch.Tensor,  # (B, S, C) coarse tokens of image 1
+    seen0: torch.Tensor,  # (B, L) bool
+    seen1: torch.Tensor,  # (B, S) bool
+    bias: torch.Tensor | float,  # (B, L, S) or 0.0, Engine 1
 ) -> torch.Tensor:
     "Inner product over C and the temperature, (B, L, S) float32, the lowest number where a cell is not seen."
     with torch.autocast(x0.device.type, enabled=False):
@@ -107,11 +115,11 @@ class PublishedCoarse:
 
     def __init__(
         self,
-        matcher,  # ReferenceMatcher whose layers are used
+        matcher: "ReferenceMatcher",  # ReferenceMatcher whose layers are used
     ):
         self.matcher = matcher
 
-    def predict(self, view0, view1, guidance):
+    def predict(self, view0: View, view1: View, guidance: Guidance) -> CoarseResult:
         (map0, fine0), (map1, fine1) = self.features(view0, view1)
         grid0, grid1 = (Grid(*m.shape[2:], COARSE, offset=0) for m in (map0, map1))
         seen0, seen1 = seen_at_points(view0), seen_at_points(view1)
@@ -124,7 +132,7 @@ class PublishedCoarse:
         sim = published_similarity(x0, x1, seen0, seen1, bias)
         return CoarseResult(sim, grid0, grid1, seen0, seen1, fine0, fine1, x0, x1, border=BORDER)
 
-    def features(self, view0, view1):
+    def features(self, view0: View, view1: View) -> tuple[tuple, tuple]:
         "Maps at 1/8 and 1/2 of both images; images of one shape go through the backbone together."
         image0, image1 = (view0.image + 1) / 2, (view1.image + 1) / 2
         if image0.shape != image1.shape:
@@ -132,7 +140,7 @@ class PublishedCoarse:
         maps = self.matcher.backbone(torch.cat([image0, image1]))
         return tuple(zip(*(m.chunk(2) for m in maps)))
 
-    def tokens(self, maps):
+    def tokens(self, maps: torch.Tensor) -> torch.Tensor:
         "Maps at 1/8 with their positions, as tokens (B, L, C)."
         return self.matcher.pos_encoding(maps).flatten(2).mT.contiguous()
 
@@ -145,10 +153,10 @@ REACH = float(RADIUS * FINE)  # pixels on either side of the fine window
 
 # %% ../../nbs/05_model/09_reference.ipynb #9655e847
 def heat_map_answer(
-    matching,  # kornia's FineMatching
-    windows,  # two (M, 25, 128)
-    device,
-):
+    matching: nn.Module,  # kornia's FineMatching
+    windows: tuple[torch.Tensor, torch.Tensor],  # two (M, 25, 128)
+    device: torch.device,
+) -> tuple[torch.Tensor, torch.Tensor]:
     "Offsets (M, 2) from the centre of the second window and the heat maps' deviation (M,), in window radii."
     with torch.autocast(device.type, enabled=False):
         origin = torch.zeros(len(windows[0]), 2, device=device)
@@ -169,17 +177,19 @@ class WindowStage:
 
     def __init__(
         self,
-        matcher,  # ReferenceMatcher whose layers are used
+        matcher: "ReferenceMatcher",  # ReferenceMatcher whose layers are used
     ):
         self.preprocess = matcher.fine_preprocess
         self.transformer = matcher.loftr_fine
         self.matching = matcher.fine_matching
 
     @property
-    def layers(self):
+    def layers(self) -> tuple[nn.Module, ...]:
         return self.preprocess, self.transformer, self.matching
 
-    def predict(self, result, cells, view0, view1):
+    def predict(
+        self, result: CoarseResult, cells: CellMatches, view0: ScaledView, view1: ScaledView
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         pair, i, j = cells.pair, cells.cell0, cells.cell1
         points0 = result.grid0.centres(pair.device)[i]
         # the same step back for image 1, after the offset was added: so the last bit stays what it was
@@ -189,12 +199,12 @@ class WindowStage:
 
     def follow(
         self,
-        result,  # CoarseResult
-        pair,  # (M,) which pair of the batch
-        cell,  # (M,) cells that are followed
-        other,  # (M,) cells of the other image where they are sought
-        back=False,  # follow cells of image 1 into image 0?
-    ):
+        result: CoarseResult,
+        pair: torch.Tensor,  # (M,) which pair of the batch
+        cell: torch.Tensor,  # (M,) cells that are followed
+        other: torch.Tensor,  # (M,) cells of the other image where they are sought
+        back: bool = False,  # follow cells of image 1 into image 0?
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Where the cells' points lie in the other image, and the deviation of the heat map (M,), pixels.
 
         Convention: (M, 2) pixels in the frame in which cells stand for their centres."""
@@ -206,14 +216,14 @@ class WindowStage:
 
     def offsets(
         self,
-        fine,  # (B, 128, h, w) fine features of the image whose cells are followed
-        tokens,  # (B, N, 256) its coarse tokens
-        fine_other,  # (B, 128, h, w) fine features of the other image
-        tokens_other,  # (B, M, 256) its coarse tokens
-        pair,  # (M,) which pair of the batch
-        cell,  # (M,) cells that are followed
-        other,  # (M,) cells of the other image
-    ):
+        fine: torch.Tensor,  # (B, 128, h, w) fine features of the image whose cells are followed
+        tokens: torch.Tensor,  # (B, N, 256) its coarse tokens
+        fine_other: torch.Tensor,  # (B, 128, h, w) fine features of the other image
+        tokens_other: torch.Tensor,  # (B, M, 256) its coarse tokens
+        pair: torch.Tensor,  # (M,) which pair of the batch
+        cell: torch.Tensor,  # (M,) cells that are followed
+        other: torch.Tensor,  # (M,) cells of the other image
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         "Offsets (M, 2) from the other cells and the heat maps' deviation (M,), pixels."
         if not len(pair):
             return tokens.new_zeros(0, 2), tokens.new_zeros(0)
@@ -222,7 +232,7 @@ class WindowStage:
         offset, deviation = heat_map_answer(self.matching, self.transformer(*windows), pair.device)
         return offset * REACH, deviation * REACH
 
-    def loss_terms(self, result, targets, generator):
+    def loss_terms(self, result: CoarseResult, targets: CellTruth, generator: torch.Generator) -> FineTerms:
         return window_terms(self, result, targets, generator)
 
 
@@ -231,9 +241,9 @@ LINKS = 1024  # true links of a batch whose windows are looked at
 
 
 def draw_links(
-    links,  # (B, N) cell of the other image, or -1
-    count,  # at most so many
-    generator,  # torch.Generator
+    links: torch.Tensor,  # (B, N) cell of the other image, or -1
+    count: int,  # at most so many
+    generator: torch.Generator,
 ) -> tuple:
     "Some true links, each (M,): pair of the batch, cell, cell of the other image."
     pair, cell = (links >= 0).nonzero(as_tuple=True)
@@ -244,12 +254,12 @@ def draw_links(
 
 # %% ../../nbs/05_model/09_reference.ipynb #e92afa25
 def window_errors(
-    stage,  # WindowStage
-    result,  # CoarseResult
-    links,  # (B, N) cell of the other image, or -1
-    truth,  # (B, N, 2) where the centres truly lie in the other image
-    generator,  # torch.Generator that draws the links
-    back=False,  # follow cells of image 1 into image 0?
+    stage: WindowStage,
+    result: CoarseResult,
+    links: torch.Tensor,  # (B, N) cell of the other image, or -1
+    truth: torch.Tensor,  # (B, N, 2) where the centres truly lie in the other image
+    generator: torch.Generator,  # torch.Generator that draws the links
+    back: bool = False,  # follow cells of image 1 into image 0?
 ) -> tuple:
     "Squared distances in window radii, the heat map's deviation, and the `(pair, cell)` drawn; each (M,)."
     pair, cell, other = draw_links(links, LINKS // 2, generator)
@@ -260,10 +270,10 @@ def window_errors(
 
 # %% ../../nbs/05_model/09_reference.ipynb #584e038e
 def window_terms(
-    stage,  # WindowStage
-    result,  # CoarseResult
-    targets,  # the truth, with the fields of `training.supervision.Targets`
-    generator,  # torch.Generator that draws the links
+    stage: WindowStage,
+    result: CoarseResult,
+    targets: CellTruth,  # the truth, with the fields of `training.supervision.Targets`
+    generator: torch.Generator,  # torch.Generator that draws the links
 ) -> FineTerms:
     "What every drawn link costs, followed forward and backward."
     ahead = window_errors(stage, result, targets.forward, targets.points1, generator)
@@ -277,7 +287,7 @@ def window_terms(
 
 # %% ../../nbs/05_model/09_reference.ipynb #f267eeaf
 def published_sizes(
-    temp_bug_fix,  # positions as `indoor_new` learned them?
+    temp_bug_fix: bool,  # positions as `indoor_new` learned them?
 ) -> dict:
     "kornia's configuration of the network; a copy, because kornia's own is shared and can be changed."
     sizes = copy.deepcopy(default_cfg)
@@ -291,7 +301,7 @@ class ReferenceMatcher(TwoStageMatcher):
 
     def __init__(
         self,
-        config=REFERENCE,  # MatcherConfig of variant reference
+        config: MatcherConfig = REFERENCE,  # MatcherConfig of variant reference
     ):
         super().__init__()
         if config.variant != REFERENCE.variant:

@@ -19,6 +19,7 @@ __all__ = [
     "points_of_cells",
     "FineTerms",
     "CoarseStage",
+    "CellTruth",
     "FineStage",
     "check_pair",
     "split_matches",
@@ -27,7 +28,7 @@ __all__ = [
 
 # %% ../../nbs/05_model/05_stages.ipynb #71713265
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -65,8 +66,8 @@ class View:
 
 # %% ../../nbs/05_model/05_stages.ipynb #cc40cb7d
 def working_size(
-    size,  # (height, width)
-    side,  # pixels
+    size: tuple[int, int],  # (height, width)
+    side: int,  # pixels
 ) -> tuple:
     "The size itself, or that with the same aspect ratio whose long side is `side` where it is longer."
     return tuple(size) if max(size) <= side else fit_size(size, side)
@@ -74,9 +75,9 @@ def working_size(
 
 # %% ../../nbs/05_model/05_stages.ipynb #0b01be5a
 def shrink(
-    x,  # (B, ..., H, W) images, masks in [0, 1] or bool fields of view; None stays None
-    size,  # (height, width), not larger
-):
+    x: torch.Tensor | None,  # (B, ..., H, W) images, masks in [0, 1] or bool fields of view; None stays None
+    size: tuple[int, int],  # (height, width), not larger
+) -> torch.Tensor | None:
     "A batch at a smaller size, averaged over what a pixel covers; a bool is true where half of it was."
     if x is None or tuple(x.shape[-2:]) == tuple(size):
         return x
@@ -105,7 +106,7 @@ class ScaledView:
 
     def to_whole(
         self,
-        like,  # tensor whose dtype and device the matrix takes
+        like: torch.Tensor,  # tensor whose dtype and device the matrix takes
     ) -> torch.Tensor:
         "The map (3, 3) from pixels of the small size to pixels of the whole one."
         return torch.from_numpy(resize_matrix(self.small.size, self.whole.size)).to(like)
@@ -113,8 +114,8 @@ class ScaledView:
 
 # %% ../../nbs/05_model/05_stages.ipynb #7240536e
 def scale_view(
-    view,  # View
-    side,  # longest long side of the small size, pixels
+    view: View,
+    side: int,  # longest long side of the small size, pixels
 ) -> ScaledView:
     "The view beside its shrunk self; where it is small enough the two are one."
     size = working_size(view.size, side)
@@ -124,9 +125,11 @@ def scale_view(
 
 # %% ../../nbs/05_model/05_stages.ipynb #5b25551f
 def shrink_pair(
-    side,  # longest long side, pixels
-    *given,  # (of image 0, of image 1) each: images first, then what lies over them, or None
-):
+    side: int,  # longest long side, pixels
+    *given: tuple[
+        torch.Tensor | None, torch.Tensor | None
+    ],  # (of image 0, of image 1) each: images first, then what lies over them, or None
+) -> tuple[list[tuple[int, int]], list[torch.Tensor | None]]:
     "The working sizes of both images, and everything given at these sizes, in the order of `forward`."
     sizes = [working_size(image.shape[2:], side) for image in given[0]]
     return sizes, [shrink(x, size) for both in given for x, size in zip(both, sizes)]
@@ -161,8 +164,8 @@ class CoarseResult:
 
 # %% ../../nbs/05_model/05_stages.ipynb #af94e883
 def seen_map(
-    seen,  # (B, N) bool
-    grid,  # Grid of N cells
+    seen: torch.Tensor,  # (B, N) bool
+    grid: Grid,  # Grid of N cells
 ) -> torch.Tensor:
     "Which cells are inside the field of view, as a map (B, 1, rows, columns)."
     return seen.unflatten(1, grid.shape)[:, None]
@@ -170,9 +173,9 @@ def seen_map(
 
 # %% ../../nbs/05_model/05_stages.ipynb #98915b88
 def off_border(
-    grid,  # Grid
-    width,  # cells
-    device=None,
+    grid: Grid,
+    width: int,  # cells
+    device: torch.device | None = None,
 ) -> torch.Tensor:
     "Cells that are at least `width` cells away from the border, (rows * columns,) bool."
     inner = torch.zeros(grid.shape, dtype=torch.bool, device=device)
@@ -193,8 +196,8 @@ class CellMatches:
 
 # %% ../../nbs/05_model/05_stages.ipynb #81d08a25
 def match_cells(
-    result,  # CoarseResult
-    threshold,  # least confidence
+    result: CoarseResult,
+    threshold: float,  # least confidence
 ) -> CellMatches:
     "The mutual maxima of all pairs of a batch."
     device = result.sim.device
@@ -205,9 +208,9 @@ def match_cells(
 
 # %% ../../nbs/05_model/05_stages.ipynb #56629292
 def matched_cells(
-    result,  # CoarseResult
-    threshold,  # least confidence
-):
+    result: CoarseResult,
+    threshold: float,  # least confidence
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Mutual maxima as points.
 
     Pair of the batch (M,), points of cells of image 0 and of image 1 (M, 2), pixels, confidence (M,)."""
@@ -217,8 +220,8 @@ def matched_cells(
 
 # %% ../../nbs/05_model/05_stages.ipynb #abc34bc8
 def points_of_cells(
-    result,  # CoarseResult
-    cells,  # CellMatches
+    result: CoarseResult,
+    cells: CellMatches,
 ) -> tuple:
     "The points that matched cells of image 0 and of image 1 stand for, (M, 2) each, pixels."
     device = cells.pair.device
@@ -250,6 +253,16 @@ class CoarseStage(Protocol):
 
 
 # %% ../../nbs/05_model/05_stages.ipynb #5c20e4e1
+class CellTruth(Protocol):
+    "What a fine stage reads of the truth; `training.supervision.Targets` has it."
+
+    fixed_to_moving: torch.Tensor  # (B, 3, 3) true map, or the affine part of it
+    forward: torch.Tensor  # (B, L) int64: the cell of image 1 in which the point of cell i lies, or -1
+    backward: torch.Tensor  # (B, S) int64: likewise for the cells of image 1
+    points1: torch.Tensor  # (B, L, 2) where the point of cell i truly lies in image 1, pixels
+    points0: torch.Tensor  # (B, S, 2) likewise for the cells of image 1
+
+
 class FineStage(Protocol):
     "Says where the points of matched cells lie."
 
@@ -269,16 +282,16 @@ class FineStage(Protocol):
     def loss_terms(
         self,
         result: CoarseResult,
-        targets,  # the truth, with the fields of `training.supervision.Targets`
+        targets: CellTruth,  # the truth, with the fields of `training.supervision.Targets`
         generator: torch.Generator,  # for what the stage draws
     ) -> FineTerms: ...
 
 
 # %% ../../nbs/05_model/05_stages.ipynb #cd26b9cf
 def check_pair(
-    image0,  # (B, 1, H0, W0) expected
-    image1,  # (B, 1, H1, W1) expected
-):
+    image0: torch.Tensor,  # (B, 1, H0, W0) expected
+    image1: torch.Tensor,  # (B, 1, H1, W1) expected
+) -> None:
     "Raises ValueError for other shapes."
     for name, x in (("image0", image0), ("image1", image1)):
         if x.ndim != 4 or x.shape[1] != 1:
@@ -289,11 +302,11 @@ def check_pair(
 
 # %% ../../nbs/05_model/05_stages.ipynb #6964da76
 def split_matches(
-    pair,  # (M,) which pair of the batch
-    points0,  # (M, 2) pixels of image 0
-    points1,  # (M, 2) pixels of image 1
-    confidence,  # (M,)
-    pairs,  # pairs in the batch
+    pair: torch.Tensor,  # (M,) which pair of the batch
+    points0: torch.Tensor,  # (M, 2) pixels of image 0
+    points1: torch.Tensor,  # (M, 2) pixels of image 1
+    confidence: torch.Tensor,  # (M,)
+    pairs: int,  # pairs in the batch
 ) -> list:
     "One `Matches` per pair."
     pair, points0, points1, confidence = (
@@ -311,13 +324,13 @@ class TwoStageMatcher(nn.Module, Pretrained):
 
     def forward(
         self,
-        image0,  # (B, 1, H0, W0) prepared fixed images in [-1, 1]
-        image1,  # (B, 1, H1, W1) prepared moving images in [-1, 1]
-        fov0=None,  # (B, H0, W0) bool; all True when None
-        fov1=None,  # (B, H1, W1) bool
-        mask0=None,  # (B, H0, W0) soft vessel mask in [0, 1], read only where guidance asks for it
-        mask1=None,  # (B, H1, W1)
-        guidance=UNGUIDED,  # Engine 1 acts through vessel_soft_lambda
+        image0: torch.Tensor,  # (B, 1, H0, W0) prepared fixed images in [-1, 1]
+        image1: torch.Tensor,  # (B, 1, H1, W1) prepared moving images in [-1, 1]
+        fov0: torch.Tensor | None = None,  # (B, H0, W0) bool; all True when None
+        fov1: torch.Tensor | None = None,  # (B, H1, W1) bool
+        mask0: torch.Tensor | None = None,  # (B, H0, W0) soft vessel mask in [0, 1], for guidance
+        mask1: torch.Tensor | None = None,  # (B, H1, W1)
+        guidance: Guidance = UNGUIDED,  # Engine 1 acts through vessel_soft_lambda
     ) -> CoarseResult:
         """Similarity of all cell pairs and what the fine stage needs.
 
@@ -329,14 +342,14 @@ class TwoStageMatcher(nn.Module, Pretrained):
     @torch.inference_mode()
     def match(
         self,
-        image0,  # (B, 1, H0, W0) prepared fixed images in [-1, 1]
-        image1,  # (B, 1, H1, W1) prepared moving images in [-1, 1]
-        fov0=None,  # (B, H0, W0) bool
-        fov1=None,  # (B, H1, W1) bool
-        mask0=None,  # (B, H0, W0) in [0, 1]
-        mask1=None,  # (B, H1, W1) in [0, 1]
-        guidance=UNGUIDED,  # unguided unless asked for
-        threshold=None,  # least confidence; the configuration's when None
+        image0: torch.Tensor,  # (B, 1, H0, W0) prepared fixed images in [-1, 1]
+        image1: torch.Tensor,  # (B, 1, H1, W1) prepared moving images in [-1, 1]
+        fov0: torch.Tensor | None = None,  # (B, H0, W0) bool
+        fov1: torch.Tensor | None = None,  # (B, H1, W1) bool
+        mask0: torch.Tensor | None = None,  # (B, H0, W0) in [0, 1]
+        mask1: torch.Tensor | None = None,  # (B, H1, W1) in [0, 1]
+        guidance: Guidance = UNGUIDED,  # unguided unless asked for
+        threshold: float | None = None,  # least confidence; the configuration's when None
     ) -> list:
         """One `Matches` per pair, ordered by cell of the fixed image.
 
@@ -353,16 +366,16 @@ class TwoStageMatcher(nn.Module, Pretrained):
 
     def compare(
         self,
-        view0,  # View of the fixed images
-        view1,  # View of the moving images
-        guidance,  # Guidance
+        view0: View,  # View of the fixed images
+        view1: View,  # View of the moving images
+        guidance: Guidance,
     ) -> CoarseResult:
         "`forward` of two views."
         return self(view0.image, view1.image, view0.fov, view1.fov, view0.mask, view1.mask, guidance=guidance)
 
     def compile(
         self,
-        **options,  # of `torch.compile`
+        **options: Any,  # of `torch.compile`
     ) -> None:
         "Compile the coarse stage, where most of the time goes; from then on `match` and training use it."
         super().compile(**options)

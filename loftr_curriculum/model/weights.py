@@ -56,7 +56,7 @@ from .config import PUBLISHED, REFERENCE, VARIANTS, MatcherConfig
 
 # %% ../../nbs/05_model/08_weights.ipynb #8279c011
 def make_matcher(
-    config,  # MatcherConfig
+    config: MatcherConfig,
 ) -> nn.Module:
     "A matcher of the variant that is asked for, with random weights; nothing is downloaded."
     module, name = VARIANTS[config.variant].network.split(":")
@@ -82,7 +82,7 @@ CHECKSUM = "sha256"  # of the tensors, in our file
 
 
 def checksum_of(
-    state,  # name -> tensor
+    state: dict[str, torch.Tensor],  # name -> tensor
 ) -> str:
     "SHA-256 of names, types, shapes and numbers, as hexadecimal digits."
     digest = hashlib.sha256()
@@ -95,8 +95,8 @@ def checksum_of(
 
 # %% ../../nbs/05_model/08_weights.ipynb #d1f00c03
 def refuse_endless(
-    state,  # name -> tensor
-    path,  # of the file, for the error
+    state: dict[str, torch.Tensor],  # name -> tensor
+    path: str | Path,  # of the file, for the error
 ) -> None:
     "FileError where a weight is no finite number."
     for name, tensor in state.items():
@@ -106,9 +106,9 @@ def refuse_endless(
 
 # %% ../../nbs/05_model/08_weights.ipynb #bee8dd80
 def save_matcher(
-    path,  # file to write, .safetensors
-    matcher,  # Matcher or ReferenceMatcher
-    facts=None,  # dict of plain values about the training, kept as JSON
+    path: str | Path,  # file to write, .safetensors
+    matcher: nn.Module,  # Matcher or ReferenceMatcher
+    facts: dict | None = None,  # dict of plain values about the training, kept as JSON
 ) -> None:
     """Writes weights, configuration and facts into one file.
 
@@ -134,8 +134,8 @@ HUB_FILE = "model.safetensors"
 
 
 def save_pretrained(
-    folder,  # folder to write, made where it is missing
-    matcher,  # Matcher or ReferenceMatcher
+    folder: str | Path,  # folder to write, made where it is missing
+    matcher: nn.Module,  # Matcher or ReferenceMatcher
 ) -> Path:  # the weights file
     "Weights, configuration and facts as a folder that can be uploaded as it is."
     folder = Path(folder)
@@ -154,7 +154,7 @@ def save_pretrained(
 
 # %% ../../nbs/05_model/08_weights.ipynb #45a697d1
 def fetch_pretrained(
-    source,  # folder, or `owner/model` on the Hub
+    source: str | Path,  # folder, or `owner/model` on the Hub
 ) -> Path:  # the weights file
     """The weights file of a source.
 
@@ -182,17 +182,17 @@ class Pretrained:
 
     def save_pretrained(
         self,
-        folder,  # folder to write
-    ):
+        folder: str | Path,  # folder to write
+    ) -> Path:
         "Writes `model.safetensors` and `config.json`."
         return save_pretrained(folder, self)
 
     @classmethod
     def from_pretrained(
         cls,
-        source,  # folder, or `owner/model` on the Hub
-        device="cpu",  # torch device
-    ):
+        source: str | Path,  # folder, or `owner/model` on the Hub
+        device: torch.device | str = "cpu",  # torch device
+    ) -> "Pretrained":
         """A matcher in evaluation mode; no code of the source is executed.
 
         Raises FileNotFoundError or ValueError, naming the source."""
@@ -204,7 +204,7 @@ class Pretrained:
 
 # %% ../../nbs/05_model/08_weights.ipynb #50ae512f
 def is_damaged(
-    path,  # of a checkpoint
+    path: str | Path,  # of a checkpoint
 ) -> bool:
     "Does a checksum in the archive disagree with its content? Older checkpoints are no archives."
     if not zipfile.is_zipfile(path):
@@ -218,7 +218,7 @@ def is_damaged(
 
 
 def open_checkpoint(
-    path,  # of a checkpoint of PyTorch
+    path: str | Path,  # of a checkpoint of PyTorch
 ) -> dict:
     "The values of a checkpoint; runs nothing that it holds. FileError where it is none, or damaged."
     expected = f"{path}: expected a PyTorch checkpoint of tensors and plain values"
@@ -236,8 +236,8 @@ def open_checkpoint(
 
 # %% ../../nbs/05_model/08_weights.ipynb #1c6f2fce
 def tensors_in(
-    found,  # what should be a dictionary of tensors
-    path,  # of the file, for the error
+    found: object,  # what should be a dictionary of tensors
+    path: str | Path,  # of the file, for the error
 ) -> dict:  # name -> tensor
     "The same, looked at; FileError where it is something else."
     good = isinstance(found, dict) and all(
@@ -273,9 +273,9 @@ def _open_safetensors(path):
 
 # %% ../../nbs/05_model/08_weights.ipynb #9436d845
 def object_in(
-    meta,  # name -> text, of a safetensors file
-    name,  # "config" or "facts"
-    path,  # of the file, for the error
+    meta: dict[str, str] | None,  # name -> text, of a safetensors file
+    name: str,  # "config" or "facts"
+    path: str | Path,  # of the file, for the error
 ) -> dict:
     "The JSON object in the file's text; FileError where it is none."
     try:
@@ -294,8 +294,8 @@ MOST_RUNS = 100  # behind one file, each of which went on from the one before
 
 
 def refuse_strange_facts(
-    facts,  # what a file says about a training
-    path,  # of the file, for the error
+    facts: dict,  # what a file says about a training
+    path: str | Path,  # of the file, for the error
 ) -> None:
     "FileError where a fact that the package reads is of another kind; all others are free."
     for _ in range(MOST_RUNS):
@@ -307,8 +307,8 @@ def refuse_strange_facts(
 
 
 def refuse_strange_run(
-    facts,  # of one run
-    path,  # of the file, for the error
+    facts: dict,  # of one run
+    path: str | Path,  # of the file, for the error
 ) -> None:
     "The same for one run."
     wrong = [n for n in NUMBERS if not isinstance(facts.get(n, 0), (int, float, type(None)))]
@@ -347,8 +347,8 @@ LARGEST = 65536  # of a whole number in a configuration
 
 
 def is_of_kind(
-    value,  # from a file
-    default,  # of the field
+    value: object,  # from a file
+    default: object,  # of the field
 ) -> bool:
     "Has the value the type of the field's default, and a size that can be?"
     if isinstance(default, tuple):
@@ -365,8 +365,8 @@ def is_of_kind(
 
 
 def config_from(
-    values,  # dict of a MatcherConfig, as a file has it
-    path,  # of the file, for the error
+    values: dict,  # dict of a MatcherConfig, as a file has it
+    path: str | Path,  # of the file, for the error
 ) -> MatcherConfig:
     "The configuration; FileError where a value cannot be."
     defaults = {f.name: getattr(MatcherConfig, f.name) for f in fields(MatcherConfig)}
@@ -394,9 +394,9 @@ def _config_in(config, state, published, path):
 
 # %% ../../nbs/05_model/08_weights.ipynb #3616840f
 def refuse_other_shapes(
-    config,  # MatcherConfig
-    state,  # name -> tensor
-    path,  # of the file, for the error
+    config: MatcherConfig,
+    state: dict[str, torch.Tensor],  # name -> tensor
+    path: str | Path,  # of the file, for the error
 ) -> None:
     "FileError where the network of the configuration has other tensors; it takes no memory to know."
     if config.layers > len(state):
@@ -418,7 +418,7 @@ def _fill(matcher, state):
 
 # %% ../../nbs/05_model/08_weights.ipynb #351383e3
 def order_for_cpu(
-    matcher,  # Matcher or ReferenceMatcher
+    matcher: nn.Module,  # Matcher or ReferenceMatcher
 ) -> None:
     """Channels-last order, in which a CPU is faster.
 
@@ -442,7 +442,7 @@ def _file_of(path):
 
 # %% ../../nbs/05_model/08_weights.ipynb #e0ba0107
 def refuse_device(
-    device,  # name of a torch device
+    device: torch.device | str,  # name of a torch device
 ) -> None:
     "ValueError where nothing can be computed there."
     try:
@@ -455,9 +455,9 @@ def refuse_device(
 
 
 def load_matcher(
-    path=None,  # .safetensors or .ckpt, ours or published, or a name of PUBLISHED; None: "shipped"
-    device="cpu",  # torch device
-    published=REFERENCE,  # configuration of a file in the published format, which carries none
+    path: str | Path | None = None,  # weights file, or a name of PUBLISHED; None: "shipped"
+    device: torch.device | str = "cpu",  # torch device
+    published: MatcherConfig = REFERENCE,  # configuration of a published file, which carries none
 ) -> nn.Module:
     """A matcher in evaluation mode; `matcher.facts` holds what was stored with it. Downloads nothing.
 
@@ -483,8 +483,8 @@ def load_matcher(
 
 # %% ../../nbs/05_model/08_weights.ipynb #1daca7aa
 def find_published(
-    name,  # one of PUBLISHED
-    download=False,  # fetch it where the cache does not hold it?
+    name: str,  # one of PUBLISHED
+    download: bool = False,  # fetch it where the cache does not hold it?
 ) -> Path:
     """The checkpoint's file in torch's cache.
 
@@ -508,10 +508,10 @@ def find_published(
 
 # %% ../../nbs/05_model/08_weights.ipynb #768a8398
 def load_reference(
-    source,  # one of PUBLISHED, or a file
-    download=False,  # fetch a named checkpoint where torch's cache does not hold it?
-    device="cpu",  # torch device
-    temp_bug_fix=None,  # which positions the weights know; None: what the name says, False for a file
+    source: str | Path,  # one of PUBLISHED, or a file
+    download: bool = False,  # fetch a named checkpoint where torch's cache does not hold it?
+    device: torch.device | str = "cpu",  # torch device
+    temp_bug_fix: bool | None = None,  # positions that the weights know; None: by the name, False for a file
 ) -> nn.Module:
     "A `ReferenceMatcher` in evaluation mode. Raises FileNotFoundError or ValueError, naming the file."
     fix = PUBLISHED.get(str(source), False) if temp_bug_fix is None else temp_bug_fix

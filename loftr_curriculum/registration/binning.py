@@ -11,7 +11,7 @@ import numpy as np
 
 # %% ../../nbs/06_registration/01_binning.ipynb #3c0e7d2a
 def field_box(
-    fov,  # (H, W) bool
+    fov: np.ndarray,  # (H, W) bool
 ) -> tuple:  # (x0, y0, x1, y1) of the pixels' outer edges, the whole image where the field is empty
     "The bounding box of a field of view."
     h, w = fov.shape
@@ -23,9 +23,9 @@ def field_box(
 
 # %% ../../nbs/06_registration/01_binning.ipynb #39394a27
 def cell_of(
-    points,  # (N, 2) points (x, y)
-    box,  # (x0, y0, x1, y1)
-    cells,  # number of cells along each side
+    points: np.ndarray,  # (N, 2) points (x, y)
+    box: tuple[float, float, float, float],  # (x0, y0, x1, y1)
+    cells: int,  # number of cells along each side
 ) -> np.ndarray:  # (N,) int, row * cells + column; points outside the box belong to the nearest cell
     "The cell of a regular grid over `box` into which each point falls."
     lo, hi = np.array(box[:2]), np.array(box[2:])
@@ -35,9 +35,9 @@ def cell_of(
 
 # %% ../../nbs/06_registration/01_binning.ipynb #675755d8
 def best_per_cell(
-    cell,  # (N,) int cell of each match
-    confidence,  # (N,) confidence of each match
-    best,  # largest number of matches that a cell keeps
+    cell: np.ndarray,  # (N,) int cell of each match
+    confidence: np.ndarray,  # (N,) confidence of each match
+    best: int,  # largest number of matches that a cell keeps
 ) -> np.ndarray:  # (M,) int indices of the kept matches, ascending
     "Indices of the `best` most confident matches of every cell."
     cell = np.asarray(cell)
@@ -49,11 +49,11 @@ def best_per_cell(
 
 # %% ../../nbs/06_registration/01_binning.ipynb #b0c0914e
 def bin_matches(
-    points0,  # (N, 2) points of the fixed image
-    confidence,  # (N,) confidence of each match
-    fov0,  # (H, W) bool field of view of the fixed image
-    cells=8,  # number of cells along each side
-    best=5,  # matches per cell
+    points0: np.ndarray,  # (N, 2) points of the fixed image
+    confidence: np.ndarray,  # (N,) confidence of each match
+    fov0: np.ndarray,  # (H, W) bool field of view of the fixed image
+    cells: int = 8,  # number of cells along each side
+    best: int = 5,  # matches per cell
 ) -> np.ndarray:  # (M,) int indices of the kept matches, M <= cells ** 2 * best
     "Spatial binning over the fixed field of view."
     return best_per_cell(cell_of(points0, field_box(fov0), cells), confidence, best)

@@ -30,9 +30,9 @@ FITS = {"affine": fit_affine, "similarity": fit_similarity, "homography": fit_ho
 
 
 def residuals(
-    fixed_to_moving,  # (3, 3) fixed -> moving
-    points0,  # (N, 2) points of the fixed image
-    points1,  # (N, 2) points of the moving image
+    fixed_to_moving: np.ndarray,  # (3, 3) fixed -> moving
+    points0: np.ndarray,  # (N, 2) points of the fixed image
+    points1: np.ndarray,  # (N, 2) points of the moving image
 ) -> np.ndarray:  # (N,) pixels of the fixed image; inf where a point has no image
     "Distance of each moving point, brought to the fixed image, from its partner."
     r = np.linalg.norm(apply_transform(invert(fixed_to_moving), np.asarray(points1, float)) - points0, axis=1)
@@ -57,10 +57,10 @@ def _robust(src, dst, kind, threshold_px):
 
 # %% ../../nbs/06_registration/02_estimate.ipynb #c37679d6
 def estimate_transform(
-    points0,  # (N, 2) points of the fixed image, pixels
-    points1,  # (N, 2) their partners in the moving image, pixels
-    kind="affine",  # affine, similarity or homography
-    threshold_px=5.0,  # largest residual of an inlier, pixels of the fixed image
+    points0: np.ndarray,  # (N, 2) points of the fixed image, pixels
+    points1: np.ndarray,  # (N, 2) their partners in the moving image, pixels
+    kind: str = "affine",  # affine, similarity or homography
+    threshold_px: float = 5.0,  # largest residual of an inlier, pixels of the fixed image
 ) -> Estimate | None:  # None where no transform can be found
     """The transform on which most matches agree.
 
@@ -85,11 +85,11 @@ def estimate_transform(
 
 # %% ../../nbs/06_registration/02_estimate.ipynb #85d5f507
 def refit(
-    fixed_to_moving,  # (3, 3) fixed -> moving, a first answer
-    points0,  # (N, 2) points of the fixed image, pixels
-    points1,  # (N, 2) their partners in the moving image, pixels
-    kind="affine",  # affine, similarity or homography
-    threshold_px=5.0,  # largest residual of a match that counts, pixels of the fixed image
+    fixed_to_moving: np.ndarray,  # (3, 3) fixed -> moving, a first answer
+    points0: np.ndarray,  # (N, 2) points of the fixed image, pixels
+    points1: np.ndarray,  # (N, 2) their partners in the moving image, pixels
+    kind: str = "affine",  # affine, similarity or homography
+    threshold_px: float = 5.0,  # largest residual of a match that counts, pixels of the fixed image
 ) -> np.ndarray:  # (3, 3) fixed -> moving
     "The least-squares transform over all matches near a first answer; that answer where they determine none."
     near = residuals(fixed_to_moving, points0, points1) <= threshold_px

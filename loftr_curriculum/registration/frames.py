@@ -49,7 +49,7 @@ from .config import RegistrationConfig
 
 # %% ../../nbs/06_registration/03_frames.ipynb #131d49a8
 def open_image(
-    image,  # file path, NumPy array, PIL image or torch tensor, see `io.inputs.as_picture`
+    image: object,  # file path, NumPy array, PIL image or torch tensor, see `io.inputs.as_picture`
     name: str,  # how an error calls an array
 ) -> np.ndarray:  # (H, W) or (H, W, 3), uint8, uint16 or float32 in [0, 1]
     "The pixels of an image in any form; raises ImageError (a ValueError)."
@@ -58,7 +58,7 @@ def open_image(
 
 # %% ../../nbs/06_registration/03_frames.ipynb #c124af0b
 def open_mask(
-    mask,  # array of bools, or as in `open_image`; None where there is none
+    mask: object,  # array of bools, or as in `open_image`; None where there is none
     size: tuple,  # (height, width) of its image
     name: str,  # "fixed" or "moving"
 ) -> np.ndarray | None:

@@ -16,6 +16,7 @@ __all__ = [
 
 # %% ../../nbs/06_registration/04_passes.ipynb #6f59937c
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -25,6 +26,9 @@ from .binning import bin_matches
 from .config import RegistrationConfig
 from .estimate import estimate_transform, refit, residuals
 from .frames import View
+
+if TYPE_CHECKING:
+    import torch
 
 
 # %% ../../nbs/06_registration/04_passes.ipynb #1bc52934
@@ -39,7 +43,7 @@ class PassRequest:
 
 # %% ../../nbs/06_registration/04_passes.ipynb #827709ae
 def check_matcher(
-    matcher,  # torch module, or any object with `match`
+    matcher: object,  # torch module, or any object with `match`
 ) -> None:
     "ValueError for a matcher in training mode, whose answers depend on the batch."
     if getattr(matcher, "training", False):
@@ -48,8 +52,8 @@ def check_matcher(
 
 # %% ../../nbs/06_registration/04_passes.ipynb #a67d07a4
 def device_of(
-    matcher,  # torch module, or any object with `match`
-):
+    matcher: object,  # torch module, or any object with `match`
+) -> "torch.device | str":
     "The torch device of a matcher's weights; the CPU where it has none."
     import torch
 
@@ -62,8 +66,8 @@ def device_of(
 # %% ../../nbs/06_registration/04_passes.ipynb #b2bd6c16
 def stack_planes(
     planes: list,  # of (H, W) arrays of one shape
-    device,  # torch device
-):
+    device: "torch.device | str",  # torch device
+) -> "torch.Tensor":
     "A tensor (B, H, W) on the device."
     import torch
 
@@ -73,7 +77,7 @@ def stack_planes(
 
 # %% ../../nbs/06_registration/04_passes.ipynb #cb775fd4
 def match_views(
-    matcher,  # object with `match(image0, image1, fov0, fov1, mask0, mask1, guidance) -> list[Matches]`
+    matcher: object,  # with `match(image0, image1, fov0, fov1, mask0, mask1, guidance) -> list[Matches]`
     requests: list,  # of PassRequest, with views of the same shapes
     guidance: Guidance = UNGUIDED,  # needs masks in the views where its lambda is above 0
 ) -> list:  # of Matches, in pixels of the views

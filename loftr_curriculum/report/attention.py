@@ -6,10 +6,13 @@
 __all__ = ["STRONG", "AttentionPanel", "draw_attention", "draw_panels"]
 
 # %% ../../nbs/08_report/03_attention.ipynb #eb6131e9
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
+from matplotlib.figure import Figure
 
 from .collapse import HEAT
 from .plots import new_figure
@@ -34,8 +37,8 @@ class AttentionPanel:
 
 # %% ../../nbs/08_report/03_attention.ipynb #7177416d
 def draw_attention(
-    axes,  # matplotlib Axes
-    panel,  # AttentionPanel
+    axes: Axes,  # matplotlib Axes
+    panel: AttentionPanel,
 ) -> None:
     "The image in grey, the map on it as squares, a cross on the token that asks, a ring around the answer."
     H, W = panel.image.shape
@@ -66,11 +69,11 @@ def draw_attention(
 
 # %% ../../nbs/08_report/03_attention.ipynb #f150cad5
 def draw_panels(
-    panels,  # rows of AttentionPanel or None
-    rows,  # names of the rows
-    columns,  # names of the columns
-    side=150,  # px of a panel
-):  # Figure
+    panels: Sequence[Sequence[AttentionPanel | None]],  # rows of AttentionPanel or None
+    rows: Sequence[str],  # names of the rows
+    columns: Sequence[str],  # names of the columns
+    side: int = 150,  # px of a panel
+) -> Figure:  # Figure
     "Maps in a grid, row names on the left, column names on top."
     if {len(r) for r in panels} != {len(columns)} or len(panels) != len(rows):
         raise ValueError(

@@ -20,14 +20,17 @@ __all__ = [
 ]
 
 # %% ../../nbs/08_report/02_collapse.ipynb #f6159ae9
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from ..evaluation.collapse import THRESHOLD, most_confident, overlap_fields, thirds
-from ..evaluation.recording import summary
+from ..evaluation.recording import Recording, summary
 from ..io.files import atomic_path
 from .plots import (
     add_matches,
@@ -42,10 +45,10 @@ from .plots import (
 
 # %% ../../nbs/08_report/02_collapse.ipynb #5a9919d1
 def headline(
-    recording,  # Recording
-    probe,  # number of the probe
-    epoch,  # one of the recorded epochs
-    guided=False,  # the guided look
+    recording: Recording,
+    probe: int,  # number of the probe
+    epoch: int,  # one of the recorded epochs
+    guided: bool = False,  # the guided look
 ) -> str:
     "One look in a line: epoch, index, how many lines agree."
     r = recording.record(epoch)
@@ -60,12 +63,12 @@ def headline(
 
 # %% ../../nbs/08_report/02_collapse.ipynb #15d2bf8e
 def draw_lines(
-    axes,  # matplotlib Axes
-    recording,  # Recording
-    probe,  # number of the probe
-    epoch,  # one of the recorded epochs
-    guided=False,  # the guided look
-    title="",  # goes before the headline
+    axes: Axes,  # matplotlib Axes
+    recording: Recording,
+    probe: int,  # number of the probe
+    epoch: int,  # one of the recorded epochs
+    guided: bool = False,  # the guided look
+    title: str = "",  # goes before the headline
 ) -> None:
     "A probe with its match lines in one epoch."
     p, r = recording.probes[probe], recording.record(epoch)
@@ -90,11 +93,11 @@ HEAT = LinearSegmentedColormap.from_list("heat", [(1, 0, 0, 0), (1, 0.2, 0, 0.75
 
 
 def draw_density(
-    axes,  # matplotlib Axes
-    recording,  # Recording
-    probe,  # number of the probe
-    epoch,  # one of the recorded epochs
-    guided=False,
+    axes: Axes,  # matplotlib Axes
+    recording: Recording,
+    probe: int,  # number of the probe
+    epoch: int,  # one of the recorded epochs
+    guided: bool = False,
 ) -> None:
     "Density of the end points of the confident matches on the moving image."
     from scipy.ndimage import gaussian_filter
@@ -117,11 +120,11 @@ def draw_density(
 
 # %% ../../nbs/08_report/02_collapse.ipynb #7e4960cf
 def draw_thirds(
-    axes,  # matplotlib Axes
-    recording,  # Recording
-    probe,  # number of the probe
-    epoch,  # one of the recorded epochs
-    guided=False,
+    axes: Axes,  # matplotlib Axes
+    recording: Recording,
+    probe: int,  # number of the probe
+    epoch: int,  # one of the recorded epochs
+    guided: bool = False,
 ) -> None:
     "Share of the end points in each third, and the overlap's share of the area."
     p, r = recording.probes[probe], recording.record(epoch)
@@ -140,10 +143,10 @@ def draw_thirds(
 
 # %% ../../nbs/08_report/02_collapse.ipynb #99bae9f1
 def draw_index(
-    axes,  # matplotlib Axes
-    recording,  # Recording
-    probe=None,  # number of a probe to pick out; None: the medians alone are thick
-    epoch=None,  # an epoch to mark
+    axes: Axes,  # matplotlib Axes
+    recording: Recording,
+    probe: int | None = None,  # number of a probe to pick out; None: the medians alone are thick
+    epoch: int | None = None,  # an epoch to mark
 ) -> None:
     "Collapse index against epoch with the phases shaded."
     rows = summary(recording)
@@ -195,11 +198,11 @@ def draw_index(
 
 # %% ../../nbs/08_report/02_collapse.ipynb #aacf9e86
 def draw_board(
-    recording,  # Recording
-    probe,  # number of the probe
-    epoch,  # one of the recorded epochs
-    guided=False,  # the guided look
-):  # Figure
+    recording: Recording,
+    probe: int,  # number of the probe
+    epoch: int,  # one of the recorded epochs
+    guided: bool = False,  # the guided look
+) -> Figure:  # Figure
     "Lines, and the density of their end points, above; the index over the epochs and the thirds below."
     figure = new_figure(860, 540)
     grid = figure.add_gridspec(2, 2, height_ratios=(5, 4), width_ratios=(2, 1))
@@ -218,8 +221,8 @@ ASKED = (0, 5, 25, 40)
 
 
 def strip_epochs(
-    recorded,  # epochs that exist, ascending
-    asked=ASKED,  # epochs wanted beside the last one
+    recorded: Sequence[int],  # epochs that exist, ascending
+    asked: Sequence[int] = ASKED,  # epochs wanted beside the last one
 ) -> list:
     "The recorded epochs nearest to the wanted ones, and the last; each once."
     if not len(recorded):
@@ -233,11 +236,11 @@ def strip_epochs(
 
 # %% ../../nbs/08_report/02_collapse.ipynb #ffe14c88
 def draw_strip(
-    recording,  # Recording
-    probes,  # numbers of the probes, one row each
-    asked=ASKED,  # epochs wanted
-    guided=False,  # the guided looks
-):  # Figure
+    recording: Recording,
+    probes: Sequence[int],  # numbers of the probes, one row each
+    asked: Sequence[int] = ASKED,  # epochs wanted
+    guided: bool = False,  # the guided looks
+) -> Figure:  # Figure
     "Match lines of a few epochs side by side."
     epochs = strip_epochs(recording.epochs, asked)
     figure = new_figure(20 + 330 * max(1, len(epochs)), 24 + 184 * len(probes))
@@ -261,11 +264,11 @@ def draw_strip(
 
 # %% ../../nbs/08_report/02_collapse.ipynb #011937ae
 def write_film(
-    path,  # GIF file to write
-    recording,  # Recording
-    probe,  # number of the probe
-    guided=False,  # the guided looks
-    seconds=0.4,  # per epoch
+    path: str | Path,  # GIF file to write
+    recording: Recording,
+    probe: int,  # number of the probe
+    guided: bool = False,  # the guided looks
+    seconds: float = 0.4,  # per epoch
 ) -> None:
     "Match lines and index, one frame an epoch, as an animated GIF; ValueError where nothing is recorded."
     from PIL import Image
@@ -288,7 +291,7 @@ def write_film(
 
 # %% ../../nbs/08_report/02_collapse.ipynb #010d6f45
 def first_of_kinds(
-    recording,  # Recording
+    recording: Recording,
 ) -> list:  # of numbers of probes
     "The first probe of every kind."
     return [next(k for k, p in enumerate(recording.probes) if p.kind == kind) for kind in recording.kinds]
@@ -296,8 +299,8 @@ def first_of_kinds(
 
 # %% ../../nbs/08_report/02_collapse.ipynb #ab52e3e5
 def write_diagnosis(
-    out,  # folder
-    recording,  # Recording
+    out: str | Path,  # folder
+    recording: Recording,
 ) -> list:  # of the files written
     """Write `collapse.png` and `matches.png`.
 

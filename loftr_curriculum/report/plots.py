@@ -21,7 +21,11 @@ __all__ = [
 ]
 
 # %% ../../nbs/08_report/00_plots.ipynb #7e360b3d
+from collections.abc import Sequence
+from pathlib import Path
+
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
@@ -32,9 +36,9 @@ from ..io.files import atomic_path
 
 # %% ../../nbs/08_report/00_plots.ipynb #1b0969b4
 def new_figure(
-    width,  # pixels
-    height,  # pixels
-    dpi=100,  # pixels per inch, the size of the letters
+    width: int,  # pixels
+    height: int,  # pixels
+    dpi: int = 100,  # pixels per inch, the size of the letters
 ) -> Figure:
     "A figure with an Agg canvas, outside pyplot."
     figure = Figure(figsize=(width / dpi, height / dpi), dpi=dpi)
@@ -44,9 +48,9 @@ def new_figure(
 
 # %% ../../nbs/08_report/00_plots.ipynb #e71a2e57
 def save_figure(
-    path,  # PNG file to write, atomically
-    figure,  # Figure
-):
+    path: str | Path,  # PNG file to write, atomically
+    figure: Figure,
+) -> None:
     "Write a figure as PNG."
     with atomic_path(path) as temporary:
         figure.savefig(temporary, format="png")
@@ -54,7 +58,7 @@ def save_figure(
 
 # %% ../../nbs/08_report/00_plots.ipynb #952f4da7
 def figure_pixels(
-    figure,  # Figure with an Agg canvas
+    figure: Figure,  # Figure with an Agg canvas
 ) -> np.ndarray:  # (H, W, 3) uint8 RGB
     "The figure as an image, for loggers."
     canvas = figure.canvas if isinstance(figure.canvas, FigureCanvasAgg) else FigureCanvasAgg(figure)
@@ -64,8 +68,8 @@ def figure_pixels(
 
 # %% ../../nbs/08_report/00_plots.ipynb #c2d14a57
 def for_display(
-    image,  # (H, W) or (H, W, 3), uint8, uint16, bool or float
-    long_side=640,  # px; longer images are shrunk
+    image: np.ndarray,  # (H, W) or (H, W, 3), uint8, uint16, bool or float
+    long_side: int = 640,  # px; longer images are shrunk
 ) -> np.ndarray:  # (h, w) or (h, w, 3) uint8
     "An image as 8 bits, small enough to draw."
     image = np.asarray(image)
@@ -80,7 +84,7 @@ def for_display(
 
 # %% ../../nbs/08_report/00_plots.ipynb #c1307037
 def in_colour(
-    image,  # (H, W) or (H, W, 3) uint8
+    image: np.ndarray,  # (H, W) or (H, W, 3) uint8
 ) -> np.ndarray:  # (H, W, 3) uint8
     "Grey repeated in three channels; RGB as it is."
     return np.repeat(image[..., None], 3, axis=2) if image.ndim == 2 else image
@@ -92,20 +96,20 @@ class Canvas:
 
     def __init__(
         self,
-        axes,  # matplotlib Axes
-        T0,  # (3, 3) fixed pixels -> axes coordinates
-        T1,  # (3, 3) moving pixels -> axes coordinates
+        axes: Axes,  # matplotlib Axes
+        T0: np.ndarray,  # (3, 3) fixed pixels -> axes coordinates
+        T1: np.ndarray,  # (3, 3) moving pixels -> axes coordinates
     ):
         self.axes, self.T0, self.T1 = axes, T0, T1
 
 
 # %% ../../nbs/08_report/00_plots.ipynb #6b41af6f
 def plot_pair(
-    axes,  # matplotlib Axes
-    fixed,  # (H0, W0[, 3]) image
-    moving,  # (H1, W1[, 3]) image, of another size if it likes
-    height=400,  # px of both images in the drawing
-    gap=8,  # px between them
+    axes: Axes,  # matplotlib Axes
+    fixed: np.ndarray,  # (H0, W0[, 3]) image
+    moving: np.ndarray,  # (H1, W1[, 3]) image, of another size if it likes
+    height: int = 400,  # px of both images in the drawing
+    gap: int = 8,  # px between them
 ) -> Canvas:
     "Fixed on the left, moving on the right, both equally high."
     shown, maps, x = [], [], 0
@@ -127,15 +131,15 @@ def plot_pair(
 
 # %% ../../nbs/08_report/00_plots.ipynb #9db3b113
 def add_matches(
-    canvas,  # Canvas
-    points0,  # (N, 2) pixels of the fixed image
-    points1,  # (N, 2) pixels of the moving image
-    inliers=None,  # (N,) bool: drawn last, in `agree`
-    colour="red",  # of the others
-    agree="lime",  # of the inliers
-    width=0.4,  # points
-    most=600,  # lines drawn at most, evenly picked from each of the two kinds
-):
+    canvas: Canvas,
+    points0: np.ndarray,  # (N, 2) pixels of the fixed image
+    points1: np.ndarray,  # (N, 2) pixels of the moving image
+    inliers: np.ndarray | None = None,  # (N,) bool: drawn last, in `agree`
+    colour: str = "red",  # of the others
+    agree: str = "lime",  # of the inliers
+    width: int = 0.4,  # points
+    most: int = 600,  # lines drawn at most, evenly picked from each of the two kinds
+) -> None:
     "Thin lines between matched points, inliers on top."
     inliers = np.zeros(len(points0), bool) if inliers is None else np.asarray(inliers, bool)
     ends = np.stack(
@@ -158,10 +162,10 @@ def add_matches(
 
 # %% ../../nbs/08_report/00_plots.ipynb #bd3e8dca
 def checkerboard(
-    fixed,  # (H, W) or (H, W, 3) image
-    warped,  # (H, W) or (H, W, 3) moving image in the frame of the fixed one
-    tiles=8,  # squares along the long side
-    seen=None,  # (H, W) bool: where the moving image saw something; None: everywhere
+    fixed: np.ndarray,  # (H, W) or (H, W, 3) image
+    warped: np.ndarray,  # (H, W) or (H, W, 3) moving image in the frame of the fixed one
+    tiles: int = 8,  # squares along the long side
+    seen: np.ndarray | None = None,  # (H, W) bool: where the moving image saw something; None: everywhere
 ) -> np.ndarray:  # (H, W, 3) uint8
     "Fixed and warped image in alternating squares."
     a, b = (in_colour(for_display(i, max(i.shape[:2]))) for i in (fixed, warped))
@@ -174,9 +178,9 @@ def checkerboard(
 
 # %% ../../nbs/08_report/00_plots.ipynb #e3677f6d
 def side_by_side(
-    images,  # sequence of images (H, W[, 3]), of any sizes and depths
-    height=320,  # px
-    gap=8,  # px of white between them
+    images: Sequence[np.ndarray],  # sequence of images (H, W[, 3]), of any sizes and depths
+    height: int = 320,  # px
+    gap: int = 8,  # px of white between them
 ) -> np.ndarray:  # (height, W, 3) uint8
     "Images in a row, equally high."
     row = []
@@ -195,8 +199,8 @@ PHASES = (("teaching", "#f4c7a1"), ("weaning", "#f6e7b4"), ("independence", "#cf
 
 
 def phase_of(
-    lam,  # (N,) vessel_soft_lambda per epoch
-    scaler,  # (N,) vessel_loss_weight_scaler per epoch
+    lam: np.ndarray,  # (N,) vessel_soft_lambda per epoch
+    scaler: np.ndarray,  # (N,) vessel_loss_weight_scaler per epoch
 ) -> np.ndarray:  # (N,) int: 0 teaching, 1 weaning, 2 independence
     "The phase of each epoch, from the values of the two engines."
     lam, scaler = np.asarray(lam, float), np.asarray(scaler, float)
@@ -207,10 +211,10 @@ def phase_of(
 
 # %% ../../nbs/08_report/00_plots.ipynb #16aebacb
 def shade_phases(
-    axes,  # matplotlib Axes whose x axis counts epochs
-    epochs,  # (N,) ascending
-    phase,  # (N,) int
-):
+    axes: Axes,  # matplotlib Axes whose x axis counts epochs
+    epochs: np.ndarray,  # (N,) ascending
+    phase: np.ndarray,  # (N,) int
+) -> None:
     "Shade the three phases behind whatever is drawn."
     epochs, phase = np.asarray(epochs, float), np.asarray(phase)
     if not len(epochs):
@@ -239,11 +243,11 @@ def _runs(values):
 
 # %% ../../nbs/08_report/00_plots.ipynb #fde6a7da
 def plot_curriculum(
-    axes,  # matplotlib Axes
-    epochs,  # (N,) ascending
-    lam,  # (N,) sched/lambda
-    scaler,  # (N,) sched/loss_w
-):
+    axes: Axes,  # matplotlib Axes
+    epochs: np.ndarray,  # (N,) ascending
+    lam: np.ndarray,  # (N,) sched/lambda
+    scaler: np.ndarray,  # (N,) sched/loss_w
+) -> None:
     "Both engines over the epochs, with the phases shaded."
     shade_phases(axes, epochs, phase_of(lam, scaler))
     axes.plot(epochs, lam, color="tab:red", lw=1.6)

@@ -18,6 +18,7 @@ __all__ = [
 from pathlib import Path
 
 import numpy as np
+from matplotlib.figure import Figure
 
 from ..geometry import fit_size, resize_image
 from ..io.exports import save_itk_files
@@ -26,6 +27,7 @@ from ..io.images import write_image
 from ..io.inputs import storable
 from ..io.transforms import TransformRecord, load_transform, save_transform
 from ..registration.frames import open_image, warp_to_fixed
+from ..registration.pair import Registration
 from .plots import (
     add_matches,
     checkerboard,
@@ -38,11 +40,11 @@ from .plots import (
 
 # %% ../../nbs/08_report/01_registration.ipynb #15e7d553
 def draw_matches(
-    result,  # Registration
-    fixed,  # (H0, W0[, 3]) image
-    moving,  # (H1, W1[, 3]) image
-    height=420,  # px of both images
-):  # Figure
+    result: Registration,
+    fixed: np.ndarray,  # (H0, W0[, 3]) image
+    moving: np.ndarray,  # (H1, W1[, 3]) image
+    height: int = 420,  # px of both images
+) -> Figure:  # Figure
     "The match lines of a registration under its verdict."
     width = sum(round(i.shape[1] * height / i.shape[0]) for i in (fixed, moving)) + 8
     figure = new_figure(width, height + 40)
@@ -74,10 +76,10 @@ def _shorten(text, most):
 
 # %% ../../nbs/08_report/01_registration.ipynb #bd06eb4b
 def draw_checkerboard(
-    result,  # Registration with a transform
-    fixed,  # (H0, W0[, 3]) image
-    moving,  # (H1, W1[, 3]) image
-    long_side=1024,  # px
+    result: Registration,  # Registration with a transform
+    fixed: np.ndarray,  # (H0, W0[, 3]) image
+    moving: np.ndarray,  # (H1, W1[, 3]) image
+    long_side: int = 1024,  # px
 ) -> np.ndarray:  # (h, w, 3) uint8
     "The checkerboard of a registration, with the fixed image where the moving one saw nothing."
     size = fit_size(result.fixed_size, min(long_side, max(result.fixed_size)))
@@ -114,10 +116,10 @@ def remove_earlier(
 
 
 def write_registration(
-    result,  # Registration
-    fixed,  # file path or (H0, W0[, 3]) array: the fixed image
-    moving,  # file path or (H1, W1[, 3]) array: the moving image
-    out_dir,  # folder, made where it is missing
+    result: Registration,
+    fixed: str | Path | np.ndarray,  # file path or (H0, W0[, 3]) array: the fixed image
+    moving: str | Path | np.ndarray,  # file path or (H1, W1[, 3]) array: the moving image
+    out_dir: str | Path,  # folder, made where it is missing
 ) -> list:  # the paths written
     """Write transform.json, transform.tfm (ITK), warped.png, checkerboard.png and matches.png.
 

@@ -60,6 +60,7 @@ import json
 import logging
 import os
 import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
@@ -69,6 +70,7 @@ from pathlib import Path
 import lightning.pytorch as pl
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 
 from ..data.config import DataConfig
 from ..data.module import PairDataModule
@@ -164,10 +166,10 @@ def check(
 
 # %% ../../nbs/11_studies/13_ablation.ipynb #9b3bda6a
 def data_of(
-    settings,  # Settings
-    seed,  # of the pairs
-    strength,  # of the gap, in 0..1
-    worlds,  # folder of rendered eyes
+    settings: Settings,
+    seed: int,  # of the pairs
+    strength: float,  # of the gap, in 0..1
+    worlds: str | Path,  # folder of rendered eyes
 ) -> DataConfig:
     "Pairs whose eyes lie a share `strength` of the whole gap away from the pseudo-real ones."
     s, left, hard = settings, 1 - strength, SPECIFICATION
@@ -192,12 +194,12 @@ def data_of(
 
 # %% ../../nbs/11_studies/13_ablation.ipynb #c1350507
 def config_of(
-    settings,  # Settings
-    arm,  # preset
-    seed,  # of weights and pairs
-    strength,  # of the gap, in 0..1
-    out,  # folder of the run
-    worlds,  # folder of rendered eyes
+    settings: Settings,
+    arm: str,  # preset
+    seed: int,  # of weights and pairs
+    strength: float,  # of the gap, in 0..1
+    out: str | Path,  # folder of the run
+    worlds: str | Path,  # folder of rendered eyes
 ) -> TrainConfig:
     "One run. What is recorded is added by `one_run`."
     return TrainConfig(
@@ -216,8 +218,8 @@ def config_of(
 
 # %% ../../nbs/11_studies/13_ablation.ipynb #76445fd2
 def pseudo_probes(
-    settings,  # Settings
-    first=0,  # number of the first pair of each mode
+    settings: Settings,
+    first: int = 0,  # number of the first pair of each mode
 ) -> list:  # of Probe
     "Pseudo-real pairs in the small, with the motion of training."
     s = settings
@@ -241,9 +243,9 @@ RULE = (
 
 # %% ../../nbs/11_studies/13_ablation.ipynb #0a69ccf4
 def final(
-    run,  # dict of `one_run`
-    kind,  # "generated", "pseudo-real" or "real"
-    figure,  # name in LOOKS
+    run: dict,  # dict of `one_run`
+    kind: str,  # "generated", "pseudo-real" or "real"
+    figure: str,  # name in LOOKS
 ) -> float:
     "Mean of a figure over the last quarter of the epochs; nan where it was never known."
     count = max(1, round(LAST * len(run["epochs"])))
@@ -253,7 +255,7 @@ def final(
 
 # %% ../../nbs/11_studies/13_ablation.ipynb #db06e53d
 def choose(
-    runs,  # one of v2.1 for each strength
+    runs: list[dict],  # one of v2.1 for each strength
 ) -> dict:
     "The strength that RULE takes, and the figures that it goes by."
     rows = [
@@ -285,7 +287,7 @@ def _mean_known(
 
 # %% ../../nbs/11_studies/13_ablation.ipynb #83cbe9b7
 def look_figures(
-    looks,  # list of (name -> number) of single probes
+    looks: list[dict],  # list of (name -> number) of single probes
 ) -> dict:
     """What a set of looks says: means, and two summaries of the registration errors.
 
@@ -300,8 +302,8 @@ def look_figures(
 
 # %% ../../nbs/11_studies/13_ablation.ipynb #2afac18d
 def curves(
-    recording,  # Recording
-    kind,  # of the probes
+    recording: Recording,
+    kind: str,  # of the probes
 ) -> dict:  # figure -> list, one number an epoch
     "The unguided figures of one kind of probes."
     mine = [k for k, p in enumerate(recording.probes) if p.kind == kind]
@@ -319,9 +321,9 @@ _real_probes = lru_cache(1)(real_probes)
 
 
 def landmark_scores(
-    weights,  # file
-    folder,  # set of real pairs with landmarks
-    side,  # long side, px
+    weights: str | Path,  # file
+    folder: str | Path,  # set of real pairs with landmarks
+    side: int,  # long side, px
 ) -> dict:
     "Scores of the real pairs, two looks each."
     config = RegistrationConfig(
@@ -375,7 +377,7 @@ class Job:
 class SilentRecorder(MatchRecorder):
     "Records unguided looks, and neither logs nor warns: nothing that decides within a run hears of them."
 
-    def on_validation_epoch_end(self, trainer, pl_module):
+    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.sanity_checking or trainer.current_epoch in self.recording.epochs:
             return
         start = time.monotonic()
@@ -394,18 +396,20 @@ class EndsWithCommand(pl.Callback):
 
     def __init__(
         self,
-        command,  # process id
+        command: int,  # process id
     ):
         self.command = command
 
-    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: object, batch_idx: int
+    ) -> None:
         if self.command not in (os.getpid(), os.getppid()):
             raise SystemExit("the command is gone")
 
 
 # %% ../../nbs/11_studies/13_ablation.ipynb #8825c71f
 def recorders_of(
-    job,  # Job
+    job: Job,
 ) -> list:  # of callbacks
     "What looks at the probes of a run after every epoch, real pairs by a recorder of their own."
 
@@ -423,8 +427,8 @@ def recorders_of(
 
 # %% ../../nbs/11_studies/13_ablation.ipynb #26d1e737
 def train_quietly(
-    job,  # Job
-    recorders,  # of `recorders_of`
+    job: Job,
+    recorders: list,  # of `recorders_of`
 ) -> Path:  # weights file
     "Train; what is said goes into a file of the run's folder."
     callbacks = [*recorders, EndsWithCommand(job.command)]
@@ -438,9 +442,9 @@ def train_quietly(
 
 # %% ../../nbs/11_studies/13_ablation.ipynb #d3e4c289
 def found_by(
-    job,  # Job
-    recorders,  # of `recorders_of`
-    weights,  # file
+    job: Job,
+    recorders: list,  # of `recorders_of`
+    weights: str | Path,  # file
 ) -> dict:
     "The figures of a run that has ended."
     seen = [Recording(recorder.folder) for recorder in recorders]
@@ -460,7 +464,7 @@ def found_by(
 
 # %% ../../nbs/11_studies/13_ablation.ipynb #f9534fd6
 def one_run(
-    job,  # Job
+    job: Job,
 ) -> dict:
     "Train, look, score; what was found, from its file where it was found before."
     if job.result.is_file():
@@ -480,8 +484,8 @@ def one_run(
 
 # %% ../../nbs/11_studies/13_ablation.ipynb #b728d96e
 def cache_of(
-    settings,  # Settings
-    cache,  # folder
+    settings: Settings,
+    cache: str | Path,  # folder
 ) -> Path:
     """The folder of runs with these settings.
 
@@ -524,10 +528,10 @@ def _run_in_words(
 
 # %% ../../nbs/11_studies/13_ablation.ipynb #42249797
 def do_runs(
-    jobs,  # list of Job
-    workers,  # processes
-    say,  # function of one line of text
-):  # generator of dicts of `one_run`, in order
+    jobs: list[Job],  # list of Job
+    workers: int,  # processes
+    say: Callable[[str], None],  # function of one line of text
+) -> Iterator[dict]:  # generator of dicts of `one_run`, in order
     "Eyes and probes first, then the runs, with the time that is left."
     todo = [not job.result.is_file() for job in jobs]
     _prepare([job for job, new in zip(jobs, todo) if new])
@@ -544,7 +548,7 @@ def do_runs(
 
 # %% ../../nbs/11_studies/13_ablation.ipynb #6c67cdc3
 def say(
-    line,  # of text
+    line: str,  # of text
 ) -> None:
     "Print at once."
     print(line, flush=True)
@@ -552,7 +556,7 @@ def say(
 
 # %% ../../nbs/11_studies/13_ablation.ipynb #90e2f533
 def folder_of_real(
-    real,  # folder of real pairs, or None
+    real: str | Path | None,  # folder of real pairs, or None
 ) -> str | None:  # absolute
     "The folder where there is one; its absence is told."
     if real and not Path(real).is_dir():
@@ -563,9 +567,9 @@ def folder_of_real(
 
 # %% ../../nbs/11_studies/13_ablation.ipynb #af0abbee
 def jobs_that_choose(
-    settings,  # Settings
-    cache,  # folder of these settings
-    real,  # folder of real pairs, or None
+    settings: Settings,
+    cache: str | Path,  # folder of these settings
+    real: str | Path | None,  # folder of real pairs, or None
 ) -> list[Job]:
     "One run of v2.1 for each strength."
     return [
@@ -576,10 +580,10 @@ def jobs_that_choose(
 
 # %% ../../nbs/11_studies/13_ablation.ipynb #902c5e92
 def jobs_that_compare(
-    settings,  # Settings
-    strength,  # that was chosen
-    cache,  # folder of these settings
-    real,  # folder of real pairs, or None
+    settings: Settings,
+    strength: float,  # that was chosen
+    cache: str | Path,  # folder of these settings
+    real: str | Path | None,  # folder of real pairs, or None
 ) -> list[Job]:
     "Every arm with every seed, seed by seed."
     return [
@@ -591,8 +595,8 @@ def jobs_that_compare(
 
 # %% ../../nbs/11_studies/13_ablation.ipynb #46ef43a7
 def told_of(
-    settings,  # Settings
-    workers,  # processes
+    settings: Settings,
+    workers: int,  # processes
 ) -> dict:
     "What the record says about how it was made."
     return {
@@ -670,8 +674,8 @@ MEASURES = {  # name -> (kind of pairs or "landmarks", figure, +1 where more is 
 
 # %% ../../nbs/11_studies/13_ablation.ipynb #a4932c0c
 def value(
-    run,  # dict of `one_run`
-    measure,  # name in MEASURES
+    run: dict,  # dict of `one_run`
+    measure: str,  # name in MEASURES
 ) -> float:  # nan where it is not known
     "What a run came to."
     kind, figure, _ = MEASURES[measure]
@@ -682,9 +686,9 @@ def value(
 
 # %% ../../nbs/11_studies/13_ablation.ipynb #7792e16b
 def ends_by_seed(
-    result,  # from `run_ablation`
-    arm,  # preset
-    measure,  # name in MEASURES
+    result: dict,  # from `run_ablation`
+    arm: str,  # preset
+    measure: str,  # name in MEASURES
 ) -> dict[int, float]:
     "What the runs of an arm came to."
     return {run["seed"]: value(run, measure) for run in result["runs"] if run["arm"] == arm}
@@ -692,10 +696,10 @@ def ends_by_seed(
 
 # %% ../../nbs/11_studies/13_ablation.ipynb #afeb9971
 def differences(
-    result,  # from `run_ablation`
-    arm,  # preset
-    against,  # preset
-    measure,  # name in MEASURES
+    result: dict,  # from `run_ablation`
+    arm: str,  # preset
+    against: str,  # preset
+    measure: str,  # name in MEASURES
 ) -> np.ndarray:  # one a seed that both arms have; empty where the measure is not known
     "Paired differences of two arms."
     mine, theirs = (ends_by_seed(result, name, measure) for name in (arm, against))
@@ -705,7 +709,7 @@ def differences(
 
 # %% ../../nbs/11_studies/13_ablation.ipynb #f2564c7d
 def is_clear(
-    d,  # (N,) paired differences
+    d: np.ndarray,  # (N,) paired differences
 ) -> bool:
     "Do at least two seeds agree, and by twice as much as they differ?"
     return len(d) > 1 and bool(np.all(d > 0) or np.all(d < 0)) and bool(abs(d.mean()) >= 2 * np.ptp(d))
@@ -727,9 +731,9 @@ def _verdict(
 
 # %% ../../nbs/11_studies/13_ablation.ipynb #d3e0905a
 def in_words(
-    name,  # of the contrast
-    measure,  # name in MEASURES
-    d,  # (N,) paired differences
+    name: str,  # of the contrast
+    measure: str,  # name in MEASURES
+    d: np.ndarray,  # (N,) paired differences
 ) -> str:
     "One contrast in one sentence."
     if not len(d):
@@ -740,8 +744,8 @@ def in_words(
 
 # %% ../../nbs/11_studies/13_ablation.ipynb #0eb2b6f8
 def conclusions(
-    result,  # from `run_ablation`
-    measures=CHOSEN,  # names in MEASURES
+    result: dict,  # from `run_ablation`
+    measures: Sequence[str] = CHOSEN,  # names in MEASURES
 ) -> list:  # of sentences
     "What each contrast came to, whatever that is; contrasts of arms that were not run are left out."
     ran = {r["arm"] for r in result["runs"]}
@@ -780,8 +784,8 @@ def _table_of_measure(result, measure):
 
 # %% ../../nbs/11_studies/13_ablation.ipynb #f458d27a
 def table(
-    result,  # from `run_ablation`
-    measures=CHOSEN,  # names in MEASURES
+    result: dict,  # from `run_ablation`
+    measures: Sequence[str] = CHOSEN,  # names in MEASURES
 ) -> str:
     "Every arm's end, and its paired difference to v2.1: mean and all seeds."
     lines = []
@@ -800,8 +804,8 @@ def summary_text(
 
 # %% ../../nbs/11_studies/13_ablation.ipynb #5f4533a5
 def seeds_of_arm(
-    result,  # from `run_ablation`
-    arm,  # preset
+    result: dict,  # from `run_ablation`
+    arm: str,  # preset
 ) -> list:
     "The runs of an arm."
     return [r for r in result["runs"] if r["arm"] == arm]
@@ -820,9 +824,9 @@ def _how_many_collapsed(ends, threshold):
 
 # %% ../../nbs/11_studies/13_ablation.ipynb #a3824422
 def collapsed_in_words(
-    result,  # from `run_ablation`
-    arm,  # preset that was run
-    kind="pseudo-real",
+    result: dict,  # from `run_ablation`
+    arm: str,  # preset that was run
+    kind: str = "pseudo-real",
 ) -> str:
     "Did an arm collapse, at its end or on the way?"
     runs, threshold = seeds_of_arm(result, arm), result["threshold"]
@@ -840,7 +844,7 @@ def collapsed_in_words(
 
 # %% ../../nbs/11_studies/13_ablation.ipynb #23c39c70
 def first_fall(
-    run,  # dict of `one_run`
+    run: dict,  # dict of `one_run`
 ) -> int:
     "The first epoch whose lambda is below the first one's; the number of epochs where there was none."
     for epoch, lam in zip(run["epochs"], run["lam"]):
@@ -851,8 +855,8 @@ def first_fall(
 
 # %% ../../nbs/11_studies/13_ablation.ipynb #668cc9b0
 def weaning_epochs(
-    result,  # from `run_ablation`
-    arm,  # preset that was run
+    result: dict,  # from `run_ablation`
+    arm: str,  # preset that was run
 ) -> list:  # one a seed
     "When each run of an arm began to wean."
     return [first_fall(run) for run in seeds_of_arm(result, arm)]
@@ -878,8 +882,8 @@ def _verdict_on_adaptive(
 
 # %% ../../nbs/11_studies/13_ablation.ipynb #0e1fab18
 def adaptive_in_words(
-    result,  # from `run_ablation`
-    measures=CHOSEN,  # names in MEASURES
+    result: dict,  # from `run_ablation`
+    measures: Sequence[str] = CHOSEN,  # names in MEASURES
 ) -> str:
     "When the index let go, and whether that was better than the calendar."
 
@@ -928,10 +932,14 @@ def _draw_row(panels, result, runs, kind):
 
 # %% ../../nbs/11_studies/13_ablation.ipynb #b40d8b48
 def draw_arms(
-    result,  # from `run_ablation`
-    arms,  # presets; those that were not run are left out
-    kinds=("generated", "pseudo-real", "real"),  # of pairs; those that no run has are left out
-):
+    result: dict,  # from `run_ablation`
+    arms: Sequence[str],  # presets; those that were not run are left out
+    kinds: Sequence[str] = (
+        "generated",
+        "pseudo-real",
+        "real",
+    ),  # of pairs; those that no run has are left out
+) -> Figure:
     """Index, coverage and registration against epoch, unguided: a Figure.
 
     Lines are means and bands are ranges over the seeds; the phases of the last arm's first run are shaded.

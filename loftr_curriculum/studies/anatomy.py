@@ -266,7 +266,7 @@ class Segment:
         gap = np.hypot(*np.diff(self.path, axis=0).T)
         return 0.5 * (np.r_[gap[0], gap] + np.r_[gap, gap[-1]])
 
-    def calibre(self, part=slice(None)) -> float:
+    def calibre(self, part: slice = slice(None)) -> float:
         "Mean calibre of the segment or a part of it, px."
         return float(self.area[part].sum() / self.steps[part].sum())
 
@@ -462,7 +462,7 @@ def junctions(
 # %% ../../nbs/11_studies/01_anatomy.ipynb #b1656a5f
 def branching_exponent(
     table: np.ndarray,  # (n, 3 or more), calibres of parent and daughters in um
-    parent=(50, 100),  # um: parents outside this range are not used
+    parent: tuple[float, float] = (50, 100),  # um: parents outside this range are not used
 ) -> float:  # nan with fewer than eight junctions
     "Least-squares exponent of the branching law."
     d0, d1, d2 = table[(table[:, 0] >= parent[0]) & (table[:, 0] < parent[1]), :3].T

@@ -136,7 +136,7 @@ def residual_of(
 # %% ../../nbs/11_studies/10_bending.ipynb #8a2ef00a
 def measure_pair(
     pair: BentPair,
-    matcher=None,  # as in `register`
+    matcher: object | None = None,  # as in `register`
 ) -> dict | None:  # residual, affine and auto (px), model, folds; None where the affine is lost
     "Register a pair with both settings."
     auto = RegistrationConfig()

@@ -23,16 +23,17 @@ __all__ = [
 ]
 
 # %% ../../nbs/11_studies/08_calibration.ipynb #71df57a1
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from operator import itemgetter
 
 import numpy as np
 
-from ..data.pseudo_real import SPECIFICATION, pseudo_real_pairs
+from ..data.pseudo_real import SPECIFICATION, RawPair, pseudo_real_pairs
 from ..evaluation.metrics import at_512, landmark_error
 from ..io.files import write_json
-from ..registration.config import MATCHES_ALONE
+from ..registration.config import MATCHES_ALONE, RegistrationConfig
 from ..registration.pair import register
 from ..retina.config import GENERATOR_VERSION, MODES
 
@@ -84,7 +85,7 @@ def _strictness(at, grid):
 # %% ../../nbs/11_studies/08_calibration.ipynb #4bb08d8b
 def passing(
     evidence: np.ndarray,  # (N, 4), columns as in `EVIDENCE`
-    grid,  # values tried of each threshold
+    grid: dict[str, Sequence[float]],  # values tried of each threshold
 ) -> list[np.ndarray]:  # of each threshold: (values, N) bool
     "Which answers pass each value of each threshold."
     passes = []
@@ -97,7 +98,7 @@ def passing(
 def honest_combinations(
     evidence: np.ndarray,  # (N, 4), columns as in `EVIDENCE`
     right: np.ndarray,  # (N,) bool: which answers are right
-    grid,  # values tried of each threshold
+    grid: dict[str, Sequence[float]],  # values tried of each threshold
 ) -> list[tuple]:  # (answers that are ok, strictness, places in the grid)
     "The combinations of thresholds that call no false answer ok."
     passes = passing(evidence, grid)
@@ -113,8 +114,8 @@ def honest_combinations(
 def choose_thresholds(
     evidence: np.ndarray,  # (N, 4), columns as in `EVIDENCE`; nan, which passes nothing, for no answer
     errors: np.ndarray,  # (N,) px at 512 px, inf for no answer
-    grid=GRID,  # values tried of each threshold
-    margin=MARGIN,  # share of the most ok answers that stricter thresholds may lose
+    grid: dict[str, Sequence[float]] = GRID,  # values tried of each threshold
+    margin: float = MARGIN,  # share of the most ok answers that stricter thresholds may lose
 ) -> Thresholds:
     """The strictest combination that promises nothing false and nearly as much that is right as any.
 
@@ -136,9 +137,9 @@ def _known(value):
 
 # %% ../../nbs/11_studies/08_calibration.ipynb #f433b999
 def collect(
-    pairs,  # iterable of RawPair
-    matcher=None,  # as in `registration.register`; None: the packaged weights
-    config=MATCHES_ALONE,
+    pairs: Iterable[RawPair],  # iterable of RawPair
+    matcher: object | None = None,  # as in `registration.register`; None: the packaged weights
+    config: RegistrationConfig = MATCHES_ALONE,
 ) -> list:  # of dicts, one for every start: id, mode, first_long_side, error, what is in `EVIDENCE` or None
     "Register pairs from every start and keep the evidence beside the truth."
     rows = []

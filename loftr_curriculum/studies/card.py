@@ -43,15 +43,17 @@ __all__ = [
 import hashlib
 import json
 import time
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from tqdm.auto import tqdm
 
-from ..data.landmarks import read_landmark_set
+from ..data.landmarks import LandmarkPair, read_landmark_set
 from ..data.preprocess import estimate_fov, to_gray
-from ..data.pseudo_real import PSEUDO_REAL_VERSION, SPECIFICATION, pseudo_real_pairs
+from ..data.pseudo_real import PSEUDO_REAL_VERSION, SPECIFICATION, RawPair, pseudo_real_pairs
 from ..evaluation.metrics import at_512, auc, landmark_error, success_rate
 from ..geometry import decompose, overlap
 from ..io.files import FileError, read_bytes, read_json, write_json
@@ -61,6 +63,9 @@ from ..registration.pair import register
 from ..retina.config import GENERATOR_VERSION, MODES
 from ..training.history import facts_from
 from .study import begun, hardware, resample
+
+if TYPE_CHECKING:
+    from ..model.stages import TwoStageMatcher
 
 
 # %% ../../nbs/11_studies/11_card.ipynb #4d14a34b
@@ -80,11 +85,11 @@ FIGURES = {  # (N,) px, inf for no answer -> number
 
 # %% ../../nbs/11_studies/11_card.ipynb #e319064c
 def figures_of(
-    errors,  # (N,) px, inf for no answer
-    eyes=None,  # (N,) name of the eye behind each pair; None: every pair is of another eye
-    draws=1000,  # bootstrap samples
-    seed=0,  # of the samples
-    level=0.95,  # of the interval, in (0, 1)
+    errors: np.ndarray,  # (N,) px, inf for no answer
+    eyes: np.ndarray | None = None,  # (N,) name of the eye behind each pair; None: each of another eye
+    draws: int = 1000,  # bootstrap samples
+    seed: int = 0,  # of the samples
+    level: float = 0.95,  # of the interval, in (0, 1)
 ) -> dict:  # pairs, and for each of FIGURES [value, low, high], None where no answer gives a number
     "Figures with percentile bootstrap intervals over eyes."
     errors = np.asarray(errors, float)
@@ -104,9 +109,9 @@ def figures_of(
 
 # %% ../../nbs/11_studies/11_card.ipynb #60f98a61
 def judged(
-    pair,  # RawPair or LandmarkPair
-    matcher,  # as in `registration.register`
-    config=None,  # RegistrationConfig
+    pair: RawPair | LandmarkPair,  # RawPair or LandmarkPair
+    matcher: object,  # as in `registration.register`
+    config: RegistrationConfig | None = None,  # RegistrationConfig
 ) -> dict:  # error (px at 512 px, None for no answer), verdict, seconds
     "Register a pair and compare with its landmarks."
     start = time.perf_counter()
@@ -122,7 +127,7 @@ def judged(
 
 # %% ../../nbs/11_studies/11_card.ipynb #563705af
 def hardness(
-    pair,  # RawPair
+    pair: RawPair,
 ) -> dict:  # angle_deg, scale, shift, shared
     """How far the two images of a pair are from each other.
 
@@ -142,7 +147,7 @@ def hardness(
 
 # %% ../../nbs/11_studies/11_card.ipynb #1743867f
 def errors_of(
-    rows,  # iterable of rows as from `judged`
+    rows: Iterable[dict],  # iterable of rows as from `judged`
 ) -> np.ndarray:  # (N,) px at 512 px, inf for no answer
     "The errors of rows."
     return np.array([np.inf if r["error"] is None else r["error"] for r in rows], float)
@@ -153,7 +158,7 @@ CLASSES = {"under 10 px": (0, 10), "10 to 20": (10, 20), "over 20 px": (20, np.i
 
 
 def verdict_table(
-    rows,  # iterable of rows as from `judged`
+    rows: Iterable[dict],  # iterable of rows as from `judged`
 ) -> dict:  # verdict -> class of error -> number of pairs
     "What was said beside what was true."
     rows = list(rows)
@@ -177,7 +182,7 @@ HARD = {  # name -> does a row belong?
 
 
 def hard_groups(
-    rows,  # list of rows with `hardness`
+    rows: Sequence[dict],  # list of rows with `hardness`
 ) -> dict:  # name -> [figures of the pairs that belong, figures of the others]
     "What each kind of difficulty costs."
     errors = errors_of(rows)
@@ -187,7 +192,7 @@ def hard_groups(
 
 # %% ../../nbs/11_studies/11_card.ipynb #143dcb73
 def sha256_of(
-    path,  # weights file
+    path: str | Path,  # weights file
 ) -> str:
     "The SHA-256 of a file, which tells to what a card belongs."
     return hashlib.sha256(read_bytes(path)).hexdigest()
@@ -195,16 +200,16 @@ def sha256_of(
 
 # %% ../../nbs/11_studies/11_card.ipynb #aff7432a
 def judge_list(
-    matcher,  # as in `registration.register`
-    rows,  # dict of rows by pair that are known already; it is filled
-    limit=None,  # pairs of each mode, the first ones; None: all
-    folder=None,  # where the pairs are kept, or will be; None: make them afresh
-    keep=lambda: None,  # called after every new row
-    workers=2,  # processes that make pairs
-    progress=True,  # show a progress bar
-    config=None,  # RegistrationConfig
-    spec=SPECIFICATION,  # another one is another list
-):
+    matcher: object,  # as in `registration.register`
+    rows: dict[str, dict],  # dict of rows by pair that are known already; it is filled
+    limit: int | None = None,  # pairs of each mode, the first ones; None: all
+    folder: str | Path | None = None,  # where the pairs are kept, or will be; None: make them afresh
+    keep: Callable[[], None] = lambda: None,  # called after every new row
+    workers: int = 2,  # processes that make pairs
+    progress: bool = True,  # show a progress bar
+    config: RegistrationConfig | None = None,  # RegistrationConfig
+    spec: str = SPECIFICATION,  # another one is another list
+) -> None:
     "Register the pairs of the pseudo-real list that have no row yet."
     count = min(limit or spec.per_mode, spec.per_mode)
     names = {mode: [f"{mode}_{k:03d}" for k in range(count)] for mode in spec.modes}
@@ -233,7 +238,7 @@ def _settings(**more):
 
 # %% ../../nbs/11_studies/11_card.ipynb #aeb49c2d
 def summary(
-    rows,  # dict of rows by pair
+    rows: dict[str, dict],  # dict of rows by pair
 ) -> dict:  # scores per mode and over all, verdicts, hard pairs, median seconds
     "What the rows of a list say."
     by_mode = {m: [r for i, r in rows.items() if i.startswith(f"{m}_")] for m in MODES}
@@ -260,7 +265,7 @@ def packaged_card() -> Path:
 def unmatchable_verdicts(
     path: str,  # file of the study `unmatchable`
     config: dict,  # of `register`, as a file gives it back
-    matcher,  # as in `registration.register`
+    matcher: object,  # as in `registration.register`
 ) -> dict:  # kind of pair -> verdict -> count
     "What was said of pairs without a right answer. Raises FileError for other weights or settings."
     found = read_json(path)
@@ -287,7 +292,7 @@ def score_weights(
     device: str = "cpu",  # torch device
     workers: int = 2,  # processes that make pairs
     progress: bool = True,  # show a progress bar
-    spec=SPECIFICATION,  # another one is another list, and its card none of the package
+    spec: str = SPECIFICATION,  # another one is another list, and its card none of the package
 ) -> dict:  # what was written
     """Measure a card.
 
@@ -318,9 +323,9 @@ def score_weights(
 
 # %% ../../nbs/11_studies/11_card.ipynb #4e903899
 def score_real(
-    folder,  # set with `images` and `landmarks`
-    matcher,  # as in `registration.register`
-    progress=True,  # show a progress bar
+    folder: str | Path,  # set with `images` and `landmarks`
+    matcher: object,  # as in `registration.register`
+    progress: bool = True,  # show a progress bar
 ) -> dict:  # figures, verdicts and median seconds, nothing about single pairs
     "Scores on real pairs; the interval is over pairs, since a set does not say which of them share an eye."
     pairs = tqdm(read_landmark_set(folder), desc="real pairs", unit="pair", disable=not progress)
@@ -331,7 +336,7 @@ def score_real(
 
 # %% ../../nbs/11_studies/11_card.ipynb #e2c1daad
 def runs_of(
-    facts,  # of a weights file
+    facts: dict,  # of a weights file
 ) -> list:  # of dict
     "The facts of every run behind the weights, the first one first."
     before = facts.get("before")
@@ -340,7 +345,7 @@ def runs_of(
 
 # %% ../../nbs/11_studies/11_card.ipynb #3bd5ff00
 def totals(
-    facts,  # of a weights file
+    facts: dict,  # of a weights file
 ) -> dict:  # steps, pairs, seconds; complete: is every run behind the weights told?
     "What all runs together took."
     runs = runs_of(facts)
@@ -408,7 +413,7 @@ def _run_lines(number, facts):
 
 # %% ../../nbs/11_studies/11_card.ipynb #f6599167
 def training_text(
-    facts,  # of a weights file
+    facts: dict,  # of a weights file
 ) -> str:
     "Data, steps, hours, hardware and seeds of every run, and all of them together."
     runs = runs_of(facts)
@@ -467,7 +472,7 @@ def _verdict_lines(kind, verdicts):
 
 
 def scores_text(
-    card,  # of `score_weights`
+    card: dict,  # of `score_weights`
 ) -> str:
     "Scores with their intervals, verdicts, what hard pairs cost, and seconds."
     if "scores" not in card:
@@ -523,9 +528,9 @@ def _difference(found, weights):
 
 
 def card_of(
-    path=None,  # weights file; None: the packaged weights
-    card=None,  # card.json; None: the packaged one
-):  # (dict or None, sentence why there is none)
+    path: str | Path | None = None,  # weights file; None: the packaged weights
+    card: str | Path | None = None,  # card.json; None: the packaged one
+) -> tuple[dict | None, str]:  # (dict or None, sentence why there is none)
     """The card that belongs to a weights file by its SHA-256 and to the settings of `register` now.
 
     A setting that is newer than the card does not matter."""
@@ -546,7 +551,7 @@ def card_of(
 
 # %% ../../nbs/11_studies/11_card.ipynb #55974de5
 def describe_matcher(
-    matcher,  # Matcher or ReferenceMatcher
+    matcher: "TwoStageMatcher",  # Matcher or ReferenceMatcher
 ) -> str:
     "Architecture and size in a line."
     config = matcher.config
@@ -574,8 +579,8 @@ def _scores_heading(found):
 
 
 def card_text(
-    path=None,  # weights file; None: the packaged weights
-    card=None,  # card.json; None: the packaged one
+    path: str | Path | None = None,  # weights file; None: the packaged weights
+    card: str | Path | None = None,  # card.json; None: the packaged one
 ) -> str:
     """The model card; use, limits and licence are those of the packaged weights.
 
@@ -599,8 +604,8 @@ def card_text(
 
 # %% ../../nbs/11_studies/11_card.ipynb #4f946790
 def worst(
-    rows,  # dict of rows by pair
-    count=3,  # pairs, of different modes as far as there are any
+    rows: dict[str, dict],  # dict of rows by pair
+    count: int = 3,  # pairs, of different modes as far as there are any
 ) -> list:  # of ids
     "The worst answers."
     known = dict(zip(rows, errors_of(rows.values())))
@@ -620,8 +625,8 @@ def worst(
 
 # %% ../../nbs/11_studies/11_card.ipynb #ca28b420
 def why(
-    name,  # of a pair
-    rows,  # dict of rows by pair
+    name: str,  # of a pair
+    rows: dict[str, dict],  # dict of rows by pair
 ) -> str:
     "One sentence about a failure: what was asked, and what such pairs cost."
     row = rows[name]
@@ -655,7 +660,7 @@ def curve(
     device: str = "cpu",  # torch device
     workers: int = 2,  # processes that make pairs
     progress: bool = True,  # show a progress bar
-    spec=SPECIFICATION,  # another one is another list
+    spec: str = SPECIFICATION,  # another one is another list
 ) -> dict:  # what was written
     "Score weights that saw different numbers of training pairs on the same pairs."
     from ..model.weights import load_matcher
@@ -680,8 +685,10 @@ def curve(
 
 # %% ../../nbs/11_studies/11_card.ipynb #7a9665e2
 def points_of(
-    result,  # of `curve`
-):  # (P,) pairs seen, ascending; (P, N) errors of the pairs that all have; (P,) seconds of training
+    result: dict,  # of `curve`
+) -> tuple[
+    np.ndarray, np.ndarray, np.ndarray
+]:  # (P,) pairs seen, ascending; (P, N) errors of the pairs that all have; (P,) seconds of training
     "The curve as arrays."
     points = sorted((p for p in result["points"].values() if p["rows"]), key=lambda p: p["pairs"])
     names = sorted(set.intersection(*(set(p["rows"]) for p in points))) if points else []
@@ -697,11 +704,11 @@ def points_of(
 
 # %% ../../nbs/11_studies/11_card.ipynb #59fe3bd1
 def extrapolate(
-    pairs,  # (P,) training pairs seen, P >= 2 different ones
-    errors,  # (P, N) px, inf for no answer
-    target=0.95,  # SR@10
-    draws=1000,  # bootstrap samples of eyes
-    seed=0,  # of the samples
+    pairs: np.ndarray,  # (P,) training pairs seen, P >= 2 different ones
+    errors: np.ndarray,  # (P, N) px, inf for no answer
+    target: float = 0.95,  # SR@10
+    draws: int = 1000,  # bootstrap samples of eyes
+    seed: int = 0,  # of the samples
 ) -> dict:  # per_doubling, needed: both [value, low, high]
     """A straight line of SR@10 in the logarithm of the pairs, and where it reaches the target.
 
@@ -735,8 +742,8 @@ def _count(n):
 
 # %% ../../nbs/11_studies/11_card.ipynb #758dd66d
 def in_words(
-    result,  # of `curve`
-    target=0.95,  # SR@10
+    result: dict,  # of `curve`
+    target: float = 0.95,  # SR@10
 ) -> str:
     "What the curve says the target would take."
     pairs, errors, seconds = points_of(result)

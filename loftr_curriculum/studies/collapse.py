@@ -27,6 +27,8 @@ __all__ = [
 ]
 
 # %% ../../nbs/11_studies/07_collapse.ipynb #ea2bb577
+from collections.abc import Iterator
+
 import numpy as np
 
 from ..data.pairs import cut
@@ -47,10 +49,10 @@ from ..retina.world import half_of, make_world
 
 # %% ../../nbs/11_studies/07_collapse.ipynb #0228c958
 def calibration_pairs(
-    eyes=40,  # eyes of the calibration range
-    views=3,  # pairs of each eye
-    size=256,  # side of both views, px
-):  # generator of (rng, fixed_to_moving, fov0, fov1, mask0)
+    eyes: int = 40,  # eyes of the calibration range
+    views: int = 3,  # pairs of each eye
+    size: int = 256,  # side of both views, px
+) -> Iterator[tuple]:  # generator of (rng, fixed_to_moving, fov0, fov1, mask0)
     "Geometry, fields and vessels of generated pairs over the whole range of motion."
     for k, seed in enumerate(seeds_of("calibration", eyes)):
         world = make_world(seed, EyeConfig(size=512), ())
@@ -65,10 +67,10 @@ def calibration_pairs(
 
 # %% ../../nbs/11_studies/07_collapse.ipynb #3e010fad
 def scatter(
-    rng,  # np.random.Generator
-    field,  # (H, W) bool
-    n,  # number of points
-    weight=None,  # (H, W) >= 0: more points where it is higher
+    rng: np.random.Generator,
+    field: np.ndarray,  # (H, W) bool
+    n: int,  # number of points
+    weight: np.ndarray | None = None,  # (H, W) >= 0: more points where it is higher
 ) -> np.ndarray:  # (n, 2) points inside the field
     "Random points of a field."
     ys, xs = np.nonzero(field)
@@ -79,12 +81,12 @@ def scatter(
 
 # %% ../../nbs/11_studies/07_collapse.ipynb #a11460c0
 def true_matches(
-    rng,  # np.random.Generator
-    T,  # (3, 3) fixed -> moving
-    fov0,  # (H, W) bool
-    fov1,  # (H, W) bool
-    mask0,  # (H, W) vessels in [0, 1]
-    n,  # number of matches
+    rng: np.random.Generator,
+    T: np.ndarray,  # (3, 3) fixed -> moving
+    fov0: np.ndarray,  # (H, W) bool
+    fov1: np.ndarray,  # (H, W) bool
+    mask0: np.ndarray,  # (H, W) vessels in [0, 1]
+    n: int,  # number of matches
 ) -> tuple:  # (n, 2), (n, 2), (n,) confidence
     "Mostly on vessels, with noise and fainter outliers."
     p = scatter(rng, overlap_fields(fov0, fov1, T).start, n, 0.1 + mask0)
@@ -96,9 +98,9 @@ def true_matches(
 
 # %% ../../nbs/11_studies/07_collapse.ipynb #68c78220
 def number_of(
-    rng,  # np.random.Generator
-    least,  # matches
-    field,  # (H, W) bool
+    rng: np.random.Generator,
+    least: int,  # matches
+    field: np.ndarray,  # (H, W) bool
 ) -> int:
     "From `least` to as many matches as the field has cells of 8 px, evenly in the logarithm."
     return int(np.exp(rng.uniform(np.log(least), np.log(max(least + 1, field.sum() / 64)))))
@@ -110,10 +112,10 @@ SICK = ("one point", "bundle", "bundle to bundle", "top third", "many to one")
 
 # %% ../../nbs/11_studies/07_collapse.ipynb #3d66ffcb
 def at_one_point(
-    rng,  # np.random.Generator
-    target,  # (1, 2)
-    spread,  # px
-    n,  # number of points
+    rng: np.random.Generator,
+    target: np.ndarray,  # (1, 2)
+    spread: float,  # px
+    n: int,  # number of points
 ) -> np.ndarray:  # (n, 2)
     "All ends beside one point."
     return target + rng.normal(0, spread, (n, 2))
@@ -121,9 +123,9 @@ def at_one_point(
 
 # %% ../../nbs/11_studies/07_collapse.ipynb #72960a6a
 def in_the_top_third(
-    rng,  # np.random.Generator
-    fov,  # (H, W) bool
-    n,  # number of points
+    rng: np.random.Generator,
+    fov: np.ndarray,  # (H, W) bool
+    n: int,  # number of points
 ) -> np.ndarray:  # (n, 2)
     "Ends all over the uppermost third of the field."
     _, top, _, bottom = field_box(fov)
@@ -133,9 +135,9 @@ def in_the_top_third(
 
 # %% ../../nbs/11_studies/07_collapse.ipynb #8643f39d
 def at_few_places(
-    rng,  # np.random.Generator
-    fov,  # (H, W) bool
-    n,  # number of points
+    rng: np.random.Generator,
+    fov: np.ndarray,  # (H, W) bool
+    n: int,  # number of points
 ) -> np.ndarray:  # (n, 2)
     "Many ends share a few places."
     places = scatter(rng, fov, rng.integers(3, max(4, min(25, n // 8))))
@@ -144,10 +146,10 @@ def at_few_places(
 
 # %% ../../nbs/11_studies/07_collapse.ipynb #8b0bbba5
 def collapsed_ends(
-    kind,  # one of SICK
-    rng,  # np.random.Generator
-    n,  # number of points
-    fov1,  # (H, W) bool
+    kind: str,  # one of SICK
+    rng: np.random.Generator,
+    n: int,  # number of points
+    fov1: np.ndarray,  # (H, W) bool
 ) -> np.ndarray:  # (n, 2)
     "Where the lines of a collapse end."
     side, target = max(fov1.shape), scatter(rng, fov1, 1)
@@ -162,9 +164,9 @@ def collapsed_ends(
 
 # %% ../../nbs/11_studies/07_collapse.ipynb #695e9d3b
 def disordered_matches(
-    rng,  # np.random.Generator
-    fov0,  # (H, W) bool
-    fov1,  # (H, W) bool
+    rng: np.random.Generator,
+    fov0: np.ndarray,  # (H, W) bool
+    fov1: np.ndarray,  # (H, W) bool
 ) -> tuple:  # (N, 2), (N, 2), (N,) confidence
     "Faint matches between random points: nothing was found, which is no collapse."
     n = number_of(rng, 30, fov0)
@@ -174,12 +176,12 @@ def disordered_matches(
 
 # %% ../../nbs/11_studies/07_collapse.ipynb #f0e57811
 def collapsed_matches(
-    kind,  # one of SICK
-    rng,  # np.random.Generator
-    T,  # (3, 3) fixed -> moving
-    fov0,  # (H, W) bool
-    fov1,  # (H, W) bool
-    mask0,  # (H, W) vessels in [0, 1]
+    kind: str,  # one of SICK
+    rng: np.random.Generator,
+    T: np.ndarray,  # (3, 3) fixed -> moving
+    fov0: np.ndarray,  # (H, W) bool
+    fov1: np.ndarray,  # (H, W) bool
+    mask0: np.ndarray,  # (H, W) vessels in [0, 1]
 ) -> tuple:  # (N, 2), (N, 2), (N,) confidence
     "Confident matches of a collapse, and among them up to a third as many true ones."
     n = number_of(rng, 30, fov0)
@@ -197,12 +199,12 @@ def collapsed_matches(
 
 # %% ../../nbs/11_studies/07_collapse.ipynb #c650308d
 def constructed_matches(
-    kind,  # "healthy", "disorder" or one of SICK
-    rng,  # np.random.Generator
-    T,  # (3, 3) fixed -> moving
-    fov0,  # (H, W) bool
-    fov1,  # (H, W) bool
-    mask0,  # (H, W) vessels in [0, 1]
+    kind: str,  # "healthy", "disorder" or one of SICK
+    rng: np.random.Generator,
+    T: np.ndarray,  # (3, 3) fixed -> moving
+    fov0: np.ndarray,  # (H, W) bool
+    fov1: np.ndarray,  # (H, W) bool
+    mask0: np.ndarray,  # (H, W) vessels in [0, 1]
 ) -> tuple:  # (N, 2), (N, 2), (N,) confidence
     "One set of matches of one kind, without the faint background."
     if kind == "healthy":
@@ -215,12 +217,12 @@ def constructed_matches(
 
 # %% ../../nbs/11_studies/07_collapse.ipynb #57cf3a83
 def with_background(
-    rng,  # np.random.Generator
-    p,  # (N, 2)
-    q,  # (N, 2)
-    c,  # (N,)
-    fov0,  # (H, W) bool
-    fov1,  # (H, W) bool
+    rng: np.random.Generator,
+    p: np.ndarray,  # (N, 2)
+    q: np.ndarray,  # (N, 2)
+    c: np.ndarray,  # (N,)
+    fov0: np.ndarray,  # (H, W) bool
+    fov1: np.ndarray,  # (H, W) bool
 ) -> tuple:  # (M, 2), (M, 2), (M,)
     "The matches, and behind them up to as many as there are cells of 16 px, faint and wrong."
     n = int(rng.uniform(0, 1) * fov0.sum() / 256)
@@ -236,9 +238,9 @@ KINDS = ("healthy", "disorder", *SICK)
 
 
 def indices_by_kind(
-    eyes,  # of the calibration range
-    views,  # pairs of each eye
-    share,  # of the confidence that the matches must have
+    eyes: int,  # of the calibration range
+    views: int,  # pairs of each eye
+    share: float,  # of the confidence that the matches must have
 ) -> dict[str, list[float]]:  # of every kind, with the true transform and with a fitted one, in turn
     "Index of constructed matches, healthy and sick."
     index = {kind: [] for kind in KINDS}
@@ -287,9 +289,9 @@ def threshold_between(
 
 # %% ../../nbs/11_studies/07_collapse.ipynb #2433b5bd
 def calibrate(
-    eyes=40,  # eyes of the calibration range
-    views=3,  # pairs of each eye
-    share=CONFIDENCE_SHARE,  # of the confidence that the matches must have
+    eyes: int = 40,  # eyes of the calibration range
+    views: int = 3,  # pairs of each eye
+    share: float = CONFIDENCE_SHARE,  # of the confidence that the matches must have
 ) -> dict:  # the threshold and the figures of every kind of matches
     "The threshold that tells healthy matches from collapsed ones, and how well it does."
     index = indices_by_kind(eyes, views, share)

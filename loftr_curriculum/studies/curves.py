@@ -18,9 +18,10 @@ import time
 from pathlib import Path
 
 import numpy as np
+from matplotlib.figure import Figure
 from tqdm.auto import tqdm
 
-from ..data.landmarks import read_landmark_set
+from ..data.landmarks import LandmarkPair, read_landmark_set
 from ..evaluation.metrics import auc, landmark_error, mauc25
 from ..io.files import FileError, write_json
 from ..model.weights import load_matcher
@@ -37,8 +38,8 @@ SYSTEMS = {
 
 
 def errors_of_pair(
-    pair,  # LandmarkPair
-    matcher,  # as in `register`
+    pair: LandmarkPair,
+    matcher: object,  # as in `register`
     factor: float,  # px of the result per px of the images
 ) -> dict:  # system -> [error, px, None without an answer; verdict; seconds]
     "Every system's landmark error on one pair."
@@ -76,7 +77,7 @@ def figures_of_set(
 def draw_curves(
     result: dict,  # from `measure_curves`
     most: float = 25.0,  # px of the horizontal axis
-):  # Figure
+) -> Figure:  # Figure
     "A panel for every set: the share of its pairs under each error."
     figure = new_figure(330 * len(result["sets"]), 260, 80)
     panels = figure.subplots(1, len(result["sets"]), squeeze=False)[0]

@@ -42,11 +42,13 @@ __all__ = [
 # %% ../../nbs/11_studies/12_fine_tuning.ipynb #8c503399
 import logging
 import sys
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import cv2
 import numpy as np
+from matplotlib.figure import Figure
 from torch.utils.data import DataLoader
 
 from ..data.config import DataConfig
@@ -56,6 +58,7 @@ from ..geometry import Motion
 from ..io.files import write_json
 from ..io.images import read_image, write_image
 from ..model.config import UNGUIDED
+from ..model.matcher import Matcher
 from ..model.weights import SHIPPED, load_matcher
 from ..registration.many import fingerprint
 from ..report.plots import new_figure
@@ -84,9 +87,9 @@ class Camera:
 
 # %% ../../nbs/11_studies/12_fine_tuning.ipynb #35e055ad
 def fibre_pattern(
-    size,  # (height, width)
-    period,  # px
-    rng,  # np.random.Generator
+    size: tuple[int, int],  # (height, width)
+    period: float,  # px
+    rng: np.random.Generator,
 ) -> np.ndarray:  # size float32 in [-1, 1]
     "A hexagonal pattern, turned and shifted at random."
     y, x = np.mgrid[: size[0], : size[1]].astype(np.float32)
@@ -100,7 +103,7 @@ def fibre_pattern(
 
 # %% ../../nbs/11_studies/12_fine_tuning.ipynb #ea6817e8
 def seen_by_optics(
-    image,  # (H, W) or (H, W, 3) uint8
+    image: np.ndarray,  # (H, W) or (H, W, 3) uint8
 ) -> np.ndarray:  # (H, W) bool
     "Where a picture is not black; small dark spots inside count as seen."
     bright = (image if image.ndim == 2 else image.max(2)) > 4
@@ -109,9 +112,9 @@ def seen_by_optics(
 
 # %% ../../nbs/11_studies/12_fine_tuning.ipynb #849193d5
 def light_of(
-    size,  # (height, width)
-    rng,  # np.random.Generator
-    camera,  # Camera
+    size: tuple[int, int],  # (height, width)
+    rng: np.random.Generator,
+    camera: Camera,
 ) -> np.ndarray:  # size, factor of the brightness
     "Light that falls off towards the rim, through the fibres."
     y, x = np.mgrid[-1 : 1 : size[0] * 1j, -1 : 1 : size[1] * 1j]
@@ -121,10 +124,10 @@ def light_of(
 
 # %% ../../nbs/11_studies/12_fine_tuning.ipynb #3c5925b1
 def new_camera(
-    image,  # (H, W) or (H, W, 3) uint8, black where the optics saw nothing
-    kind,  # of the picture: cf, fa, ...
-    rng,  # np.random.Generator
-    camera=Camera(),  # what it does
+    image: np.ndarray,  # (H, W) or (H, W, 3) uint8, black where the optics saw nothing
+    kind: str,  # of the picture: cf, fa, ...
+    rng: np.random.Generator,
+    camera: Camera = Camera(),  # what it does
 ) -> np.ndarray:  # the same shape, uint8
     "The picture as the new camera would have taken it; what was black stays black."
     size = image.shape[:2]
@@ -171,9 +174,9 @@ class Settings:
 
 # %% ../../nbs/11_studies/12_fine_tuning.ipynb #51d0fe73
 def take_again(
-    case,  # folder of a case
-    out,  # folder to fill
-    camera,  # Camera
+    case: str | Path,  # folder of a case
+    out: str | Path,  # folder to fill
+    camera: Camera,
 ) -> None:
     "A case whose photographs were taken with the new camera."
     rng = np.random.default_rng(int(case.name.partition("_")[0]))
@@ -186,8 +189,8 @@ def take_again(
 
 # %% ../../nbs/11_studies/12_fine_tuning.ipynb #d6b9a7d4
 def make_domain(
-    folder,  # folder to fill
-    settings,  # Settings
+    folder: str | Path,  # folder to fill
+    settings: Settings,
 ) -> Path:  # the folder of triplets
     "Generated eyes, taken with the new camera, as a folder of triplets."
     eyes, out = Path(folder) / "eyes", Path(folder) / "new_camera"
@@ -199,10 +202,10 @@ def make_domain(
 
 # %% ../../nbs/11_studies/12_fine_tuning.ipynb #397b92ef
 def data_of(
-    settings,  # Settings
-    folder,  # of the experiment
-    triplets,  # folder of triplets
-    generated=0.0,  # share of generated eyes for each share of triplets
+    settings: Settings,
+    folder: str | Path,  # of the experiment
+    triplets: str | Path,  # folder of triplets
+    generated: float = 0.0,  # share of generated eyes for each share of triplets
 ) -> DataConfig:
     "Training pairs of the new camera, with generated eyes mixed in or without."
     s = settings
@@ -228,7 +231,7 @@ def data_of(
 
 # %% ../../nbs/11_studies/12_fine_tuning.ipynb #6d284ea6
 def tests_of(
-    data,  # DataConfig of `data_of`
+    data: DataConfig,  # DataConfig of `data_of`
 ) -> dict:  # "new" and "old" -> ValPairs
     "The pairs on which every matcher is measured."
     return {
@@ -239,9 +242,9 @@ def tests_of(
 
 # %% ../../nbs/11_studies/12_fine_tuning.ipynb #eca93621
 def errors_of(
-    matcher,  # Matcher in evaluation mode
-    pairs,  # ValPairs
-    batch=8,  # pairs at once
+    matcher: Matcher,  # Matcher in evaluation mode
+    pairs: ValPairs,
+    batch: int = 8,  # pairs at once
 ) -> tuple:  # errors (N,) px at 512 px, inf for no answer; names of the eyes (N,)
     "The error of a single unguided pass on every pair."
     errors, eyes = [], []
@@ -256,7 +259,7 @@ def errors_of(
 
 # %% ../../nbs/11_studies/12_fine_tuning.ipynb #dd850afc
 def success_at_10(
-    errors,  # (N,) px
+    errors: np.ndarray,  # (N,) px
 ) -> float:
     "Share of the errors below 10 px."
     return success_rate(errors, 10)
@@ -267,11 +270,11 @@ FIGURES = {"mean AUC": mean_auc, "SR@10": success_at_10}
 
 
 def change(
-    before,  # (N,) px
-    after,  # (N,) px, of the same pairs
-    eyes,  # (N,) names
-    figure=mean_auc,  # of errors
-    draws=1000,  # samples of eyes
+    before: np.ndarray,  # (N,) px
+    after: np.ndarray,  # (N,) px, of the same pairs
+    eyes: np.ndarray,  # (N,) names
+    figure: Callable[[np.ndarray], float] = mean_auc,  # of errors
+    draws: int = 1000,  # samples of eyes
 ) -> list:  # [value, low, high]
     "How much a figure changes, with its 95 % interval over eyes."
     before, after = np.asarray(before, float), np.asarray(after, float)
@@ -291,10 +294,10 @@ LABELS = {
 
 # %% ../../nbs/11_studies/12_fine_tuning.ipynb #81873fe3
 def run_of(
-    name,  # one of RUNS
-    settings,  # Settings
-    folder,  # of the experiment
-    triplets,  # folder of triplets
+    name: str,  # one of RUNS
+    settings: Settings,
+    folder: str | Path,  # of the experiment
+    triplets: str | Path,  # folder of triplets
 ) -> TrainConfig:
     "A fine-tuning run; its few validation pairs choose nothing."
     data = replace(data_of(settings, folder, triplets, RUNS[name]), val_pairs=min(8, settings.pairs))
@@ -321,8 +324,8 @@ KEPT_FACTS = ("steps", "pairs", "seconds", "precision", "hardware")
 
 
 def run_facts(
-    config,  # TrainConfig
-    tuned,  # the matcher that it gave
+    config: TrainConfig,
+    tuned: Matcher,  # the matcher that it gave
 ) -> dict:
     "How a run was trained."
     told = {"lr": config.lr, "curriculum": config.curriculum}
@@ -331,11 +334,11 @@ def run_facts(
 
 # %% ../../nbs/11_studies/12_fine_tuning.ipynb #f1722c42
 def measure(
-    result,  # the record, which is added to
-    name,  # of the matcher
-    matcher,  # in evaluation mode
-    tests,  # from `tests_of`
-    batch,  # pairs at once
+    result: dict,  # the record, which is added to
+    name: str,  # of the matcher
+    matcher: Matcher,  # in evaluation mode
+    tests: dict,  # from `tests_of`
+    batch: int,  # pairs at once
 ) -> None:
     "Errors of a matcher on both domains."
     result["errors"][name] = {}
@@ -346,9 +349,9 @@ def measure(
 
 # %% ../../nbs/11_studies/12_fine_tuning.ipynb #92bdc71d
 def begin_experiment(
-    folder,  # of the experiment
-    settings,  # Settings
-    shipped,  # the packaged matcher
+    folder: str | Path,  # of the experiment
+    settings: Settings,
+    shipped: Matcher,  # the packaged matcher
 ) -> dict:  # the record, still without errors
     "Raises ValueError where the folder holds another experiment."
     told = {"settings": asdict(settings), "weights": fingerprint(shipped), "generator": GENERATOR_VERSION}
@@ -383,9 +386,9 @@ def run_fine_tuning(
 
 # %% ../../nbs/11_studies/12_fine_tuning.ipynb #b12d1897
 def errors_in(
-    result,  # of `run_fine_tuning`
-    name,  # "before", "alone" or "mixed"
-    domain,  # "new" or "old"
+    result: dict,  # of `run_fine_tuning`
+    name: str,  # "before", "alone" or "mixed"
+    domain: str,  # "new" or "old"
 ) -> np.ndarray:  # (N,) px at 512 px
     "The errors of a record."
     return np.array([np.inf if e is None else e for e in result["errors"][name][domain]])
@@ -393,9 +396,9 @@ def errors_in(
 
 # %% ../../nbs/11_studies/12_fine_tuning.ipynb #546f680e
 def change_in(
-    result,  # of `run_fine_tuning`
-    name,  # "alone" or "mixed"
-    domain,  # "new" or "old"
+    result: dict,  # of `run_fine_tuning`
+    name: str,  # "alone" or "mixed"
+    domain: str,  # "new" or "old"
 ) -> dict:  # figure -> [value, low, high]
     "What one run changed on one domain."
     before, after = errors_in(result, "before", domain), errors_in(result, name, domain)
@@ -405,7 +408,7 @@ def change_in(
 
 # %% ../../nbs/11_studies/12_fine_tuning.ipynb #dcb7b179
 def changes_in(
-    result,  # of `run_fine_tuning`
+    result: dict,  # of `run_fine_tuning`
 ) -> dict:  # run -> domain -> figure -> [value, low, high]
     "All changes against the packaged weights."
     ran = [name for name in RUNS if name in result["errors"]]
@@ -424,7 +427,7 @@ def _table_cell(result, changes, name, domain, figure):
 
 # %% ../../nbs/11_studies/12_fine_tuning.ipynb #319eb1e3
 def fine_tuning_table(
-    result,  # of `run_fine_tuning`
+    result: dict,  # of `run_fine_tuning`
 ) -> str:  # Markdown
     "Both figures of every matcher on both domains, and the changes with their intervals."
     changes = changes_in(result)
@@ -456,7 +459,7 @@ def _change_in_words(
 
 # %% ../../nbs/11_studies/12_fine_tuning.ipynb #a4d0cdf9
 def in_words(
-    result,  # of `run_fine_tuning`
+    result: dict,  # of `run_fine_tuning`
 ) -> str:
     "One sentence for each run: what was won, what was lost, and whether that is more than chance."
     sentences = []
@@ -497,9 +500,9 @@ TITLES = {"new": "new camera, held-out patients", "old": "old domain, report eye
 
 
 def draw_fine_tuning(
-    result,  # of `run_fine_tuning`
-    limit=40.0,  # px of the horizontal axis
-):  # Figure
+    result: dict,  # of `run_fine_tuning`
+    limit: float = 40.0,  # px of the horizontal axis
+) -> Figure:  # Figure
     "The share of the pairs under each error, for both domains."
     figure = new_figure(720, 300, 80)
     for axes, (domain, title) in zip(figure.subplots(1, 2, sharey=True), TITLES.items()):

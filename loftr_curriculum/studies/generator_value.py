@@ -217,7 +217,7 @@ def sources(
 
 # %% ../../nbs/11_studies/14_generator_value.ipynb #3a10486a
 def key_of(
-    *things,  # anything that JSON can hold
+    *things: object,  # anything that JSON can hold
 ) -> str:
     "A short name of them all."
     return hashlib.sha256(json.dumps(things, sort_keys=True).encode()).hexdigest()[:10]
@@ -239,7 +239,7 @@ sys.exit(loftr_curriculum.cli.main())
 # %% ../../nbs/11_studies/14_generator_value.ipynb #496eafa6
 def call(
     root: Path,  # folder that holds a version's package
-    *words,  # of `loftr-curriculum`
+    *words: object,  # of `loftr-curriculum`
     capture: bool = False,  # return what it prints, instead of showing it
 ) -> str:
     "Run a command of that version. Raises ChildProcessError where it fails."

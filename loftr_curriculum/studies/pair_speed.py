@@ -12,6 +12,7 @@ from itertools import islice
 
 import torch
 
+from ..data.config import DataConfig
 from ..data.module import PairDataModule, cache_folder, generated_source
 from ..data.pairs import pairs_per_second
 from ..retina.world import run_jobs
@@ -19,7 +20,7 @@ from ..retina.world import run_jobs
 
 # %% ../../nbs/11_studies/02_pair_speed.ipynb #4dcd8bd4
 def worlds_per_minute(
-    config,  # DataConfig with a `cache` in which no training eye has been rendered
+    config: DataConfig,  # DataConfig with a `cache` in which no training eye has been rendered
 ) -> float:
     """Training eyes rendered per minute by `config.render_workers` processes.
 
@@ -41,10 +42,10 @@ def _draw_block(job):
 
 # %% ../../nbs/11_studies/02_pair_speed.ipynb #30fa10df
 def draws_per_second(
-    config,  # DataConfig whose eyes are in the cache
-    processes=2,  # at the same time
-    blocks=5,  # measurements
-    count=150,  # pairs in a block and process, after 20 to warm up
+    config: DataConfig,  # DataConfig whose eyes are in the cache
+    processes: int = 2,  # at the same time
+    blocks: int = 5,  # measurements
+    count: int = 150,  # pairs in a block and process, after 20 to warm up
 ) -> list:  # pairs per second of all processes together, one value a block
     "Rates of the bare draw."
     rates = list(run_jobs(_draw_block, [(config, count)] * (processes * blocks), processes, ""))
@@ -64,10 +65,10 @@ def _seconds_of(data, stream, batches, device):
 
 # %% ../../nbs/11_studies/02_pair_speed.ipynb #db8922fc
 def loaded_per_second(
-    config,  # DataConfig whose eyes are in the cache
-    blocks=5,  # measurements
-    batches=20,  # in a block
-    warm=6,  # batches that come before the first
+    config: DataConfig,  # DataConfig whose eyes are in the cache
+    blocks: int = 5,  # measurements
+    batches: int = 20,  # in a block
+    warm: int = 6,  # batches that come before the first
 ) -> list:  # pairs per second, one value a block
     "Rates of the training loader with `config.workers` processes."
     data = PairDataModule(replace(config, pairs_per_epoch=config.batch_size * (warm + blocks * batches)))

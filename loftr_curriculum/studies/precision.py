@@ -23,17 +23,24 @@ __all__ = [
 
 # %% ../../nbs/11_studies/06_precision.ipynb #2c0a3a19
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..data.pairs import GeneratedSource
+from ..data.pairs import GeneratedSource, PairSample
 from ..geometry import NEAR, Motion, apply_transform, decompose, resize_matrix
 from ..io.files import write_json
 from ..registration.estimate import estimate_transform, refit
 from ..retina.config import GENERATOR_VERSION, MODES, EyeConfig, seeds_of
 from ..retina.world import WorldBank
 from .study import this_machine
+
+if TYPE_CHECKING:
+    import torch
+
+    from ..model.matcher import Matcher
 
 # %% ../../nbs/11_studies/06_precision.ipynb #24fb2e8e
 # scale ratio, px of the moving image per px of the fixed one
@@ -69,8 +76,8 @@ def _motion_of(name, config):
 
 # %% ../../nbs/11_studies/06_precision.ipynb #02cb6840
 def lies_in(
-    sample,  # PairSample
-    name,  # one of BINS
+    sample: PairSample,
+    name: str,  # one of BINS
 ) -> bool:
     "Does the scale ratio of the pair lie in the bin?"
     lowest, highest = BINS[name]
@@ -79,9 +86,9 @@ def lies_in(
 
 # %% ../../nbs/11_studies/06_precision.ipynb #29bcf5a4
 def draw_bin(
-    source,  # GeneratedSource
-    name,  # one of BINS
-    config,  # PrecisionConfig
+    source: GeneratedSource,
+    name: str,  # one of BINS
+    config: PrecisionConfig,
 ) -> list:  # of PairSample
     "Pairs whose scale ratio lies in a bin, always the same ones."
     motion = _motion_of(name, config)
@@ -112,7 +119,7 @@ def _affine_through(matches):
 
 # %% ../../nbs/11_studies/06_precision.ipynb #9f7cbdaa
 def tensors_of(
-    sample,  # PairSample
+    sample: PairSample,
 ) -> tuple:  # two images (1, 1, H, W), two fields of view (1, H, W)
     "A pair as a batch of one."
     import torch
@@ -124,8 +131,8 @@ def tensors_of(
 
 # %% ../../nbs/11_studies/06_precision.ipynb #633582b5
 def cells_of(
-    matcher,  # Matcher in evaluation mode
-    small,  # images and fields of view, shrunk
+    matcher: "Matcher",  # Matcher in evaluation mode
+    small: "Sequence[torch.Tensor]",  # images and fields of view, shrunk
 ) -> tuple:  # (N, 2), (N, 2) px of the shrunk images
     "The centres of the cells that match."
     import torch
@@ -139,8 +146,8 @@ def cells_of(
 
 # %% ../../nbs/11_studies/06_precision.ipynb #618f434c
 def placed_matches(
-    matcher,  # Matcher in evaluation mode
-    sample,  # PairSample
+    matcher: "Matcher",  # Matcher in evaluation mode
+    sample: PairSample,
 ) -> dict:  # name in STAGES -> two (N, 2) px of the whole images
     "Fixed and moving points of all matches at every stage."
     from ..model.stages import shrink_pair
@@ -163,8 +170,8 @@ def placed_matches(
 
 # %% ../../nbs/11_studies/06_precision.ipynb #8cd89622
 def match_errors(
-    matcher,  # Matcher in evaluation mode
-    sample,  # PairSample
+    matcher: "Matcher",  # Matcher in evaluation mode
+    sample: PairSample,
 ) -> dict:  # name in STAGES -> (N,) px of the moving image
     """Errors of all matches at every stage.
 
@@ -178,7 +185,7 @@ def match_errors(
 
 # %% ../../nbs/11_studies/06_precision.ipynb #a5ac640b
 def figures(
-    errors,  # list of (N,) px, one array a pair
+    errors: Sequence[np.ndarray],  # list of (N,) px, one array a pair
 ) -> dict:
     "What the errors of many pairs say."
     every = np.concatenate(errors)
@@ -196,7 +203,7 @@ def figures(
 
 # %% ../../nbs/11_studies/06_precision.ipynb #3aed1714
 def source_of(
-    config,  # PrecisionConfig
+    config: PrecisionConfig,
 ) -> GeneratedSource:
     "Eyes of the seeds for reports."
     seeds = seeds_of("report", max(4, config.pairs))
@@ -206,8 +213,8 @@ def source_of(
 
 # %% ../../nbs/11_studies/06_precision.ipynb #e42567f1
 def measure_precision(
-    matcher,  # Matcher in evaluation mode
-    config=PrecisionConfig(),  # which pairs
+    matcher: "Matcher",  # Matcher in evaluation mode
+    config: PrecisionConfig = PrecisionConfig(),  # which pairs
 ) -> dict:  # {bin: {name of `match_errors`: figures}}
     "Precision of all matches by scale ratio."
     source = source_of(config)
@@ -230,7 +237,7 @@ def _line(name, stage, found):
 
 # %% ../../nbs/11_studies/06_precision.ipynb #24634d27
 def lines_of(
-    result,  # of `precision_file`
+    result: dict,  # of `precision_file`
 ) -> str:
     "One line for every bin and stage."
     names = "".join(f"{key:>13}" for key in DECIMALS)

@@ -26,16 +26,20 @@ import os
 import platform
 import re
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, is_dataclass
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ..io.files import FileError, read_json
+
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser
 
 
 # %% ../../nbs/11_studies/00_study.ipynb #7829d008
@@ -162,7 +166,7 @@ def overview() -> str:
 # %% ../../nbs/11_studies/00_study.ipynb #2445c5d9
 def function_named(
     name: str,  # 'room.module.function'
-):
+) -> Callable:
     "A function of this package."
     module, _, function = name.rpartition(".")
     return getattr(import_module(f"loftr_curriculum.{module}"), function)
@@ -189,7 +193,7 @@ def ended_by_ctrl_c(
 
 # %% ../../nbs/11_studies/00_study.ipynb #9c8c8a1e
 def comments_of(
-    thing,  # function or dataclass, one parameter or field a line
+    thing: object,  # function or dataclass, one parameter or field a line
     prefix: str = "",  # of the names, such as "settings."
 ) -> dict[str, str]:
     "Name -> the comment behind it or above it; the fields of nested dataclasses included."
@@ -209,7 +213,7 @@ def comments_of(
 # %% ../../nbs/11_studies/00_study.ipynb #ceb54a52
 def parser_of(
     name: str,  # one of `STUDIES`
-):  # jsonargparse.ArgumentParser
+) -> "ArgumentParser":  # jsonargparse.ArgumentParser
     "The options of a study, from the parameters of its function."
     from jsonargparse import ArgumentParser
 
@@ -230,7 +234,7 @@ def parser_of(
 def run_study(
     name: str,  # one of `STUDIES`
     words: Sequence[str] = (),  # options, as on the command line
-):
+) -> object:
     """Measure, print, and return what was written.
 
     Raises ValueError or OSError as the study does."""
@@ -275,7 +279,7 @@ def this_machine() -> dict:  # processor, cores, versions
 
 # %% ../../nbs/11_studies/00_study.ipynb #b36878bb
 def hardware(
-    matcher,  # torch module, or any system
+    matcher: object,  # torch module, or any system
 ) -> str:
     "Where a matcher computes."
     import torch
@@ -288,7 +292,7 @@ def hardware(
 
 # %% ../../nbs/11_studies/00_study.ipynb #5650cc77
 def begun(
-    path,  # JSON file of a study, written or not; None: nothing to go on from
+    path: str | Path | None,  # JSON file of a study, written or not; None: nothing to go on from
     settings: dict,  # as a file gives them back
 ) -> dict:  # what the file holds; empty without a file
     "What was measured before with the same settings. Raises FileError where they differ."
@@ -305,10 +309,10 @@ def begun(
 
 # %% ../../nbs/11_studies/00_study.ipynb #0406c9ab
 def resample(
-    eyes,  # (N,) name of the eye behind each pair
-    draws=1000,  # samples
-    seed=0,  # of the draws
-):  # generator of (M,) int: which pairs a sample holds
+    eyes: np.ndarray,  # (N,) name of the eye behind each pair
+    draws: int = 1000,  # samples
+    seed: int = 0,  # of the draws
+) -> Iterator[np.ndarray]:  # generator of (M,) int: which pairs a sample holds
     "Samples of eyes with replacement, each with all its pairs."
     _, eye = np.unique(np.asarray(eyes), return_inverse=True)
     members = [np.flatnonzero(eye == k) for k in range(eye.max() + 1)]

@@ -23,9 +23,11 @@ __all__ = [
 # %% ../../nbs/11_studies/05_sweep.ipynb #f573b109
 import json
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from itertools import product
+from pathlib import Path
 
 import numpy as np
 from tqdm.auto import tqdm
@@ -35,11 +37,11 @@ from ..data.recipe import FULL, place_views, view_fov
 from ..evaluation.metrics import at_512, landmark_error, success_rate
 from ..geometry import centre, similarity
 from ..io.files import write_json
-from ..registration.config import MATCHES_ALONE
+from ..registration.config import MATCHES_ALONE, RegistrationConfig
 from ..registration.many import fingerprint
 from ..registration.pair import register
 from ..retina.config import GENERATOR_VERSION, MODES, EyeConfig, seeds_of, split_mode
-from ..retina.world import make_world
+from ..retina.world import World, make_world
 from .study import begun, hardware
 
 
@@ -67,7 +69,7 @@ class SweepConfig:
 
 # %% ../../nbs/11_studies/05_sweep.ipynb #5967487e
 def mild_motion(
-    rng,  # np.random.Generator
+    rng: np.random.Generator,
 ) -> dict[str, float]:
     "Degrees, ratio and share of the side of a motion that is mild in all three."
     return dict(rotation=rng.uniform(-5, 5), scale=np.exp(rng.uniform(-0.05, 0.05)), shift=0.05)
@@ -75,10 +77,10 @@ def mild_motion(
 
 # %% ../../nbs/11_studies/05_sweep.ipynb #0020783b
 def swept_transform(
-    axis,  # rotation, scale or shift
-    value,  # degrees, ratio or share of the side
-    side,  # px a side of both images
-    rng,  # np.random.Generator: the mild rest, the same draws for every axis and value
+    axis: str,  # rotation, scale or shift
+    value: float,  # degrees, ratio or share of the side
+    side: int,  # px a side of both images
+    rng: np.random.Generator,  # np.random.Generator: the mild rest, the same draws for every axis and value
 ) -> np.ndarray:
     "A similarity `fixed_to_moving` (3, 3) that has exactly `value` on the axis."
     sign = rng.choice([-1, 1])
@@ -97,9 +99,9 @@ def _world(seed, eye, names):
 
 # %% ../../nbs/11_studies/05_sweep.ipynb #80b13b5f
 def world_of(
-    seed,  # of the eye
-    config,  # SweepConfig
-):  # World
+    seed: int,  # of the eye
+    config: SweepConfig,
+) -> World:  # World
     "An eye in all modalities that are swept."
     names = {name for mode in config.modes for name in split_mode(mode)}
     return _world(seed, config.eye, tuple(sorted(names)))
@@ -107,11 +109,11 @@ def world_of(
 
 # %% ../../nbs/11_studies/05_sweep.ipynb #9b49efe7
 def sweep_pair(
-    axis,  # rotation, scale or shift
-    value,  # degrees, ratio or share of the side
-    mode,  # fixed-moving
-    number,  # which eye, 0, 1, ...
-    config,  # SweepConfig
+    axis: str,  # rotation, scale or shift
+    value: float,  # degrees, ratio or share of the side
+    mode: str,  # fixed-moving
+    number: int,  # which eye, 0, 1, ...
+    config: SweepConfig,
 ) -> RawPair:
     "The pair of an axis, a value, a mode and an eye; always the same one."
     (seed,) = seeds_of("report", 1, number)
@@ -140,9 +142,9 @@ VARIANTS = {  # what is asked of `register`
 
 # %% ../../nbs/11_studies/05_sweep.ipynb #af7a1cfb
 def try_variant(
-    pair,  # RawPair
-    matcher,  # as in `registration.register`
-    config,  # RegistrationConfig
+    pair: RawPair,
+    matcher: object,  # as in `registration.register`
+    config: RegistrationConfig,
 ) -> tuple:
     "Error in px at 512 px (None: no answer), and seconds."
     start = time.perf_counter()
@@ -154,7 +156,7 @@ def try_variant(
 
 # %% ../../nbs/11_studies/05_sweep.ipynb #52a2949c
 def curve_of(
-    tries,  # for every value, a list of (error or None, seconds)
+    tries: Sequence,  # for every value, a list of (error or None, seconds)
 ) -> dict:
     "SR@10, median error (px) and mean seconds at each value."
     errors = [[np.inf if error is None else error for error, _ in some] for some in tries]
@@ -168,8 +170,8 @@ def curve_of(
 
 # %% ../../nbs/11_studies/05_sweep.ipynb #49e0b86b
 def curves_of(
-    config,  # SweepConfig
-    tried,  # {axis: {value: {pair: {variant: (error or None, seconds)}}}}
+    config: SweepConfig,
+    tried: dict,  # {axis: {value: {pair: {variant: (error or None, seconds)}}}}
 ) -> dict:
     "Values of each axis, and a curve of each variant."
     curves = {}
@@ -193,8 +195,8 @@ def _jobs(config):
 
 # %% ../../nbs/11_studies/05_sweep.ipynb #5f6096f2
 def settings_of(
-    matcher,  # as in `registration.register`
-    config,  # SweepConfig
+    matcher: object,  # as in `registration.register`
+    config: SweepConfig,
 ) -> dict:
     "What a sweep was made from, as a file gives it back."
     made_from = dict(
@@ -205,9 +207,9 @@ def settings_of(
 
 # %% ../../nbs/11_studies/05_sweep.ipynb #97d0175d
 def try_all(
-    pair,  # RawPair
-    matcher,  # as in `registration.register`
-    warm,  # was the matcher called before?
+    pair: RawPair,
+    matcher: object,  # as in `registration.register`
+    warm: bool,  # was the matcher called before?
 ) -> dict:  # variant -> (error or None, seconds)
     "All variants on one pair. The first call takes longer: its seconds are not kept."
     configs = {name: replace(MATCHES_ALONE, **changes) for name, changes in VARIANTS.items()}
@@ -218,10 +220,10 @@ def try_all(
 
 # %% ../../nbs/11_studies/05_sweep.ipynb #5c3e081b
 def sweep(
-    matcher,  # as in `registration.register`, in evaluation mode
-    config=SweepConfig(),  # what is tried
-    out=None,  # JSON file, written after every pair; one that is there is gone on with
-    progress=True,  # show a progress bar
+    matcher: object,  # as in `registration.register`, in evaluation mode
+    config: SweepConfig = SweepConfig(),  # what is tried
+    out: str | Path | None = None,  # JSON file, written after every pair; one that is there is gone on with
+    progress: bool = True,  # show a progress bar
 ) -> dict:
     """Curves of success, error and seconds, and what they were made from.
 
@@ -247,7 +249,7 @@ def sweep(
 
 # %% ../../nbs/11_studies/05_sweep.ipynb #57314c06
 def lines_of(
-    result,  # of `sweep`
+    result: dict,  # of `sweep`
 ) -> str:
     "A table for each axis: success of every variant, and seconds."
 

@@ -25,6 +25,7 @@ from dataclasses import asdict, replace
 import lightning.pytorch as pl
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 
 from ..data.config import DataConfig
 from ..data.module import PairDataModule
@@ -45,12 +46,21 @@ class StepClock(pl.Callback):
     def __init__(self):
         self.inside, self.between, self.ended = [], [], None
 
-    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: object, batch_idx: int
+    ) -> None:
         self.began = _now(pl_module)
         if self.ended is not None:
             self.between.append(self.began - self.ended)
 
-    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+    def on_train_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: object,
+        batch: object,
+        batch_idx: int,
+    ) -> None:
         self.ended = _now(pl_module)
         self.inside.append(self.ended - self.began)
 
@@ -64,8 +74,8 @@ def _now(module):
 
 # %% ../../nbs/11_studies/03_training_speed.ipynb #348f531d
 def timed_trainer(
-    config,  # TrainConfig
-    clock,  # StepClock
+    config: TrainConfig,
+    clock: StepClock,
 ) -> pl.Trainer:
     "One epoch as `train` goes through it, without validation and checkpoints."
     return pl.Trainer(
@@ -85,9 +95,9 @@ def timed_trainer(
 
 # %% ../../nbs/11_studies/03_training_speed.ipynb #baa57b57
 def watch_training(
-    config,  # TrainConfig
-    steps=16,  # training steps that count
-    warm=3,  # steps before them
+    config: TrainConfig,
+    steps: int = 16,  # training steps that count
+    warm: int = 3,  # steps before them
 ) -> dict:  # step_seconds, between_seconds: lists of `steps` values
     "A short real training run, timed."
     pairs = config.data.batch_size * (steps + warm)
@@ -102,7 +112,7 @@ def watch_training(
 
 # %% ../../nbs/11_studies/03_training_speed.ipynb #f48cf308
 def waiting_share(
-    watched,  # from `watch_training`
+    watched: dict,  # from `watch_training`
 ) -> float:  # in [0, 1]
     "The share of the time that lies between the steps."
     between = sum(watched["between_seconds"])
@@ -111,11 +121,11 @@ def waiting_share(
 
 # %% ../../nbs/11_studies/03_training_speed.ipynb #c2c7d201
 def rates_of(
-    config,  # TrainConfig whose data have an empty cache
-    processes,  # that draw
-    blocks,  # measurements of each rate
-    count,  # pairs in a block and process of the bare draw
-    batches,  # batches in a block of the loader
+    config: TrainConfig,  # TrainConfig whose data have an empty cache
+    processes: int,  # that draw
+    blocks: int,  # measurements of each rate
+    count: int,  # pairs in a block and process of the bare draw
+    batches: int,  # batches in a block of the loader
 ) -> dict:
     "Eyes a minute, and pairs a second drawn, loaded and, with a GPU, made there."
     data = config.data
@@ -131,9 +141,9 @@ def rates_of(
 
 # %% ../../nbs/11_studies/03_training_speed.ipynb #bee727cf
 def trainings_of(
-    config,  # TrainConfig whose eyes are in the cache
-    processes,  # that load
-    steps,  # training steps that are timed
+    config: TrainConfig,  # TrainConfig whose eyes are in the cache
+    processes: int,  # that load
+    steps: int,  # training steps that are timed
 ) -> dict:
     "Training timed with loaders, without, and, with a GPU, with pairs that are made there."
     watched = {}
@@ -179,8 +189,8 @@ def measure_speed(
 
 # %% ../../nbs/11_studies/03_training_speed.ipynb #10988f76
 def rounded(
-    value,  # anything that JSON can hold
-):  # the same, its numbers to five decimals
+    value: object,  # anything that JSON can hold
+) -> object:  # the same, its numbers to five decimals
     "What is kept of a measurement."
     if isinstance(value, dict):
         return {name: rounded(part) for name, part in value.items()}
@@ -271,7 +281,7 @@ def speed_table(
 # %% ../../nbs/11_studies/03_training_speed.ipynb #41d0a2b9
 def draw_speed(
     result: dict,  # from `measure_speed`
-):
+) -> Figure:
     "Pairs per second made and used, as a bar chart: a Figure."
     rows = [(title, values) for title, values in _rates(result).items() if title.startswith("pairs")][::-1]
     figure = new_figure(620, 170)

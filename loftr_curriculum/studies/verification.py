@@ -104,7 +104,7 @@ def error_of(
 # %% ../../nbs/11_studies/09_verification.ipynb #2ec5f374
 def collect(
     pairs: Iterable,  # of RawPair, of one mode
-    matcher=None,  # as in `register`
+    matcher: object | None = None,  # as in `register`
     config: RegistrationConfig = RegistrationConfig(),
 ) -> list:  # of dicts: kind, id, error, verdict and evidence
     "Register every case and keep the evidence beside the truth."
@@ -416,7 +416,7 @@ def unmatchable(
 # %% ../../nbs/11_studies/09_verification.ipynb #cd1f2d9c
 def report_unmatchable(
     out: str = "unmatchable.json",  # file to write; modes that it holds are not done again
-    matcher=None,  # as in `register`
+    matcher: object | None = None,  # as in `register`
     config: RegistrationConfig = RegistrationConfig(),
 ) -> dict:  # mode -> kind -> verdict -> count
     "Verdicts on the list."

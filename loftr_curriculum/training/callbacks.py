@@ -22,17 +22,21 @@ __all__ = [
 
 # %% ../../nbs/09_training/05_callbacks.ipynb #df7cf1b7
 import time
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import lightning.pytorch as pl
 import numpy as np
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 
-from ..data.landmarks import read_landmark_set
+from ..data.config import DataConfig
+from ..data.landmarks import LandmarkPair, read_landmark_set
 from ..data.module import size_at
 from ..evaluation.metrics import at_512, landmark_error
 from ..io.images import image_size
+from ..model.stages import TwoStageMatcher
 from ..registration import register
 from ..registration.config import MATCHES_ALONE
 
@@ -43,8 +47,8 @@ class BestWhenIndependent(ModelCheckpoint):
 
     def __init__(
         self,
-        folder,  # where `best.ckpt` goes
-        eligible_from,  # first epoch that may become best
+        folder: str | Path,  # where `best.ckpt` goes
+        eligible_from: int,  # first epoch that may become best
     ):
         super().__init__(
             dirpath=folder,
@@ -56,26 +60,26 @@ class BestWhenIndependent(ModelCheckpoint):
         )
         self.eligible_from = eligible_from
 
-    def on_validation_end(self, trainer, pl_module):
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.current_epoch >= self.eligible_from:
             super().on_validation_end(trainer, pl_module)
 
-    def on_train_epoch_end(self, trainer, pl_module):
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.current_epoch >= self.eligible_from:
             super().on_train_epoch_end(trainer, pl_module)
 
-    def state_dict(self):
+    def state_dict(self) -> dict[str, Any]:
         return with_file_names(super().state_dict(), "", Path)
 
-    def load_state_dict(self, state_dict):
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(with_file_names(state_dict, self.dirpath, Path(self.dirpath).joinpath))
 
 
 # %% ../../nbs/09_training/05_callbacks.ipynb #a82592d6
 def with_file_names(
-    state,  # of a ModelCheckpoint
-    folder,  # folder that the state shall name
-    place,  # function from the name of a file to where it shall be
+    state: dict[str, Any],  # of a ModelCheckpoint
+    folder: str | Path,  # folder that the state shall name
+    place: Callable[[str], str | Path],  # function from the name of a file to where it shall be
 ) -> dict:
     "The state with the same files in another folder."
 
@@ -94,17 +98,17 @@ class PatientStopping(EarlyStopping):
 
     def __init__(
         self,
-        patience,  # epochs
-        stop_from,  # first epoch in which the run may stop
+        patience: int,  # epochs
+        stop_from: int,  # first epoch in which the run may stop
     ):
         super().__init__(monitor="val/auc", mode="max", patience=patience)
         self.stop_from = stop_from
 
-    def on_validation_end(self, trainer, pl_module):
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.current_epoch >= self.stop_from:
             super().on_validation_end(trainer, pl_module)
 
-    def on_train_epoch_end(self, trainer, pl_module):
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.current_epoch >= self.stop_from:
             super().on_train_epoch_end(trainer, pl_module)
 
@@ -115,8 +119,8 @@ QUICK = replace(MATCHES_ALONE, turn_when_unsure=False, second_long_sides=(256,),
 
 
 def pair_error(
-    pair,  # a pair of `read_landmark_set`
-    matcher,  # in evaluation mode
+    pair: LandmarkPair,  # a pair of `read_landmark_set`
+    matcher: TwoStageMatcher,  # in evaluation mode
 ) -> float:
     "Mean landmark error of a registration, pixels at 512; inf where there is no answer."
     found = register(pair.fixed, pair.moving, matcher=matcher, config=QUICK)
@@ -130,13 +134,13 @@ class RealPairs(pl.Callback):
 
     def __init__(
         self,
-        folder,  # set with `images` and `landmarks`; all its files are checked here
-        every=1,  # epochs
+        folder: str | Path,  # set with `images` and `landmarks`; all its files are checked here
+        every: int = 1,  # epochs
     ):
         self.pairs = read_landmark_set(folder)
         self.every = every
 
-    def on_validation_epoch_end(self, trainer, pl_module):
+    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.sanity_checking or trainer.current_epoch % self.every:
             return
         was_training = pl_module.matcher.training
@@ -157,28 +161,28 @@ class Stopwatch(pl.Callback):
     began = None  # when this one began to train
 
     @property
-    def seconds(self):
+    def seconds(self) -> float:
         if self.began is None:
             return self.before
         return self.before + time.monotonic() - self.began
 
-    def on_train_start(self, trainer, pl_module):
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.began = time.monotonic()
 
-    def on_train_end(self, trainer, pl_module):
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.before = self.seconds
         self.began = None
 
-    def state_dict(self):
+    def state_dict(self) -> dict[str, Any]:
         return {"seconds": self.seconds}
 
-    def load_state_dict(self, state_dict):
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.before = state_dict["seconds"]
 
 
 # %% ../../nbs/09_training/05_callbacks.ipynb #f808b668
 def spell(
-    seconds,  # of a span of time
+    seconds: float,  # of a span of time
 ) -> str:
     "A span of time for people."
     if seconds < 90:
@@ -190,8 +194,8 @@ def spell(
 
 # %% ../../nbs/09_training/05_callbacks.ipynb #814de199
 def say(
-    trainer,  # Trainer
-    line,  # text
+    trainer: pl.Trainer,
+    line: str,  # text
 ) -> None:
     "Print above the progress bar where there is one; once, also where there are many processes."
     if not trainer.is_global_zero:
@@ -208,9 +212,9 @@ class Progress(pl.Callback):
 
     def __init__(
         self,
-        data,  # DataConfig
-        watch,  # Stopwatch
-        enough=10,  # steps to measure before the first estimate
+        data: DataConfig,
+        watch: Stopwatch,
+        enough: int = 10,  # steps to measure before the first estimate
     ):
         self.data = data
         self.watch = watch
@@ -221,13 +225,13 @@ class Progress(pl.Callback):
         self.pauses = []  # seconds at the ends of epochs
         self.tick = None  # when the last step ended
 
-    def on_train_start(self, trainer, pl_module):
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         say(trainer, self.line(trainer))
 
-    def on_train_epoch_start(self, trainer, pl_module):
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.tick = None
 
-    def on_train_batch_end(self, trainer, pl_module, *_):
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: object) -> None:
         was, self.tick = self.tick, time.monotonic()
         if was is None:
             return  # the first step of an epoch waits for the loader
@@ -237,16 +241,16 @@ class Progress(pl.Callback):
         if self.steps == self.enough:
             say(trainer, self.line(trainer))
 
-    def on_train_epoch_end(self, trainer, pl_module):
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self.tick is not None:
             self.pauses.append(time.monotonic() - self.tick)
 
-    def side(self, epoch):
+    def side(self, epoch: int) -> int:
         return size_at(self.data, epoch * self.data.pairs_per_epoch)
 
     def left(
         self,
-        trainer,  # Trainer in training
+        trainer: pl.Trainer,  # Trainer in training
     ) -> float | None:  # seconds; None before enough is measured
         "What the rest of the run takes at the pace of this session."
         if self.steps < self.enough:
@@ -258,14 +262,14 @@ class Progress(pl.Callback):
         pause = sum(self.pauses) / max(1, len(self.pauses))
         return self.seconds / self.pixels * pixels + len(epochs_left) * pause
 
-    def line(self, trainer) -> str:
+    def line(self, trainer: pl.Trainer) -> str:
         "How far, and how long still."
         done, epochs, steps = trainer.global_step, trainer.max_epochs, trainer.num_training_batches
         epoch = min(done // steps, epochs - 1)
         so_far = f"epoch {epoch} of 0..{epochs - 1}, step {done} of {steps * epochs}"
         return f"{so_far}, {spell(self.watch.seconds)} so far, {self.expected(trainer)}"
 
-    def expected(self, trainer) -> str:
+    def expected(self, trainer: pl.Trainer) -> str:
         "What is still to go, in words."
         left = self.left(trainer)
         if left is None:
@@ -291,8 +295,8 @@ COLUMNS = (
 
 
 def epoch_line(
-    epoch,  # number, or None for the header
-    metrics,  # dict of logged values
+    epoch: int | None,  # number, or None for the header
+    metrics: Mapping[str, Any],  # dict of logged values
 ) -> str:
     "One line of the table; a value that was not logged is a dash."
     if epoch is None:
@@ -306,7 +310,7 @@ def epoch_line(
 
 # %% ../../nbs/09_training/05_callbacks.ipynb #451e6ab5
 def width_of(
-    spec,  # format of a column, such as "7.3f"
+    spec: str,  # format of a column, such as "7.3f"
 ) -> str:
     "Its width in characters."
     return spec.split(".")[0]
@@ -318,13 +322,13 @@ class EpochTable(pl.Callback):
 
     started = False
 
-    def on_train_epoch_end(self, trainer, pl_module):
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if not self.started:
             say(trainer, epoch_line(None, {}))
         self.started = True
         say(trainer, epoch_line(trainer.current_epoch, trainer.callback_metrics | self.minutes(trainer)))
 
-    def minutes(self, trainer) -> dict:
+    def minutes(self, trainer: pl.Trainer) -> dict:
         "What the progress expects, as a column; empty where nobody measures it or it is not known yet."
         for callback in trainer.callbacks:
             if isinstance(callback, Progress):

@@ -68,7 +68,7 @@ CURRICULA = {
 
 # %% ../../nbs/09_training/00_config.ipynb #b68430cc
 def as_fractions(
-    curriculum,  # CurriculumConfig in epochs of a run of 100, or in fractions already
+    curriculum: "CurriculumConfig",  # CurriculumConfig in epochs of a run of 100, or in fractions already
 ) -> CurriculumConfig:
     "The same phases as fractions of the run, for runs of another length."
     if curriculum.unit == "fraction":
@@ -83,7 +83,7 @@ def as_fractions(
 
 # %% ../../nbs/09_training/00_config.ipynb #35647e98
 def find_curriculum(
-    name,  # one of CURRICULA
+    name: str,  # one of CURRICULA
 ) -> CurriculumConfig:
     "A preset by name; ValueError lists the names."
     if name not in CURRICULA:
@@ -93,7 +93,7 @@ def find_curriculum(
 
 # %% ../../nbs/09_training/00_config.ipynb #4504d3b9
 def check_choices(
-    config,  # TrainConfig
+    config: "TrainConfig",
 ) -> None:
     "Raises ValueError for a word that is none of its choices, and for choices that exclude each other."
     find_curriculum(config.curriculum)
@@ -108,7 +108,7 @@ def check_choices(
 
 # %% ../../nbs/09_training/00_config.ipynb #61043c82
 def check_numbers(
-    config,  # TrainConfig
+    config: "TrainConfig",
 ) -> None:
     "Raises ValueError for a number out of range."
     for name in ("epochs", "collapse_patience"):

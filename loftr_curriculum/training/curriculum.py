@@ -17,20 +17,22 @@ __all__ = [
 
 # %% ../../nbs/09_training/01_curriculum.ipynb #92610c77
 from dataclasses import replace
+from typing import Any
 
 import lightning.pytorch as pl
 
 from ..evaluation.collapse import THRESHOLD
 from ..io.deprecated import deprecated_names
 from ..model.config import Guidance
+from .config import CurriculumConfig
 
 # %% ../../nbs/09_training/01_curriculum.ipynb #675868f7
 PHASES = ("teaching", "weaning", "independence")
 
 
 def joints(
-    curriculum,  # CurriculumConfig
-    epochs,  # epochs of the whole run
+    curriculum: CurriculumConfig,
+    epochs: int,  # epochs of the whole run
 ) -> tuple:
     "Ends of teaching and of weaning in epochs, as floats."
     unit = epochs if curriculum.unit == "fraction" else 1
@@ -39,9 +41,9 @@ def joints(
 
 # %% ../../nbs/09_training/01_curriculum.ipynb #5e4c4222
 def schedule(
-    curriculum,  # CurriculumConfig
-    epoch,  # epoch from 0; fractions are allowed
-    epochs,  # epochs of the whole run; used where the joints are fractions
+    curriculum: CurriculumConfig,
+    epoch: float,  # epoch from 0; fractions are allowed
+    epochs: int,  # epochs of the whole run; used where the joints are fractions
 ) -> Guidance:
     "The guidance that holds in an epoch."
     teach, wean = joints(curriculum, epochs)
@@ -57,9 +59,9 @@ def schedule(
 
 # %% ../../nbs/09_training/01_curriculum.ipynb #2231b41f
 def phase(
-    curriculum,  # CurriculumConfig
-    epoch,  # epoch from 0
-    epochs,  # epochs of the whole run
+    curriculum: CurriculumConfig,
+    epoch: int,  # epoch from 0
+    epochs: int,  # epochs of the whole run
 ) -> str:
     "Name of the phase in which an epoch lies."
     teach, wean = joints(curriculum, epochs)
@@ -68,8 +70,8 @@ def phase(
 
 # %% ../../nbs/09_training/01_curriculum.ipynb #86918270
 def independence_from(
-    curriculum,  # CurriculumConfig
-    epochs,  # epochs of the whole run
+    curriculum: CurriculumConfig,
+    epochs: int,  # epochs of the whole run
 ) -> int:
     "The first epoch without guidance; from here on a checkpoint may become `best`."
     return next((e for e in range(epochs) if phase(curriculum, e, epochs) == "independence"), epochs)
@@ -77,10 +79,10 @@ def independence_from(
 
 # %% ../../nbs/09_training/01_curriculum.ipynb #c69a917b
 def wean_from(
-    curriculum,  # CurriculumConfig
-    epoch,  # first epoch of weaning, unless teaching ended before
-    epochs,  # epochs of the whole run
-):  # CurriculumConfig in epochs
+    curriculum: CurriculumConfig,
+    epoch: int,  # first epoch of weaning, unless teaching ended before
+    epochs: int,  # epochs of the whole run
+) -> CurriculumConfig:  # CurriculumConfig in epochs
     "The plan with weaning from this epoch on, as long as usual."
     teach, wean = joints(curriculum, epochs)
     start = min(epoch, teach)
@@ -96,15 +98,15 @@ class CurriculumScheduler(pl.Callback):
 
     def __init__(
         self,
-        curriculum,  # CurriculumConfig
-        every=1,  # epochs between recordings; read by an adaptive curriculum
+        curriculum: CurriculumConfig,
+        every: int = 1,  # epochs between recordings; read by an adaptive curriculum
     ):
         self.curriculum = curriculum
         self.every = every
         self.calm = 0  # recordings in a row without collapse
         self.weans_from = None  # first epoch of weaning, where teaching has ended early
 
-    def on_train_epoch_start(self, trainer, pl_module):
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if not isinstance(getattr(pl_module, "guidance", None), Guidance):
             name = type(pl_module).__name__
             raise TypeError(f"{name} has no attribute `guidance` of type Guidance for the curriculum to set")
@@ -115,30 +117,30 @@ class CurriculumScheduler(pl.Callback):
 
     def plan(
         self,
-        epochs,  # epochs of the whole run
-    ):  # CurriculumConfig
+        epochs: int,  # epochs of the whole run
+    ) -> CurriculumConfig:  # CurriculumConfig
         "The curriculum, with weaning brought forward where teaching has ended early."
         if self.weans_from is None:
             return self.curriculum
         return wean_from(self.curriculum, self.weans_from, epochs)
 
-    def on_train_epoch_end(self, trainer, pl_module):
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         recorded = trainer.current_epoch % self.every == 0
         if self.curriculum.adaptive and self.weans_from is None and recorded:
             end_teaching_when_calm(self, trainer)
 
-    def state_dict(self):
+    def state_dict(self) -> dict[str, Any]:
         return {"calm": self.calm, "weans_from": self.weans_from}
 
-    def load_state_dict(self, state_dict):
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.calm = state_dict["calm"]
         self.weans_from = state_dict["weans_from"]
 
 
 # %% ../../nbs/09_training/01_curriculum.ipynb #00362a95
 def end_teaching_when_calm(
-    scheduler,  # CurriculumScheduler
-    trainer,  # Trainer at the end of an epoch that was recorded
+    scheduler: CurriculumScheduler,
+    trainer: pl.Trainer,  # Trainer at the end of an epoch that was recorded
 ) -> None:
     """Count recordings without collapse; after enough of them weaning begins with the next epoch.
 

@@ -28,6 +28,8 @@ import time
 from pathlib import Path
 
 import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from ..data.config import DataConfig
 from ..evaluation.metrics import at_512, corner_error
@@ -38,6 +40,7 @@ from ..io.images import write_image
 from ..model.config import MatcherConfig
 from ..model.weights import load_matcher
 from ..registration import RegistrationConfig, register
+from ..registration.pair import Registration
 from ..report.collapse import draw_strip
 from ..report.plots import (
     add_matches,
@@ -60,9 +63,9 @@ EYE = EyeConfig(size=512, field_deg=45, disease=0.3, gap=0.3)
 
 
 def demo_config(
-    out,  # folder of the run
-    epochs=16,  # a quarter teaches, a quarter weans, half is independent
-    seed=0,  # of weights and data
+    out: str | Path,  # folder of the run
+    epochs: int = 16,  # a quarter teaches, a quarter weans, half is independent
+    seed: int = 0,  # of weights and data
 ) -> TrainConfig:
     "The training run of the demonstration."
     motion = Motion(rotation_deg=30, usual_rotation_deg=15, scale=1.25, shift=0.4)
@@ -93,11 +96,11 @@ def demo_config(
 
 # %% ../../nbs/09_training/07_demo.ipynb #ab3be5d9
 def demo_pair(
-    seed=SEEDS["report"][0],  # an eye
-    angle_deg=15.0,  # the moving image is turned by this
-    zoom=1.12,  # and magnified by this
-    shift=(35.0, -25.0),  # and shifted by these pixels
-    size=(384, 384),  # of both images
+    seed: int = SEEDS["report"][0],  # an eye
+    angle_deg: float = 15.0,  # the moving image is turned by this
+    zoom: float = 1.12,  # and magnified by this
+    shift: tuple[float, float] = (35.0, -25.0),  # and shifted by these pixels
+    size: tuple[int, int] = (384, 384),  # of both images
 ) -> tuple:
     "Fixed CF (H, W, 3) uint8, moving FA (H, W) uint8, and the true `moving_to_fixed` (3, 3)."
     world = make_world(seed, EYE, ("cf", "fa"))
@@ -121,8 +124,8 @@ MEASURED = {
 
 
 def draw_run(
-    rows,  # list of `read_epochs`
-):
+    rows: list[dict],  # list of `read_epochs`
+) -> Figure:
     "The curriculum above, what was measured below: a Figure."
     figure = new_figure(900, 620)
     upper, lower = figure.subplots(2, 1, sharex=True)
@@ -146,10 +149,10 @@ NAMES = {"shipped": "shipped weights", "trained": "freshly trained weights"}
 
 
 def answer(
-    out,  # folder for the files of `write_registration`
-    matcher,  # as in `register`
-    pair,  # from `demo_pair`
-    config=None,  # RegistrationConfig; None: its defaults
+    out: str | Path,  # folder for the files of `write_registration`
+    matcher: object,  # as in `register`
+    pair: tuple[np.ndarray, np.ndarray, np.ndarray],  # from `demo_pair`
+    config: RegistrationConfig | None = None,  # RegistrationConfig; None: its defaults
 ) -> tuple:  # Registration, and a dict of its figures; corner_error_px_at_512 is None without a transform
     "Register the pair, leave the answer in a folder, and say how good it is."
     fixed, moving, truth = pair
@@ -167,8 +170,8 @@ def answer(
 
 # %% ../../nbs/09_training/07_demo.ipynb #d3e4a3e4
 def said(
-    name,  # one of NAMES
-    found,  # dict of `answer`
+    name: str,  # one of NAMES
+    found: dict,  # dict of `answer`
 ) -> str:
     "An answer in one line."
     error = found["corner_error_px_at_512"]
@@ -181,10 +184,10 @@ SHOWN = 160  # match lines at most
 
 
 def draw_answer(
-    lines,  # Axes for the match lines
-    board,  # Axes for the checkerboard
-    registration,  # Registration
-    pair,  # from `demo_pair`
+    lines: Axes,  # Axes for the match lines
+    board: Axes,  # Axes for the checkerboard
+    registration: Registration,
+    pair: tuple[np.ndarray, np.ndarray, np.ndarray],  # from `demo_pair`
 ) -> None:
     "Some of the match lines over both images, and the checkerboard where there is a transform."
     fixed, moving, _ = pair
@@ -202,9 +205,9 @@ ROW = 348  # pixels of the picture for an answer
 
 
 def draw_beside(
-    answers,  # name of NAMES -> what `answer` returned
-    pair,  # from `demo_pair`
-):
+    answers: dict[str, dict],  # name of NAMES -> what `answer` returned
+    pair: tuple[np.ndarray, np.ndarray, np.ndarray],  # from `demo_pair`
+) -> Figure:
     "A row for each answer, some of its match lines and its checkerboard: a Figure."
     figure = new_figure(960, ROW * len(answers))
     for k, (name, (registration, found)) in enumerate(answers.items()):
@@ -218,9 +221,9 @@ def draw_beside(
 
 # %% ../../nbs/09_training/07_demo.ipynb #076c6180
 def demo(
-    out="demo_out",  # folder for everything
-    epochs=16,  # epochs of the training run
-    seed=0,  # of weights and data
+    out: str | Path = "demo_out",  # folder for everything
+    epochs: int = 16,  # epochs of the training run
+    seed: int = 0,  # of weights and data
 ) -> Path:
     """Register with the shipped weights, train, register again, and say where to look.
 
@@ -247,9 +250,9 @@ def demo(
 
 # %% ../../nbs/09_training/07_demo.ipynb #1646d692
 def draw_training(
-    out,  # folder for the pictures
-    run,  # folder of the run
-    epochs,  # of the run
+    out: str | Path,  # folder for the pictures
+    run: str | Path,  # folder of the run
+    epochs: int,  # of the run
 ) -> None:
     "The curriculum with what was measured, and the matches of the first probe in four epochs."
     save_figure(out / "curriculum.png", draw_run(read_epochs(run)))
@@ -272,8 +275,8 @@ FILES = {
 
 
 def summary(
-    out,  # Path
-    report,  # dict of metrics.json
+    out: Path,
+    report: dict,  # dict of metrics.json
 ) -> str:
     "What happened and where to look."
     lines = []

@@ -51,7 +51,7 @@ class RunFolder:
 
 # %% ../../nbs/09_training/08_history.ipynb #228d2a10
 def read_epochs(
-    out,  # folder of a run
+    out: str | Path,  # folder of a run
 ) -> list:
     "One dict of numbers per epoch, in order; a later session's value replaces an earlier one's."
     epochs = {}
@@ -63,7 +63,7 @@ def read_epochs(
 
 # %% ../../nbs/09_training/08_history.ipynb #221e04d5
 def read_log(
-    path,  # metrics.csv of a session
+    path: str | Path,  # metrics.csv of a session
 ) -> list:
     "One dict of the numbers of each row; none where nothing was logged yet."
     if not path.is_file():
@@ -75,8 +75,8 @@ def read_log(
 
 # %% ../../nbs/09_training/08_history.ipynb #e1f00c01
 def part_of(
-    values,  # what should be dicts in dicts
-    *names,  # where to look
+    values: object,  # what should be dicts in dicts
+    *names: str,  # where to look
 ) -> dict:
     "The dict at a place; an empty one where there is none."
     for name in names:
@@ -86,8 +86,8 @@ def part_of(
 
 # %% ../../nbs/09_training/08_history.ipynb #e52d22e6
 def facts_from(
-    path,  # weights file or checkpoint
-    facts,  # `matcher.facts` as loaded
+    path: str | Path,  # weights file or checkpoint
+    facts: dict,  # `matcher.facts` as loaded
 ) -> dict:  # with pairs, steps, seconds, where these are told
     "The facts of a weights file, or those of a checkpoint and of the folder in which it lies."
     steps, epoch = facts.get("global_step"), facts.get("epoch")
@@ -108,7 +108,7 @@ def facts_from(
 
 # %% ../../nbs/09_training/08_history.ipynb #1b04b6f0
 def facts_before(
-    out,  # folder of a run
+    out: str | Path,  # folder of a run
 ) -> dict:
     """`before` with the facts of the weights that a run began with; empty where it began with random ones.
 
@@ -125,8 +125,8 @@ def facts_before(
 
 # %% ../../nbs/09_training/08_history.ipynb #392a45e0
 def write_before(
-    out,  # folder of a run
-    facts,  # of the weights that it begins with
+    out: str | Path,  # folder of a run
+    facts: dict,  # of the weights that it begins with
 ) -> None:
     "Keep these facts, unless the run has kept them before."
     path = RunFolder(Path(out)).before

@@ -23,16 +23,19 @@ from dataclasses import dataclass
 
 import torch
 
+from ..geometry import Grid
 from ..io.deprecated import deprecated_names
-from ..model.config import UNGUIDED, VARIANTS
+from ..model.config import UNGUIDED, VARIANTS, Guidance
 from ..model.guidance import mask_to_grid, pad_to
+from ..model.stages import CoarseResult, FineTerms, TwoStageMatcher
+from .supervision import Targets
 
 
 # %% ../../nbs/09_training/03_losses.ipynb #c17df356
 def pair_weight(
-    m0,  # vessel weight of the cell of image 0, in [0, 1]
-    m1,  # vessel weight of the cell of image 1, broadcastable
-    scaler,  # vessel_loss_weight_scaler, >= 1
+    m0: torch.Tensor,  # vessel weight of the cell of image 0, in [0, 1]
+    m1: torch.Tensor,  # vessel weight of the cell of image 1, broadcastable
+    scaler: float,  # vessel_loss_weight_scaler, >= 1
 ) -> torch.Tensor:
     "Loss weight of cell pairs."
     return 1 + torch.maximum(m0, m1) * (scaler - 1)
@@ -40,8 +43,8 @@ def pair_weight(
 
 # %% ../../nbs/09_training/03_losses.ipynb #424aecb8
 def weighted_mean(
-    loss,  # any shape
-    weight,  # the same shape, >= 0
+    loss: torch.Tensor,  # any shape
+    weight: torch.Tensor,  # the same shape, >= 0
 ) -> torch.Tensor:
     "Sum of weighted losses over the sum of weights; 0 where there is nothing to sum."
     return (loss * weight).sum() / weight.sum().clamp(min=1e-9)
@@ -52,7 +55,7 @@ LOG_SMALL = -6.9  # log of the confidence under which a negative is left out of 
 
 
 def linked_cells(
-    links,  # (B, N) the cell of the other image, or -1
+    links: torch.Tensor,  # (B, N) the cell of the other image, or -1
 ) -> tuple:
     "Pair of the batch, cell, cell of the other image; each (M,)."
     pair, cell = (links >= 0).nonzero(as_tuple=True)
@@ -61,9 +64,9 @@ def linked_cells(
 
 # %% ../../nbs/09_training/03_losses.ipynb #bc3119ee
 def confused_cells(
-    row,  # (B, L, S) log probabilities along the rows
-    col,  # (B, L, S) log probabilities along the columns
-    negative,  # (B, L, S) bool
+    row: torch.Tensor,  # (B, L, S) log probabilities along the rows
+    col: torch.Tensor,  # (B, L, S) log probabilities along the columns
+    negative: torch.Tensor,  # (B, L, S) bool
 ) -> tuple:
     "The negatives that are not yet negligible: pair of the batch, cell of image 0, cell of image 1."
     # one pair of images at a time: what is written stays in the cache
@@ -73,10 +76,10 @@ def confused_cells(
 
 # %% ../../nbs/09_training/03_losses.ipynb #d62d5cb4
 def negative_weight(
-    negative,  # (B, L, S) bool
-    m0,  # (B, L) vessel weight of the cells of image 0
-    m1,  # (B, S) vessel weight of the cells of image 1
-    scaler,  # vessel_loss_weight_scaler
+    negative: torch.Tensor,  # (B, L, S) bool
+    m0: torch.Tensor,  # (B, L) vessel weight of the cells of image 0
+    m1: torch.Tensor,  # (B, S) vessel weight of the cells of image 1
+    scaler: float,  # vessel_loss_weight_scaler
 ) -> torch.Tensor:
     "The weights of all negatives, summed."
     if scaler == 1:
@@ -86,9 +89,9 @@ def negative_weight(
 
 # %% ../../nbs/09_training/03_losses.ipynb #8b60d28a
 def read_once(
-    log_p,  # (B, L, S)
-    first,  # pair of the batch, cell of image 0, cell of image 1; each (M,)
-    second,  # the same, (N,)
+    log_p: torch.Tensor,  # (B, L, S)
+    first: tuple[torch.Tensor, ...],  # pair of the batch, cell of image 0, cell of image 1; each (M,)
+    second: tuple[torch.Tensor, ...],  # the same, (N,)
 ) -> tuple:
     "What stands at the first places (M,), and at the second ones (N,)."
     places = tuple(torch.cat(both) for both in zip(first, second))
@@ -97,12 +100,12 @@ def read_once(
 
 # %% ../../nbs/09_training/03_losses.ipynb #26ba10b2
 def coarse_loss(
-    sim,  # (B, L, S) logits of the dual softmax
-    targets,  # Targets
-    m0,  # (B, L) vessel weight of the cells of image 0, in [0, 1]
-    m1,  # (B, S) vessel weight of the cells of image 1
-    scaler,  # vessel_loss_weight_scaler
-):
+    sim: torch.Tensor,  # (B, L, S) logits of the dual softmax
+    targets: Targets,
+    m0: torch.Tensor,  # (B, L) vessel weight of the cells of image 0, in [0, 1]
+    m1: torch.Tensor,  # (B, S) vessel weight of the cells of image 1
+    scaler: float,  # vessel_loss_weight_scaler
+) -> tuple[torch.Tensor, torch.Tensor]:
     "Positive and negative term, two scalars."
     row, col = sim.log_softmax(2), sim.log_softmax(1)
     b0, i0, j0 = linked_cells(targets.forward)
@@ -122,11 +125,11 @@ def coarse_loss(
 
 # %% ../../nbs/09_training/03_losses.ipynb #52adc44b
 def fine_loss(
-    terms,  # FineTerms
-    m0,  # (B, L) vessel weight of the cells of image 0
-    m1,  # (B, S) vessel weight of the cells of image 1
-    scaler,  # vessel_loss_weight_scaler
-):
+    terms: FineTerms,
+    m0: torch.Tensor,  # (B, L) vessel weight of the cells of image 0
+    m1: torch.Tensor,  # (B, S) vessel weight of the cells of image 1
+    scaler: float,  # vessel_loss_weight_scaler
+) -> tuple[torch.Tensor, torch.Tensor]:
     "Weighted mean, and the median distance in pixels; 0 and nan where there is no cell to learn from."
     distance_px = terms.distance_px.nanmedian()
     if not len(terms.loss):
@@ -149,8 +152,8 @@ class Loss:
 
 # %% ../../nbs/09_training/03_losses.ipynb #54f63cd5
 def vessel_weights(
-    mask,  # (B, H, W) soft vessel mask in [0, 1]
-    grid,  # Grid
+    mask: torch.Tensor,  # (B, H, W) soft vessel mask in [0, 1]
+    grid: Grid,
 ) -> torch.Tensor:
     "Vessel weight of the cells, (B, len(grid)) in [0, 1]."
     weights = mask_to_grid(pad_to(mask, 16), grid.stride)
@@ -159,13 +162,13 @@ def vessel_weights(
 
 # %% ../../nbs/09_training/03_losses.ipynb #cf14f081
 def matching_loss(
-    matcher,  # the matcher that made the result; its fine stage brings its terms
-    result,  # CoarseResult of the guided forward pass
-    targets,  # Targets
-    mask0,  # (B, H0, W0) soft vessel mask in [0, 1]
-    mask1,  # (B, H1, W1)
-    generator,  # torch.Generator for what the fine stage draws
-    guidance=UNGUIDED,  # Engine 2 acts through vessel_loss_weight_scaler
+    matcher: TwoStageMatcher,  # the matcher that made the result; its fine stage brings its terms
+    result: CoarseResult,  # CoarseResult of the guided forward pass
+    targets: Targets,
+    mask0: torch.Tensor,  # (B, H0, W0) soft vessel mask in [0, 1]
+    mask1: torch.Tensor,  # (B, H1, W1)
+    generator: torch.Generator,  # torch.Generator for what the fine stage draws
+    guidance: Guidance = UNGUIDED,  # Engine 2 acts through vessel_loss_weight_scaler
 ) -> Loss:
     "Weighted coarse and fine loss; finite also for a batch without any true link."
     m0, m1 = vessel_weights(mask0, result.grid0), vessel_weights(mask1, result.grid1)

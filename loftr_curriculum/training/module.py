@@ -37,21 +37,22 @@ from ..data.batch import PairBatch
 from ..evaluation.collapse import collapse_figures
 from ..evaluation.metrics import at_512, auc, corner_error
 from ..geometry import check_transform, invert
-from ..model.config import REFERENCE, UNGUIDED, VARIANTS, MatcherConfig
+from ..model.config import REFERENCE, UNGUIDED, VARIANTS, Guidance, MatcherConfig, Matches
+from ..model.stages import CoarseResult, TwoStageMatcher
 from ..model.weights import load_matcher, make_matcher
 from ..registration.binning import bin_matches
 from ..registration.estimate import estimate_transform
 from .config import TrainConfig
-from .losses import matching_loss
+from .losses import Loss, matching_loss
 from .supervision import cell_frame, supervise
 
 
 # %% ../../nbs/09_training/04_module.ipynb #9d89a3d0
 def quick_error(
-    matches,  # Matches of one pair
-    fov0,  # (H, W) bool
-    fixed_to_moving,  # (3, 3) true map
-    size1,  # (height, width) of the moving image
+    matches: Matches,  # Matches of one pair
+    fov0: torch.Tensor,  # (H, W) bool
+    fixed_to_moving: torch.Tensor,  # (3, 3) true map
+    size1: tuple[int, int],  # (height, width) of the moving image
 ) -> float:
     "Corner error of a single-pass affine in pixels of the fixed image at 512 px, inf for no answer."
     kept = bin_matches(matches.points0, matches.confidence, fov0)
@@ -63,7 +64,7 @@ def quick_error(
 
 # %% ../../nbs/09_training/04_module.ipynb #3a622d7b
 def mean_auc(
-    errors,  # (N,) pixels at 512 px
+    errors: torch.Tensor,  # (N,) pixels at 512 px
 ) -> float:
     "Mean of AUC@5, AUC@10 and AUC@20, the figure that chooses checkpoints."
     return float(np.mean([auc(errors, t) for t in (5, 10, 20)]))
@@ -71,8 +72,8 @@ def mean_auc(
 
 # %% ../../nbs/09_training/04_module.ipynb #01dcb353
 def first_matcher(
-    config,  # TrainConfig
-):
+    config: TrainConfig,
+) -> TwoStageMatcher:
     """What a run starts from: random weights, or those of `init` with the configuration that they carry.
 
     Raises ValueError where `config.matcher` asks for another one."""
@@ -92,9 +93,9 @@ def first_matcher(
 
 # %% ../../nbs/09_training/04_module.ipynb #c3dd6a3a
 def check_same_matcher(
-    has,  # MatcherConfig of the weights
-    want,  # MatcherConfig that the run asks for
-    init,  # where the weights come from
+    has: MatcherConfig,  # MatcherConfig of the weights
+    want: MatcherConfig,  # MatcherConfig that the run asks for
+    init: str | None,  # where the weights come from
 ) -> None:
     "Raises ValueError where a field was asked for that is neither the default nor what the weights have."
     if has.variant != want.variant:
@@ -118,11 +119,11 @@ class Mean(Metric):
         for name in ("total", "weight"):
             self.add_state(name, torch.tensor(0.0), "sum")
 
-    def update(self, value, weight):
+    def update(self, value: torch.Tensor | float, weight: int) -> None:
         self.total = self.total + value * weight
         self.weight = self.weight + weight
 
-    def compute(self):
+    def compute(self) -> torch.Tensor:
         return self.total / self.weight
 
 
@@ -144,7 +145,7 @@ class PL_LoFTR(pl.LightningModule):
 
     def __init__(
         self,
-        config=TrainConfig(),  # the run
+        config: TrainConfig = TrainConfig(),  # the run
     ):
         super().__init__()
         self.config = config
@@ -155,34 +156,34 @@ class PL_LoFTR(pl.LightningModule):
         self.val_errors_guided = CatMetric()
         self.means = torch.nn.ModuleDict({name: Mean() for name in MEANS})
 
-    def on_train_epoch_start(self):
+    def on_train_epoch_start(self) -> None:
         for name, mean in self.means.items():
             self.log(f"train/{name}", mean, on_step=False, on_epoch=True)
 
-    def training_step(self, batch, batch_idx):
+    def training_step(self, batch: PairBatch, batch_idx: int) -> torch.Tensor:
         return training_step(self, batch)
 
-    def validation_step(self, batch, batch_idx):
+    def validation_step(self, batch: PairBatch, batch_idx: int) -> None:
         errors, figures = validate(self, batch, UNGUIDED)
         self.val_errors.update(errors)
         self.log_dict({f"val/{k}": v for k, v in figures.items()}, on_epoch=True, batch_size=len(errors))
         if self.guidance.vessel_soft_lambda > 0:
             self.val_errors_guided.update(validate(self, batch, self.guidance)[0])
 
-    def on_validation_epoch_end(self):
+    def on_validation_epoch_end(self) -> None:
         for name, metric in {"val": self.val_errors, "val_guided": self.val_errors_guided}.items():
             if metric.update_count:
                 log_errors(self, name, np.atleast_1d(metric.compute().cpu().numpy()))
             metric.reset()
 
-    def configure_optimizers(self):
+    def configure_optimizers(self) -> dict:
         return configure_optimizers(self)
 
 
 # %% ../../nbs/09_training/04_module.ipynb #2bdaf423
 def exchange_mask(
-    mask,  # (B, H, W) in [0, 1]
-    whose,  # "other" or "uniform", as in CurriculumConfig
+    mask: torch.Tensor,  # (B, H, W) in [0, 1]
+    whose: str,  # "other" or "uniform", as in CurriculumConfig
 ) -> torch.Tensor:
     "The masks of the next pairs of the batch, or everywhere the mean of a mask."
     if whose == "other":
@@ -192,8 +193,8 @@ def exchange_mask(
 
 # %% ../../nbs/09_training/04_module.ipynb #c3e8e43f
 def with_masks(
-    batch,  # PairBatch
-    whose,  # "own", "other" or "uniform", as in CurriculumConfig
+    batch: PairBatch,
+    whose: str,  # "own", "other" or "uniform", as in CurriculumConfig
 ) -> PairBatch:
     "The batch with the masks that guide and weight it."
     if whose == "own":
@@ -204,10 +205,10 @@ def with_masks(
 
 # %% ../../nbs/09_training/04_module.ipynb #3d60ab23
 def forward_batch(
-    matcher,  # Matcher
-    batch,  # PairBatch
-    guidance,  # Guidance
-):
+    matcher: TwoStageMatcher,  # Matcher
+    batch: PairBatch,
+    guidance: Guidance,
+) -> CoarseResult:
     "The matcher's result on a batch."
     return matcher(
         batch.image0,
@@ -222,8 +223,8 @@ def forward_batch(
 
 # %% ../../nbs/09_training/04_module.ipynb #09cfa2bb
 def training_step(
-    module,  # PL_LoFTR
-    batch,  # PairBatch
+    module: PL_LoFTR,
+    batch: PairBatch,
 ) -> torch.Tensor:
     "The weighted loss of a batch under the module's guidance."
     batch = with_masks(batch, module.config.phases.mask)
@@ -246,9 +247,9 @@ def training_step(
 
 # %% ../../nbs/09_training/04_module.ipynb #f4c127bd
 def log_loss(
-    module,  # PL_LoFTR
-    loss,  # Loss of a step
-    pairs,  # pairs of the batch
+    module: PL_LoFTR,
+    loss: Loss,  # Loss of a step
+    pairs: int,  # pairs of the batch
 ) -> None:
     "The loss of this step for the progress bar, and its parts into the means of the epoch."
     module.log("train/loss_step", loss.total.detach(), prog_bar=True, on_step=True, on_epoch=False)
@@ -270,9 +271,9 @@ COLLAPSE = (
 
 
 def validate(
-    module,  # PL_LoFTR
-    batch,  # PairBatch
-    guidance,  # Guidance
+    module: PL_LoFTR,
+    batch: PairBatch,
+    guidance: Guidance,
 ) -> tuple:
     "Corner errors (B,) at 512 px, and the mean collapse figures of the batch."
     shown = with_masks(batch, module.config.phases.mask)
@@ -300,9 +301,9 @@ def validate(
 
 # %% ../../nbs/09_training/04_module.ipynb #4b2eef4d
 def log_errors(
-    module,  # PL_LoFTR
-    name,  # prefix of the logged names
-    errors,  # (N,) pixels at 512 px
+    module: PL_LoFTR,
+    name: str,  # prefix of the logged names
+    errors: torch.Tensor,  # (N,) pixels at 512 px
 ) -> None:
     "Log AUC, success and median error; a median of infinity is logged as 999."
     module.log(f"{name}/auc", mean_auc(errors), prog_bar=name == "val")
@@ -314,9 +315,9 @@ def log_errors(
 
 # %% ../../nbs/09_training/04_module.ipynb #cd6aad21
 def rate(
-    step,  # steps taken
-    steps,  # steps of the run
-    warmup,  # steps of warm-up
+    step: int,  # steps taken
+    steps: int,  # steps of the run
+    warmup: int,  # steps of warm-up
 ) -> float:
     "Share of the peak learning rate at a step."
     warmup = max(1, min(warmup, steps // 10))
@@ -327,7 +328,7 @@ def rate(
 
 # %% ../../nbs/09_training/04_module.ipynb #dd899ebc
 def configure_optimizers(
-    module,  # PL_LoFTR attached to a trainer
+    module: PL_LoFTR,  # PL_LoFTR attached to a trainer
 ) -> dict:
     "AdamW and its schedule, stepped every batch."
     config = module.config

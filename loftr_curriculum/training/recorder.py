@@ -21,11 +21,13 @@ __all__ = [
 # %% ../../nbs/09_training/09_recorder.ipynb #ffb30b79
 import time
 import warnings
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import lightning.pytorch as pl
 import numpy as np
 
+from ..data.module import ValPairs
 from ..evaluation.collapse import THRESHOLD
 from ..evaluation.probes import (
     match_probes,
@@ -35,6 +37,7 @@ from ..evaluation.probes import (
 )
 from ..evaluation.recording import (
     PATIENCE,
+    Probe,
     Recording,
     epoch_files,
     measure,
@@ -43,9 +46,11 @@ from ..evaluation.recording import (
     write_epoch,
     write_probes,
 )
-from ..model.config import UNGUIDED
+from ..model.config import UNGUIDED, Guidance
 from ..report.collapse import draw_lines, first_of_kinds
 from ..report.plots import figure_pixels, new_figure
+from .config import TrainConfig
+from .module import PL_LoFTR
 
 
 # %% ../../nbs/09_training/09_recorder.ipynb #f7a49a7d
@@ -54,7 +59,7 @@ class ProbeSources:
 
     def __init__(
         self,
-        config,  # TrainConfig
+        config: TrainConfig,
     ):
         self.config = config
         self.real = []
@@ -63,7 +68,7 @@ class ProbeSources:
 
     def __call__(
         self,
-        val_pairs,  # ValPairs
+        val_pairs: ValPairs,
     ) -> list:  # of Probe
         "Validation pairs first, then pseudo-real and real ones."
         config = self.config
@@ -84,11 +89,11 @@ class MatchRecorder(pl.Callback):
 
     def __init__(
         self,
-        folder,  # of the recording
-        sources,  # called with the ValPairs, gives a list of Probe
-        every=1,  # epochs between recordings
-        patience=PATIENCE,  # recordings in a row above the threshold before the alarm
-        stop=False,  # stop the run at the alarm
+        folder: str | Path,  # of the recording
+        sources: Callable[[ValPairs], list[Probe]],  # called with the ValPairs, gives a list of Probe
+        every: int = 1,  # epochs between recordings
+        patience: int = PATIENCE,  # recordings in a row above the threshold before the alarm
+        stop: bool = False,  # stop the run at the alarm
     ):
         self.folder = Path(folder)
         self.sources = sources
@@ -97,7 +102,7 @@ class MatchRecorder(pl.Callback):
         self.stop = stop
         self.spent = 0.0  # seconds of this session that went into recording
 
-    def on_fit_start(self, trainer, pl_module):
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if not trainer.is_global_zero:
             return
         goes_on = trainer.ckpt_path and probes_file(self.folder).is_file()
@@ -109,7 +114,7 @@ class MatchRecorder(pl.Callback):
         self.begin = time.monotonic()
         self.spent = 0.0
 
-    def on_validation_epoch_end(self, trainer, pl_module):
+    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.sanity_checking or not trainer.is_global_zero:
             return
         epoch = trainer.current_epoch
@@ -123,13 +128,13 @@ class MatchRecorder(pl.Callback):
         raise_alarm(self, trainer, epoch)
         self.spent += time.monotonic() - start
 
-    def on_fit_end(self, trainer, pl_module):
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.is_global_zero:
             pl.utilities.rank_zero_info(f"recording took {self.share(0):.1%} of the time of this session")
 
     def share(
         self,
-        running,  # seconds of a recording under way
+        running: float,  # seconds of a recording under way
     ) -> float:  # in [0, 1]
         "How much of the session's time went into recording."
         return (self.spent + running) / max(time.monotonic() - self.begin, 1e-9)
@@ -137,10 +142,10 @@ class MatchRecorder(pl.Callback):
 
 # %% ../../nbs/09_training/09_recorder.ipynb #344dc400
 def measure_probes(
-    recorder,  # MatchRecorder
-    trainer,  # Trainer
-    module,  # PL_LoFTR
-    guidance,  # Guidance of this pass
+    recorder: MatchRecorder,
+    trainer: pl.Trainer,
+    module: PL_LoFTR,
+    guidance: Guidance,  # Guidance of this pass
 ) -> list:
     "Matches and figures of every probe, in the precision in which the run validates."
     probes = recorder.recording.probes
@@ -152,10 +157,10 @@ def measure_probes(
 
 # %% ../../nbs/09_training/09_recorder.ipynb #81881ed9
 def record(
-    recorder,  # MatchRecorder
-    trainer,  # Trainer
-    module,  # PL_LoFTR
-    start,  # time.monotonic() when the recording began
+    recorder: MatchRecorder,
+    trainer: pl.Trainer,
+    module: PL_LoFTR,
+    start: float,  # time.monotonic() when the recording began
 ) -> None:
     "Matches of every probe, guided ones too while the masks guide the training; one file."
     guidance = module.guidance
@@ -192,10 +197,10 @@ LOGGED = (
 
 
 def log_recording(
-    recorder,  # MatchRecorder
-    trainer,  # Trainer
-    module,  # PL_LoFTR
-    epoch,  # int
+    recorder: MatchRecorder,
+    trainer: pl.Trainer,
+    module: PL_LoFTR,
+    epoch: int,
 ) -> None:
     "Scalars to all loggers; picture and share of time to those that show pictures."
     log_scalars(recorder.recording, module, epoch)
@@ -206,9 +211,9 @@ def log_recording(
 
 # %% ../../nbs/09_training/09_recorder.ipynb #ee43f162
 def log_scalars(
-    recording,  # Recording
-    module,  # PL_LoFTR
-    epoch,  # int
+    recording: Recording,
+    module: PL_LoFTR,
+    epoch: int,
 ) -> None:
     "Medians over all probes, over the guided passes, and over each kind where there are several."
     groups = {"probe": {}, "probe_guided": {"guided": True}}
@@ -223,10 +228,10 @@ def log_scalars(
 
 # %% ../../nbs/09_training/09_recorder.ipynb #bb0198ae
 def log_picture(
-    recording,  # Recording
-    board,  # a writer of TensorBoard
-    epoch,  # int
-    step,  # of the run
+    recording: Recording,
+    board: object,  # a writer of TensorBoard
+    epoch: int,
+    step: int,  # of the run
 ) -> None:
     "Share of time, and every fifth time the match lines."
     board.add_scalar("probe/share_of_time", recording.record(epoch).share, step)
@@ -236,8 +241,8 @@ def log_picture(
 
 # %% ../../nbs/09_training/09_recorder.ipynb #df53c01a
 def lines_picture(
-    recording,  # Recording
-    epoch,  # one of its epochs
+    recording: Recording,
+    epoch: int,  # one of its epochs
 ) -> np.ndarray:  # (H, W, 3) uint8
     "Unguided match lines of the first probe of every kind."
     first = first_of_kinds(recording)
@@ -250,7 +255,7 @@ def lines_picture(
 
 # %% ../../nbs/09_training/09_recorder.ipynb #fa983cd0
 def last_in_a_row(
-    index,  # collapse index of each recording, in order
+    index: Sequence[float],  # collapse index of each recording, in order
 ) -> int:
     "How many of the last ones are above the threshold, without a break."
     count = 0
@@ -263,9 +268,9 @@ def last_in_a_row(
 
 # %% ../../nbs/09_training/09_recorder.ipynb #31e16b37
 def raise_alarm(
-    recorder,  # MatchRecorder
-    trainer,  # Trainer
-    epoch,  # just recorded
+    recorder: MatchRecorder,
+    trainer: pl.Trainer,
+    epoch: int,  # just recorded
 ) -> None:
     "Warn after `patience` recordings in a row above the threshold, and again after as many more."
     index = [row["collapse_index"] for row in summary(recorder.recording) if row["epoch"] <= epoch]

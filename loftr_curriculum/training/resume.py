@@ -26,9 +26,12 @@ import multiprocessing
 import shutil
 import signal
 import time
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
@@ -38,14 +41,15 @@ from ..io.lock import heeded
 from ..model.weights import open_checkpoint, refuse_endless
 from .callbacks import say
 from .history import RunFolder
+from .module import PL_LoFTR
 
 # %% ../../nbs/09_training/11_resume.ipynb #b1f00c05
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)  # why a file cannot be written
 
 
 def not_written(
-    folder,  # RunFolder
-    error,  # OSError, or the RuntimeError of torch's writer
+    folder: RunFolder,
+    error: Exception,  # OSError, or the RuntimeError of torch's writer
 ) -> str:
     "What a run says when it cannot write into its folder: why, and what is still there."
     why = getattr(error, "strerror", None) or "the disk is full, or a limit is reached"
@@ -60,14 +64,18 @@ def not_written(
 class AtomicCheckpointIO(TorchCheckpointIO):
     "A checkpoint is there as a whole, or it is the one that was there before; nothing in it is run."
 
-    def save_checkpoint(self, checkpoint, path, storage_options=None):
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: str | Path, storage_options: object | None = None
+    ) -> None:
         try:
             with atomic_path(path) as half:
                 torch.save(checkpoint, half)
         except (OSError, RuntimeError) as error:
             raise FileError(not_written(RunFolder(Path(path).parent), error)) from error
 
-    def load_checkpoint(self, path, map_location=None, weights_only=True):
+    def load_checkpoint(
+        self, path: str | Path, map_location: object | None = None, weights_only: bool = True
+    ) -> dict[str, Any]:
         return open_checkpoint(path)
 
 
@@ -84,9 +92,9 @@ HELD = (
 
 
 def refuse_other_checkpoint(
-    saved,  # dict, as read
-    module,  # PL_LoFTR that shall go on
-    path,  # of the checkpoint, for the error
+    saved: dict[str, Any],  # dict, as read
+    module: PL_LoFTR,  # PL_LoFTR that shall go on
+    path: str | Path,  # of the checkpoint, for the error
 ) -> None:
     "FileError where a run cannot go on from it."
     lacking = [name for name in HELD if name not in saved]
@@ -107,8 +115,8 @@ SOON = 5.0  # seconds that a run waits for the next pairs when it was asked to s
 
 @contextmanager
 def polite_stop(
-    last,  # LastCheckpoint
-):
+    last: "LastCheckpoint",
+) -> Iterator[None]:
     """Inside, the first Ctrl-C, SIGTERM or SIGHUP asks `last` to stop the run; a second one interrupts it.
 
     Does nothing outside the main thread, where Python allows no handlers."""
@@ -146,7 +154,7 @@ def polite_stop(
 
 # %% ../../nbs/09_training/11_resume.ipynb #b1f00c02
 @contextmanager
-def no_process_left():
+def no_process_left() -> Iterator[None]:
     "Inside, processes may be started; those that still live at the end are killed."
     before = set(multiprocessing.active_children())
     try:
@@ -159,7 +167,7 @@ def no_process_left():
 
 # %% ../../nbs/09_training/11_resume.ipynb #b1f00c10
 def end_loaders(
-    strangers,  # set of processes that stay
+    strangers: set,  # set of processes that stay
 ) -> None:
     "Ends the loaders of a run that stops; nothing outside the main thread."
     if not heeded() or not hasattr(signal, "SIGCHLD"):
@@ -177,8 +185,8 @@ class LastCheckpoint(Checkpoint):
 
     def __init__(
         self,
-        folder,  # of the run
-        minutes=5.0,  # between checkpoints within an epoch
+        folder: str | Path,  # of the run
+        minutes: float = 5.0,  # between checkpoints within an epoch
     ):
         self.path = RunFolder(Path(folder)).last
         self.minutes = minutes
@@ -187,13 +195,13 @@ class LastCheckpoint(Checkpoint):
         self.module = None
         self.means = {}  # of the epoch, as the checkpoint holds them: name -> (total, weight)
 
-    def setup(self, trainer, pl_module, stage):
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self.strangers = set(multiprocessing.active_children())  # processes that are not of this run
         if trainer.is_global_zero:
             for half in self.path.parent.glob(".*.ckpt"):
                 half.unlink()  # of a process that was killed while it wrote
 
-    def on_train_start(self, trainer, pl_module):
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.module = pl_module
         self.since = time.monotonic()
         if not trainer.fit_loop.restarted_mid_epoch:
@@ -204,40 +212,51 @@ class LastCheckpoint(Checkpoint):
         skip_taken_batches(trainer)
         self.note_step(trainer)
 
-    def on_train_epoch_start(self, trainer, pl_module):
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self.asked:
             self.stop(trainer)
 
-    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: object, batch_idx: int
+    ) -> None:
         self.whole = False
 
-    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+    def on_train_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: object,
+        batch: object,
+        batch_idx: int,
+    ) -> None:
         self.note_step(trainer)
         if batch_idx + 1 < trainer.num_training_batches:
             self.save_where_due(trainer)
 
-    def on_validation_batch_end(self, trainer, pl_module, *_):
+    def on_validation_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: object) -> None:
         if not trainer.sanity_checking:
             self.save_where_due(trainer)
 
-    def on_validation_epoch_end(self, trainer, pl_module):
+    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.whole = False  # until the epoch has ended
 
-    def on_train_epoch_end(self, trainer, pl_module):
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.save(trainer)
 
-    def on_exception(self, trainer, pl_module, exception):
+    def on_exception(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
+    ) -> None:
         if self.whole and trainer.train_dataloader.state_dict() == self.taken:
             self.save(trainer)  # no step is under way
         if isinstance(exception, (KeyboardInterrupt, SystemExit)):
             end_loaders(self.strangers)
 
-    def note_step(self, trainer):
+    def note_step(self, trainer: pl.Trainer) -> None:
         "A step has ended: the state is whole, and so many batches were taken."
         self.whole = True
         self.taken = trainer.train_dataloader.state_dict()
 
-    def save_where_due(self, trainer):
+    def save_where_due(self, trainer: pl.Trainer) -> None:
         "Save where it is time, or where somebody asked to stop."
         due = self.asked or time.monotonic() - self.since > 60 * self.minutes
         if trainer.strategy.broadcast(bool(due)):
@@ -245,11 +264,11 @@ class LastCheckpoint(Checkpoint):
         if self.asked:
             self.stop(trainer)
 
-    def save(self, trainer):
+    def save(self, trainer: pl.Trainer) -> None:
         trainer.save_checkpoint(self.path, weights_only=False)
         self.since = time.monotonic()
 
-    def stop(self, trainer):
+    def stop(self, trainer: pl.Trainer) -> None:
         "Leave the run; what there is to keep has been saved."
         self.whole = False
         say(trainer, f"stopped at step {trainer.global_step}, kept in {self.path}")
@@ -257,24 +276,26 @@ class LastCheckpoint(Checkpoint):
             raise KeyboardInterrupt
         raise SystemExit(128 + self.asked)
 
-    def on_save_checkpoint(self, trainer, pl_module, checkpoint):
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
         if trainer.validating:
             put_before_validation(checkpoint)
 
-    def state_dict(self):
+    def state_dict(self) -> dict[str, Any]:
         means = self.module.means.items() if self.whole else ()
         begun = {name: (float(mean.total), float(mean.weight)) for name, mean in means if mean.weight}
         return {"means": begun}
 
-    def load_state_dict(self, state_dict):
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.means = state_dict["means"]
 
 
 # %% ../../nbs/09_training/11_resume.ipynb #df789e5e
 def begin_epoch_again(
-    callbacks,  # list
-    trainer,  # Trainer
-    module,  # PL_LoFTR
+    callbacks: Sequence[pl.Callback],  # list
+    trainer: pl.Trainer,
+    module: PL_LoFTR,
 ) -> None:
     "Tell callbacks and module that an epoch has started, which Lightning does not where it goes on in one."
     for callback in callbacks:
@@ -284,7 +305,7 @@ def begin_epoch_again(
 
 # %% ../../nbs/09_training/11_resume.ipynb #e83aa1c8
 def skip_taken_batches(
-    trainer,  # Trainer that goes on in the middle of an epoch
+    trainer: pl.Trainer,  # Trainer that goes on in the middle of an epoch
 ) -> None:
     "The loader begins behind the batches that the epoch has used."
     taken = trainer.fit_loop.batch_idx + 1
@@ -294,7 +315,7 @@ def skip_taken_batches(
 
 # %% ../../nbs/09_training/11_resume.ipynb #9d5134b0
 def put_before_validation(
-    checkpoint,  # dict, as Lightning is about to write it
+    checkpoint: dict[str, Any],  # dict, as Lightning is about to write it
 ) -> None:
     "Say that the steps of the epoch are done, and that the first validation batch is not."
     progress = checkpoint["loops"]["fit_loop"]["epoch_loop.val_loop.batch_progress"]

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from ..data.batch import PairBatch
 from ..geometry import Grid, apply_transform
 
 # %% ../../nbs/09_training/02_supervision.ipynb #fb441d9a
@@ -48,10 +49,10 @@ class Targets:
 
 # %% ../../nbs/09_training/02_supervision.ipynb #d229d1a7
 def link_cells(
-    points,  # (B, N, 2) where the centres truly lie in the other image, pixels
-    grid,  # Grid of the other image
-    seen_from,  # (B, N) bool
-    seen_to,  # (B, len(grid)) bool
+    points: torch.Tensor,  # (B, N, 2) where the centres truly lie in the other image, pixels
+    grid: Grid,  # Grid of the other image
+    seen_from: torch.Tensor,  # (B, N) bool
+    seen_to: torch.Tensor,  # (B, len(grid)) bool
 ) -> torch.Tensor:
     "The cell of the other image in which each centre lies, (B, N) int64; -1 where there is none."
     index = grid.index(points)
@@ -61,8 +62,8 @@ def link_cells(
 
 # %% ../../nbs/09_training/02_supervision.ipynb #f0f2ca24
 def close_cells(
-    points,  # (B, N, 2) where the centres truly lie in the other image, pixels
-    grid,  # Grid of the other image
+    points: torch.Tensor,  # (B, N, 2) where the centres truly lie in the other image, pixels
+    grid: Grid,  # Grid of the other image
 ) -> tuple:
     "Pair of the batch, centre and cell that lie within `CLOSE` of each other, (M,) each."
     stride = grid.stride
@@ -76,9 +77,9 @@ def close_cells(
 
 # %% ../../nbs/09_training/02_supervision.ipynb #593a5a5e
 def true_points(
-    T,  # (B, 3, 3) true map, pixels
-    grid,  # Grid whose centres are mapped
-    points,  # (B, rows, columns, 2) where they truly lie, or None: where T says
+    T: torch.Tensor,  # (B, 3, 3) true map, pixels
+    grid: Grid,  # Grid whose centres are mapped
+    points: torch.Tensor | None,  # (B, rows, columns, 2) where they truly lie, or None: where T says
 ) -> torch.Tensor:
     "Where the centres of the cells truly lie in the other image, (B, len(grid), 2)."
     if points is None:
@@ -93,13 +94,13 @@ def true_points(
 # %% ../../nbs/09_training/02_supervision.ipynb #a4fbc4f3
 @torch.no_grad()
 def supervise(
-    fixed_to_moving,  # (B, 3, 3) true map from image 0 to image 1, pixels
-    grid0,  # Grid of the coarse cells of image 0
-    grid1,  # Grid of the coarse cells of image 1
-    seen0,  # (B, L) bool: cells of image 0 inside the field of view
-    seen1,  # (B, S) bool
-    map_0to1=None,  # (B, *grid0.shape, 2) where centres of image 0 lie in image 1; None: as the matrix says
-    map_1to0=None,  # (B, *grid1.shape, 2) where centres of image 1 truly lie in image 0; None: likewise
+    fixed_to_moving: torch.Tensor,  # (B, 3, 3) true map from image 0 to image 1, pixels
+    grid0: Grid,  # Grid of the coarse cells of image 0
+    grid1: Grid,  # Grid of the coarse cells of image 1
+    seen0: torch.Tensor,  # (B, L) bool: cells of image 0 inside the field of view
+    seen1: torch.Tensor,  # (B, S) bool
+    map_0to1: torch.Tensor | None = None,  # (B, *grid0.shape, 2) image 0 to image 1; None: by the matrix
+    map_1to0: torch.Tensor | None = None,  # (B, *grid1.shape, 2) image 1 to image 0; None: by the matrix
 ) -> Targets:
     """The state of every cell pair; raises ValueError where a map is not that of the grid.
 
@@ -138,10 +139,10 @@ class Truth:
 
 # %% ../../nbs/09_training/02_supervision.ipynb #f1d223a5
 def move_map(
-    points,  # (B, rows, columns, 2) where the centres truly lie in the other image, or None
-    grid,  # Grid of the image that is mapped
-    T,  # (B, 3, 3) true map, or its affine part
-):
+    points: torch.Tensor | None,  # (B, rows, columns, 2) where the centres truly lie in the other image
+    grid: Grid,  # Grid of the image that is mapped
+    T: torch.Tensor,  # (B, 3, 3) true map, or its affine part
+) -> torch.Tensor | None:
     "The same of the points that the cells stand for; T carries it over the few pixels between them."
     if points is None:
         return None
@@ -152,9 +153,9 @@ def move_map(
 
 # %% ../../nbs/09_training/02_supervision.ipynb #09f4b23b
 def cell_frame(
-    batch,  # PairBatch
-    grid0,  # Grid of the coarse cells of image 0
-    grid1,  # Grid of the coarse cells of image 1, with the same offset
+    batch: PairBatch,
+    grid0: Grid,  # Grid of the coarse cells of image 0
+    grid1: Grid,  # Grid of the coarse cells of image 1, with the same offset
 ) -> Truth:
     "The truth and the masks of a batch in the frame in which cells stand for their centres."
     T, shift = batch.fixed_to_moving, grid0.to_centre
