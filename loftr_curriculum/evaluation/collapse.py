@@ -13,6 +13,7 @@ __all__ = [
     "Fields",
     "overlap_fields",
     "agreeing",
+    "plausible",
     "believed_transform",
     "most_confident",
     "cell_counts",
@@ -40,6 +41,7 @@ from ..geometry import (
     compose,
     decompose,
     invert,
+    map_from_matrix,
     resize_matrix,
     warp_image,
 )
@@ -89,10 +91,24 @@ def agreeing(
     "Which matches agree with a transform to 8 px at 512 px."
     if fixed_to_moving is None or not len(points0):
         return np.zeros(len(points0), bool)
-    return residuals(fixed_to_moving, points0, points1) <= AGREE_PX * max(size0) / 512
+    return residuals(map_from_matrix(fixed_to_moving), points0, points1) <= AGREE_PX * max(size0) / 512
 
 
 # %% ../../nbs/07_evaluation/01_collapse.ipynb #0762aba7
+def plausible(
+    fixed_to_moving: np.ndarray,  # (3, 3)
+    size0: tuple[int, int],  # (height, width) of the fixed image
+    size1: tuple[int, int],  # (height, width) of the moving image
+) -> bool:
+    """Could the map be true, both images brought to one long side?
+
+    Convention: fixed points to moving points.
+    """
+    same = resize_matrix(size1, [n * max(size0) / max(size1) for n in size1])
+    return not check_transform(compose(fixed_to_moving, same), size0)
+
+
+# %% ../../nbs/07_evaluation/01_collapse.ipynb #54aa4d7c
 def believed_transform(
     points0: np.ndarray,  # (N, 2) start points
     points1: np.ndarray,  # (N, 2) end points
@@ -100,22 +116,22 @@ def believed_transform(
     size1: tuple[int, int],  # (height, width) of the moving image
     confidence: np.ndarray | None = None,  # (N,); all alike when None
 ) -> np.ndarray | None:  # (3, 3) fixed -> moving, None where no fit deserves belief
-    "A single-pass affine through the matches, if it is plausible and supported."
+    """A single-pass affine through the matches, if it is plausible and supported.
+
+    Convention: fixed points to moving points.
+    """
     points0, points1 = np.asarray(points0, float).reshape(-1, 2), np.asarray(points1, float).reshape(-1, 2)
     if len(points0) < LEAST["affine"]:
         return None
     size0 = np.asarray(fov0).shape
-    kept = bin_matches(
-        points0, np.ones(len(points0)) if confidence is None else confidence, np.asarray(fov0, bool)
-    )
+    confidence = np.ones(len(points0)) if confidence is None else confidence
+    kept = bin_matches(points0, confidence, np.asarray(fov0, bool))
     found = estimate_transform(points0[kept], points1[kept], "affine", AGREE_PX * max(size0) / 512)
-    if found is None:
+    if found is None or not plausible(found.fixed_to_moving.matrix, size0, size1):
         return None
-    same = resize_matrix(size1, [n * max(size0) / max(size1) for n in size1])
-    if check_transform(compose(found.fixed_to_moving, same), size0):
-        return None
-    agree = agreeing(found.fixed_to_moving, points0, points1, size0)
-    return found.fixed_to_moving if agree.sum() >= LEAST_AGREEING and agree.mean() >= LEAST_SHARE else None
+    agree = agreeing(found.fixed_to_moving.matrix, points0, points1, size0)
+    supported = agree.sum() >= LEAST_AGREEING and agree.mean() >= LEAST_SHARE
+    return found.fixed_to_moving.matrix if supported else None
 
 
 # %% ../../nbs/07_evaluation/01_collapse.ipynb #ba767889

@@ -20,6 +20,7 @@ __all__ = [
 from collections.abc import Sequence
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from ..geometry import PointMap, apply_transform, corners
 
@@ -48,8 +49,8 @@ def _mean_distance(a, b):
 
 # %% ../../nbs/07_evaluation/00_metrics.ipynb #cf43aaef
 def mapped(
-    point_map: PointMap | np.ndarray,  # PointMap or (3, 3) matrix
-    points: np.ndarray,  # (N, 2)
+    point_map: PointMap | ArrayLike,  # PointMap or (3, 3) matrix
+    points: ArrayLike,  # (N, 2)
 ) -> np.ndarray:  # (N, 2)
     "Points under an answer of either form."
     if isinstance(point_map, PointMap):
@@ -59,9 +60,9 @@ def mapped(
 
 # %% ../../nbs/07_evaluation/00_metrics.ipynb #6dbd1340
 def landmark_error(
-    moving_to_fixed: PointMap | np.ndarray | None,  # PointMap or (3, 3) matrix, or None for no answer
-    fixed_points: np.ndarray,  # (N, 2) landmarks in the fixed image
-    moving_points: np.ndarray,  # (N, 2) the same landmarks in the moving image
+    moving_to_fixed: PointMap | ArrayLike | None,  # PointMap or (3, 3) matrix, or None for no answer
+    fixed_points: ArrayLike,  # (N, 2) landmarks in the fixed image
+    moving_points: ArrayLike,  # (N, 2) the same landmarks in the moving image
 ) -> float:  # pixels of the fixed image
     "Mean distance of the mapped moving landmarks from the fixed ones."
     if not is_answer(moving_to_fixed):
@@ -71,8 +72,8 @@ def landmark_error(
 
 # %% ../../nbs/07_evaluation/00_metrics.ipynb #71c5e905
 def corner_error(
-    moving_to_fixed: PointMap | np.ndarray | None,  # PointMap or (3, 3) matrix, or None for no answer
-    reference: np.ndarray,  # (3, 3) true moving -> fixed
+    moving_to_fixed: PointMap | ArrayLike | None,  # PointMap or (3, 3) matrix, or None for no answer
+    reference: ArrayLike,  # (3, 3) true moving -> fixed
     moving_size: tuple[int, int],  # (height, width) of the moving image
 ) -> float:  # pixels of the fixed image
     "Mean distance of the moving image's corners under the answer and under the reference."
@@ -93,7 +94,7 @@ def at_512(
 
 # %% ../../nbs/07_evaluation/00_metrics.ipynb #66093982
 def success_rate(
-    errors: np.ndarray,  # (N,) pixels, inf for no answer
+    errors: ArrayLike,  # (N,) pixels, inf for no answer
     threshold: float,  # pixels
 ) -> float:  # share in [0, 1]
     "Share of the pairs with an error below the threshold."
@@ -103,7 +104,7 @@ def success_rate(
 
 # %% ../../nbs/07_evaluation/00_metrics.ipynb #cea8cebc
 def auc(
-    errors: np.ndarray,  # (N,) pixels, inf for no answer
+    errors: ArrayLike,  # (N,) pixels, inf for no answer
     threshold: float,  # pixels
 ) -> float:  # in [0, 1]
     "Normalised area under the cumulative error curve up to the threshold."
@@ -121,7 +122,7 @@ def auc(
 
 # %% ../../nbs/07_evaluation/00_metrics.ipynb #992ba6ad
 def mauc25(
-    errors: np.ndarray,  # (N,) px, inf for no answer
+    errors: ArrayLike,  # (N,) px, inf for no answer
 ) -> float:  # in [0, 1]
     "Mean success rate over whole thresholds from 1 to 25 px."
     errors = np.asarray(errors, float)
@@ -130,7 +131,7 @@ def mauc25(
 
 # %% ../../nbs/07_evaluation/00_metrics.ipynb #c13582b2
 def summarise(
-    errors: np.ndarray,  # (N,) pixels, inf for no answer
+    errors: ArrayLike,  # (N,) pixels, inf for no answer
     thresholds: Sequence[float] = (5, 10, 20),  # pixels
 ) -> dict:  # pairs, no_answer, mean (of the answers), median (of all), SR@t, AUC@t
     "Figures of a set of errors; None where a figure is not finite."
@@ -152,7 +153,7 @@ def summarise(
 
 # %% ../../nbs/07_evaluation/00_metrics.ipynb #f3fd1b02
 def promises(
-    errors: np.ndarray,  # (N,) pixels, inf for no answer
+    errors: ArrayLike,  # (N,) pixels, inf for no answer
     verdicts: Sequence,  # (N,) verdicts or their strings
     good: float = 10.0,  # an answer below is good, pixels
     wrong: float = 20.0,  # an answer above is wrong, pixels

@@ -468,7 +468,7 @@ def spells(
 
 # %% ../../nbs/07_evaluation/07_recording.ipynb #5a602027
 def never_collapsed(
-    epochs: np.ndarray,  # (N,) recorded epochs
+    epochs: Sequence[int],  # (N,) recorded epochs
     index: np.ndarray,  # (N,) unguided collapse index
     threshold: float,  # above is collapsed
     patience: int,  # recordings in a row
@@ -485,7 +485,7 @@ def never_collapsed(
 
 
 def still_collapsed(
-    epochs: np.ndarray,  # (N,) recorded epochs
+    epochs: Sequence[int],  # (N,) recorded epochs
     index: np.ndarray,  # (N,) unguided collapse index
     threshold: float,  # above is collapsed
     first: int,  # number of the recording where the collapse begins
@@ -499,7 +499,7 @@ def still_collapsed(
 
 
 def recovered(
-    epochs: np.ndarray,  # (N,) recorded epochs
+    epochs: Sequence[int],  # (N,) recorded epochs
     index: np.ndarray,  # (N,) unguided collapse index
     threshold: float,  # above is collapsed
     first: int,  # number of the recording where the last collapse begins
@@ -514,7 +514,7 @@ def recovered(
 
 def held_up_by_masks(
     recording: Recording,
-    epochs: np.ndarray,  # (N,) recorded epochs
+    epochs: Sequence[int],  # (N,) recorded epochs
     index: np.ndarray,  # (N,) unguided collapse index
     threshold: float,  # above is collapsed
 ) -> int:

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import ArrayLike
 from tqdm.auto import tqdm
 
 from ..data.landmarks import LandmarkPair, read_landmark_set
@@ -63,7 +64,7 @@ def read_verdicts(
 def set_errors(
     pairs: Sequence[LandmarkPair],  # list of LandmarkPair
     predictions: Mapping[
-        str, PointMap | np.ndarray | None
+        str, PointMap | ArrayLike | None
     ],  # {id: PointMap, 3x3 or None}; a missing id is no answer
 ) -> (
     tuple

@@ -4,53 +4,55 @@
 
 # %% auto #0
 __all__ = [
-    "Affine",
-    "Backward",
-    "Bent",
-    "Chain",
-    "Grid",
-    "Homography",
     "Limits",
-    "Motion",
-    "NEAR",
-    "PointMap",
-    "STILL",
-    "Similarity",
     "affine",
-    "affine_of",
     "apply_transform",
     "centre",
     "check_transform",
     "compose",
     "corners",
     "decompose",
-    "dense_points",
     "fit_affine",
     "fit_homography",
     "fit_similarity",
-    "fit_size",
-    "folds",
     "invert",
     "jacobian",
+    "similarity",
+    "translation",
+    "Affine",
+    "Chain",
+    "Homography",
+    "MatrixMap",
+    "PointMap",
+    "Similarity",
+    "dense_points",
     "local_scale",
     "map_from_dict",
     "map_from_matrix",
-    "mild",
+    "Backward",
+    "Bent",
+    "affine_of",
+    "folds",
     "nearest_in_polygon",
-    "overlap",
     "polynomials",
-    "random_transform",
+    "thin_plates",
+    "fit_size",
     "resample",
     "resize_image",
     "resize_matrix",
-    "similarity",
-    "thin_plates",
-    "translation",
     "warp_image",
     "warp_tensor",
+    "NEAR",
+    "STILL",
+    "Motion",
+    "mild",
+    "overlap",
+    "random_transform",
+    "Grid",
 ]
 
 # %% ../../nbs/01_geometry/05_init.ipynb #dac8f865
+# %% ../../nbs/01_geometry/05_init.ipynb #de66d2bc
 from .bent import (
     Backward,
     Bent,
@@ -60,7 +62,13 @@ from .bent import (
     polynomials,
     thin_plates,
 )
-from .grid import Grid
+
+# %% ../../nbs/01_geometry/05_init.ipynb #1c90b7ab
+from .grid import (
+    Grid,
+)
+
+# %% ../../nbs/01_geometry/05_init.ipynb #f610410e
 from .images import (
     fit_size,
     resample,
@@ -69,10 +77,13 @@ from .images import (
     warp_image,
     warp_tensor,
 )
+
+# %% ../../nbs/01_geometry/05_init.ipynb #1fd792f9
 from .maps import (
     Affine,
     Chain,
     Homography,
+    MatrixMap,
     PointMap,
     Similarity,
     dense_points,
@@ -80,7 +91,16 @@ from .maps import (
     map_from_dict,
     map_from_matrix,
 )
-from .motion import NEAR, STILL, Motion, mild, overlap, random_transform
+
+# %% ../../nbs/01_geometry/05_init.ipynb #8c42710d
+from .motion import (
+    NEAR,
+    STILL,
+    Motion,
+    mild,
+    overlap,
+    random_transform,
+)
 from .points import (
     Limits,
     affine,
@@ -99,49 +119,47 @@ from .points import (
     translation,
 )
 
+# %% ../../nbs/01_geometry/05_init.ipynb #aeb53450
 _all_ = [
-    "Affine",
-    "Backward",
-    "Bent",
-    "Chain",
-    "Grid",
-    "Homography",
     "Limits",
-    "Motion",
-    "NEAR",
-    "PointMap",
-    "STILL",
-    "Similarity",
     "affine",
-    "affine_of",
     "apply_transform",
     "centre",
     "check_transform",
     "compose",
     "corners",
     "decompose",
-    "dense_points",
     "fit_affine",
     "fit_homography",
     "fit_similarity",
-    "fit_size",
-    "folds",
     "invert",
     "jacobian",
+    "similarity",
+    "translation",
+]
+
+# %% ../../nbs/01_geometry/05_init.ipynb #546a0b3b
+_all_ = [
+    "Affine",
+    "Chain",
+    "Homography",
+    "MatrixMap",
+    "PointMap",
+    "Similarity",
+    "dense_points",
     "local_scale",
     "map_from_dict",
     "map_from_matrix",
-    "mild",
-    "nearest_in_polygon",
-    "overlap",
-    "polynomials",
-    "random_transform",
-    "resample",
-    "resize_image",
-    "resize_matrix",
-    "similarity",
-    "thin_plates",
-    "translation",
-    "warp_image",
-    "warp_tensor",
 ]
+
+# %% ../../nbs/01_geometry/05_init.ipynb #7987af19
+_all_ = ["Backward", "Bent", "affine_of", "folds", "nearest_in_polygon", "polynomials", "thin_plates"]
+
+# %% ../../nbs/01_geometry/05_init.ipynb #4e4eaed7
+_all_ = ["fit_size", "resample", "resize_image", "resize_matrix", "warp_image", "warp_tensor"]
+
+# %% ../../nbs/01_geometry/05_init.ipynb #0b961ebb
+_all_ = ["NEAR", "STILL", "Motion", "mild", "overlap", "random_transform"]
+
+# %% ../../nbs/01_geometry/05_init.ipynb #4bbf75b0
+_all_ = ["Grid"]

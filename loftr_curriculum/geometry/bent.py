@@ -11,8 +11,10 @@ __all__ = [
     "polynomials",
     "thin_plates",
     "nearest_in_polygon",
+    "smooth_fall",
     "Bent",
     "Backward",
+    "check_bent",
     "read_bent",
     "read_backward",
     "affine_of",
@@ -34,7 +36,10 @@ def normalised(
     middle: np.ndarray,  # (2,) pixels: becomes (0, 0)
     scale: float,  # pixels that become 1
 ) -> np.ndarray:
-    "Points in the coordinates in which polynomials are taken."
+    """Points in the coordinates in which polynomials are taken.
+
+    Convention: `middle` becomes (0, 0), and a point `scale` pixels to its right becomes (1, 0).
+    """
     return (np.asarray(points, float) - middle) / scale
 
 
@@ -66,7 +71,10 @@ def nearest_in_polygon(
     points: np.ndarray,  # (N, 2)
     polygon: np.ndarray,  # (K, 2) corners of a convex region, in order
 ) -> tuple:  # (N, 2) nearest points of the region, (N,) distances, 0 inside
-    "The nearest point of a convex region."
+    """The nearest point of a convex region.
+
+    Convention: the corners may go round either way; points and corners lie in one frame.
+    """
     start, along = polygon, np.roll(polygon, -1, 0) - polygon
     offset = points[:, None] - start[None]
     length2 = np.maximum((along**2).sum(1), 1e-12)
@@ -82,6 +90,18 @@ def nearest_in_polygon(
 
 
 # %% ../../nbs/01_geometry/04_bent.ipynb #bd02eb3a
+def smooth_fall(
+    share: np.ndarray,  # any shape
+) -> np.ndarray:
+    "1 at 0 and below, 0 at 1 and above, and a smooth step between (3 t^2 - 2 t^3)."
+    rest = np.clip(1 - share, 0, 1)
+    return rest * rest * (3 - 2 * rest)
+
+
+# %% ../../nbs/01_geometry/04_bent.ipynb #187762d4
+FIELDS = ("affine", "middle", "scale", "coefficients", "knots", "support", "fade")
+
+
 @dataclass(frozen=True, eq=False)
 class Bent(PointMap):
     """An affine plus a bend: a quadratic, or a quadratic and thin plates (`flow`).
@@ -114,8 +134,7 @@ class Bent(PointMap):
         design = polynomials(q, 2)
         if len(self.knots):
             design = np.c_[design, thin_plates(q, self.knots)]
-        rest = np.clip(1 - distance / self.fade, 0, 1)
-        keep = rest * rest * (3 - 2 * rest)
+        keep = smooth_fall(distance / self.fade)
         return keep[:, None] * (design @ self.coefficients)
 
     def inverse(self) -> "Backward":
@@ -126,8 +145,6 @@ class Bent(PointMap):
         return {"model": self.model, **numbers}
 
 
-FIELDS = ("affine", "middle", "scale", "coefficients", "knots", "support", "fade")
-
 # %% ../../nbs/01_geometry/04_bent.ipynb #7067cfc4
 ROUNDS = 30  # of the fixed-point iteration, at most
 EXACT = 1e-6  # px of the destination at which it ends
@@ -135,7 +152,10 @@ EXACT = 1e-6  # px of the destination at which it ends
 
 @dataclass(frozen=True, eq=False)
 class Backward(PointMap):
-    "The inverse of a bent map, by iteration."
+    """The inverse of a bent map, by iteration.
+
+    Convention: destination points of `of` to its source points.
+    """
 
     of: Bent  # the map that goes the other way
 
@@ -161,24 +181,34 @@ class Backward(PointMap):
 
 
 # %% ../../nbs/01_geometry/04_bent.ipynb #586e2318
+def check_bent(
+    arrays: dict[str, np.ndarray],  # by the names of `FIELDS`
+) -> None:
+    "ValueError where the numbers make no bent map."
+    wanted = {"affine": (3, 3), "middle": (2,), "scale": (), "coefficients": (6 + len(arrays["knots"]), 2)}
+    for name, shape in wanted.items():
+        if arrays[name].shape != shape or not np.isfinite(arrays[name]).all():
+            raise ValueError(f"{name} of a bent map: expected finite numbers of shape {shape}")
+    support = arrays["support"]
+    if support.ndim != 2 or support.shape[1] != 2 or len(support) < 3:
+        raise ValueError("support of a bent map: expected three or more corners")
+    if not (float(arrays["scale"]) > 0 and float(arrays["fade"]) > 0):
+        raise ValueError("scale and fade of a bent map: expected numbers above 0")
+
+
+# %% ../../nbs/01_geometry/04_bent.ipynb #4bb58d86
 @reads("quadratic")
 @reads("flow")
 def read_bent(values: dict) -> Bent:
     "A bent map from its dict; ValueError where shapes do not fit."
     arrays = {name: np.asarray(values[name], float) for name in FIELDS}
     arrays["knots"] = arrays["knots"].reshape(-1, 2)
-    wanted = {"affine": (3, 3), "middle": (2,), "scale": (), "coefficients": (6 + len(arrays["knots"]), 2)}
-    for name, shape in wanted.items():
-        if arrays[name].shape != shape or not np.isfinite(arrays[name]).all():
-            raise ValueError(f"{name} of a bent map: expected finite numbers of shape {shape}")
-    if arrays["support"].ndim != 2 or arrays["support"].shape[1] != 2 or len(arrays["support"]) < 3:
-        raise ValueError("support of a bent map: expected three or more corners")
+    check_bent(arrays)
     scale, fade = float(arrays.pop("scale")), float(arrays.pop("fade"))
-    if not (scale > 0 and fade > 0):
-        raise ValueError("scale and fade of a bent map: expected numbers above 0")
     return Bent(scale=scale, fade=fade, **arrays)
 
 
+# %% ../../nbs/01_geometry/04_bent.ipynb #70861b55
 @reads("inverse")
 def read_backward(values: dict) -> Backward:
     "The inverse of a bent map from its dict."
@@ -208,7 +238,10 @@ def folds(
     size: tuple,  # (height, width) of the source frame
     step: float = 16.0,  # px between the points of the lattice
 ) -> bool:
-    "Is the Jacobian 0 or negative anywhere on the lattice?"
+    """Is the Jacobian 0 or negative anywhere on the lattice?
+
+    Convention: the lattice lies in the source frame, from pixel centre to pixel centre.
+    """
     (x0, y0), (x1, y1) = corners(size)[[0, 2]]
     x, y = np.arange(x0, x1 + step, step), np.arange(y0, y1 + step, step)
     mapped = point_map(np.stack(np.meshgrid(x, y), -1))

@@ -6,6 +6,7 @@
 __all__ = ["resize_matrix", "fit_size", "resize_image", "warp_image", "warp_tensor", "resample"]
 
 # %% ../../nbs/01_geometry/01_images.ipynb #874e8c7a
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -19,10 +20,13 @@ if TYPE_CHECKING:
 
 # %% ../../nbs/01_geometry/01_images.ipynb #92b5e995
 def resize_matrix(
-    size_from: tuple[int, int],  # (height, width)
-    size_to: tuple[int, int],  # (height, width)
+    size_from: Sequence[float],  # (height, width)
+    size_to: Sequence[float],  # (height, width)
 ) -> np.ndarray:
-    "The transform (3, 3) that `resize_image` applies to points."
+    """The matrix (3, 3) that `resize_image` applies to points.
+
+    Convention: points before to points after; edges go to edges, not centres to centres.
+    """
     sy, sx = size_to[0] / size_from[0], size_to[1] / size_from[1]
     return np.array([[sx, 0, (sx - 1) / 2], [0, sy, (sy - 1) / 2], [0, 0, 1]])
 
@@ -42,7 +46,10 @@ def resize_image(
     image: np.ndarray,  # (H, W) or (H, W, C), any dtype of OpenCV or bool
     size: tuple[int, int],  # (height, width) of the answer
 ) -> np.ndarray:
-    "The image at another size, same dtype. A bool image is true where at least half of the pixel's area was."
+    """The image at another size, same dtype; a bool image is true where at least half of the area was.
+
+    Convention: points move as `resize_matrix` says.
+    """
     import cv2
 
     if tuple(size) == image.shape[:2]:
@@ -58,55 +65,58 @@ def resize_image(
 # %% ../../nbs/01_geometry/01_images.ipynb #01c45681
 def warp_image(
     image: np.ndarray,  # (H, W) or (H, W, C), any dtype of OpenCV or bool
-    T: ArrayLike,  # (3, 3) maps source points to output points
+    matrix: ArrayLike,  # (3, 3) maps source points to output points
     size: tuple[int, int],  # (height, width) of the output
     mode: str = "linear",  # "linear", "nearest" (labels), "cubic"
     fill: float = 0,  # value outside the source
 ) -> np.ndarray:
     """The image seen in another frame, same dtype and channels.
 
-    Convention: `T` maps source points to output points. Interpolates only: shrink with `resize_image` first.
+    Convention: source points to output points. Interpolates only: shrink with `resize_image` first.
     """
     import cv2
 
     if mode not in ("linear", "nearest", "cubic"):
         raise ValueError(f"mode {mode!r}: expected linear, nearest or cubic")
     if image.dtype == bool:
-        return warp_image(image.astype(np.uint8), T, size, "nearest", int(fill)).astype(bool)
-    T = np.asarray(T, float)
+        return warp_image(image.astype(np.uint8), matrix, size, "nearest", int(fill)).astype(bool)
+    matrix = np.asarray(matrix, float)
     flags = {"linear": cv2.INTER_LINEAR, "nearest": cv2.INTER_NEAREST, "cubic": cv2.INTER_CUBIC}[mode]
     how = dict(flags=flags, borderMode=cv2.BORDER_CONSTANT, borderValue=(float(fill),) * 4)
-    if np.array_equal(T[2], (0, 0, 1)):
-        return cv2.warpAffine(image, T[:2], (size[1], size[0]), **how)
-    return cv2.warpPerspective(image, T, (size[1], size[0]), **how)
+    if np.array_equal(matrix[2], (0, 0, 1)):
+        return cv2.warpAffine(image, matrix[:2], (size[1], size[0]), **how)
+    return cv2.warpPerspective(image, matrix, (size[1], size[0]), **how)
 
 
 # %% ../../nbs/01_geometry/01_images.ipynb #f3576ad2
 def warp_tensor(
     images: "torch.Tensor",  # torch (B, C, H, W), floating
-    T: "torch.Tensor",  # torch (B, 3, 3) maps source points to output points
+    matrix: "torch.Tensor",  # torch (B, 3, 3) maps source points to output points
     size: tuple[int, int],  # (height, width) of the output
 ) -> "torch.Tensor":
-    "`warp_image` for tensors: linear, zero outside, differentiable in images and `T`."
+    """`warp_image` for tensors: linear, zero outside, differentiable in images and matrix.
+
+    Convention: source points to output points.
+    """
     from kornia.geometry.transform import warp_perspective
 
-    return warp_perspective(images, T.to(images.dtype), tuple(size), align_corners=True)
+    return warp_perspective(images, matrix.to(images.dtype), tuple(size), align_corners=True)
 
 
 # %% ../../nbs/01_geometry/01_images.ipynb #44099a61
 def resample(
     image: np.ndarray,  # (H, W) or (H, W, C), any dtype of OpenCV or bool
-    T: ArrayLike,  # (3, 3) maps source points to output points
+    matrix: ArrayLike,  # (3, 3) maps source points to output points
     size: tuple[int, int],  # (height, width) of the output
     mode: str = "linear",  # "linear", "nearest" (labels), "cubic"
 ) -> np.ndarray:
     """The image seen in another frame: averaged where it shrinks by a quarter or more, zero outside.
 
-    Convention: `T` maps source points to output points. Labels (`nearest`) are picked, not averaged.
+    Convention: source points to output points. Labels (`nearest`) are picked, not averaged.
     """
     source = image.shape[:2]
-    shrink = decompose(T, source)["scale"]
+    shrink = decompose(matrix, source)["scale"]
     if mode != "nearest" and shrink < 0.75:
         small = fit_size(source, max(1, round(shrink * max(source))))
-        image, T = resize_image(image, small), compose(resize_matrix(small, source), T)
-    return warp_image(image, T, size, mode)
+        image, matrix = resize_image(image, small), compose(resize_matrix(small, source), matrix)
+    return warp_image(image, matrix, size, mode)

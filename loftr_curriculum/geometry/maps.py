@@ -19,9 +19,11 @@ __all__ = [
     "parts_of",
     "dense_points",
     "local_scale",
+    "shrunk_for",
     "warp_by_points",
     "reads",
     "map_from_dict",
+    "read_family",
     "depth_of",
     "read_chain",
 ]
@@ -34,7 +36,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from .images import fit_size, resample, resize_image, resize_matrix
-from .points import apply_transform, compose, invert, jacobian
+from .points import apply_transform, centre, compose, invert, jacobian
 
 
 # %% ../../nbs/01_geometry/03_maps.ipynb #6bada025
@@ -82,7 +84,10 @@ class PointMap(ABC):
 # %% ../../nbs/01_geometry/03_maps.ipynb #4b15224f
 @dataclass(frozen=True, eq=False)
 class MatrixMap(PointMap):
-    "A map by a matrix on columns (x, y, 1); ValueError where it is not (3, 3), finite and invertible."
+    """A map by a matrix on columns (x, y, 1); ValueError where it is not (3, 3), finite and invertible.
+
+    Convention: source points to destination points. To NumPy the map is its matrix.
+    """
 
     matrix: np.ndarray  # (3, 3) float64, read-only
 
@@ -91,6 +96,9 @@ class MatrixMap(PointMap):
         check_matrix(matrix)
         matrix.flags.writeable = False
         object.__setattr__(self, "matrix", matrix)
+
+    def __array__(self, dtype=None, copy=None) -> np.ndarray:
+        return np.array(self.matrix, dtype)
 
     def __call__(self, points: np.ndarray) -> np.ndarray:
         return apply_transform(self.matrix, np.asarray(points, float))
@@ -167,7 +175,10 @@ FAMILIES = (Similarity, Affine, Homography)  # from the narrowest to the widest
 def map_from_matrix(
     matrix: np.ndarray,  # (3, 3)
 ) -> MatrixMap:
-    "The affine or the homography of a matrix; ValueError where it is none."
+    """The affine or the homography of a matrix; ValueError where it is none.
+
+    Convention: the map goes where the matrix goes, source points to destination points.
+    """
     matrix = np.asarray(matrix, float)
     check_matrix(matrix)
     scaled = matrix / matrix[2, 2] if matrix[2, 2] not in (0, 1) else matrix
@@ -177,7 +188,10 @@ def map_from_matrix(
 # %% ../../nbs/01_geometry/03_maps.ipynb #a65412d7
 @dataclass(frozen=True, eq=False)
 class Chain(PointMap):
-    "Maps that act one after the other."
+    """Maps that act one after the other.
+
+    Convention: source points of the first part to destination points of the last one.
+    """
 
     parts: tuple  # of PointMap, in the order in which they act
 
@@ -187,6 +201,12 @@ class Chain(PointMap):
         for part in self.parts:
             points = part(points)
         return points
+
+    @property
+    def matrix(self) -> np.ndarray | None:
+        "The product of the matrices, where every part has one."
+        matrices = [part.matrix for part in self.parts]
+        return None if any(matrix is None for matrix in matrices) else compose(*matrices)
 
     def inverse(self) -> "Chain":
         return Chain(tuple(part.inverse() for part in reversed(self.parts)))
@@ -232,7 +252,10 @@ def local_scale(
     point_map: PointMap,
     point: np.ndarray,  # (2,) source point
 ) -> float:
-    "Destination pixels per source pixel: square root of the determinant of the derivative at a point."
+    """Destination pixels per source pixel: square root of the determinant of the derivative at a point.
+
+    Convention: the point lies in the source image.
+    """
     if point_map.matrix is not None:
         derivative = jacobian(point_map.matrix, point)
     else:
@@ -243,15 +266,35 @@ def local_scale(
 
 
 # %% ../../nbs/01_geometry/03_maps.ipynb #b9d44b01
+def shrunk_for(
+    image: np.ndarray,  # (H, W) or (H, W, C)
+    backward: PointMap,  # destination -> source
+    size: tuple[int, int],  # (height, width) of the destination frame
+) -> tuple[np.ndarray, PointMap]:
+    """The image, averaged to fewer pixels where it shrinks by a quarter or more, and the map into it.
+
+    Convention: `backward` maps destination to source points, the answer to points of the smaller image.
+    """
+    shrink = 1 / max(local_scale(backward, centre(size)), 1e-6)
+    if shrink >= 0.75:
+        return image, backward
+    small = fit_size(image.shape[:2], max(1, round(shrink * max(image.shape[:2]))))
+    to_small = Affine(resize_matrix(image.shape[:2], small))
+    return resize_image(image, small), backward.then(to_small)
+
+
+# %% ../../nbs/01_geometry/03_maps.ipynb #1fb19e37
 def warp_by_points(
     image: np.ndarray,  # (H, W) or (H, W, C), any dtype of OpenCV or bool
-    point_map: PointMap,  # PointMap, source -> destination
-    size: tuple,  # (height, width) of the destination frame
+    point_map: PointMap,  # source -> destination
+    size: tuple[int, int],  # (height, width) of the destination frame
     mode: str = "linear",  # linear, nearest (labels) or cubic
 ) -> np.ndarray:
     """The source image in the destination frame, zero outside the source.
 
     Averaged first where it shrinks by a quarter or more; labels (`nearest`) are picked.
+
+    Convention: the map goes from source points to destination points; the image is read through its inverse.
     """
     import cv2
 
@@ -261,12 +304,8 @@ def warp_by_points(
     if image.dtype == bool:
         return warp_by_points(image.astype(np.uint8), point_map, size, "nearest").astype(bool)
     backward = point_map.inverse()
-    middle = np.array([(size[1] - 1) / 2, (size[0] - 1) / 2])
-    shrink = 1 / max(local_scale(backward, middle), 1e-6)
-    if mode != "nearest" and shrink < 0.75:
-        small = fit_size(image.shape[:2], max(1, round(shrink * max(image.shape[:2]))))
-        backward = backward.then(Affine(resize_matrix(image.shape[:2], small)))
-        image = resize_image(image, small)
+    if mode != "nearest":
+        image, backward = shrunk_for(image, backward, size)
     return cv2.remap(image, dense_points(backward, size), None, flags[mode], borderMode=cv2.BORDER_CONSTANT)
 
 
@@ -303,10 +342,20 @@ def map_from_dict(
 
 
 # %% ../../nbs/01_geometry/03_maps.ipynb #8ca4eb09
+def read_family(
+    family: type[MatrixMap],  # one of FAMILIES
+) -> None:
+    "The maps of a family are read from their matrix."
+
+    @reads(family.model)
+    def read(values: dict) -> MatrixMap:
+        return family(values["matrix"])
+
+
 for _family in FAMILIES:
-    READERS[_family.model] = lambda values, family=_family: family(values["matrix"])
+    read_family(_family)
 
-
+# %% ../../nbs/01_geometry/03_maps.ipynb #2c81cd0c
 LONGEST_CHAIN = 64  # maps within maps
 
 
@@ -321,6 +370,7 @@ def depth_of(
     return depth
 
 
+# %% ../../nbs/01_geometry/03_maps.ipynb #1740a235
 @reads("chain")
 def read_chain(values: dict) -> Chain:
     "A chain from its dict."

@@ -34,45 +34,54 @@ if TYPE_CHECKING:
 
 # %% ../../nbs/01_geometry/00_points.ipynb #58650c11
 def apply_transform(
-    T: "np.ndarray | torch.Tensor",  # (3, 3) or (B, 3, 3) matrix, NumPy or torch
+    matrix: "np.ndarray | torch.Tensor",  # (3, 3) or (B, 3, 3), NumPy or torch
     points: "np.ndarray | torch.Tensor",  # (..., N, 2) points (x, y) of the source; (B, N, 2) with (B, 3, 3)
 ) -> "np.ndarray | torch.Tensor":
-    """Points mapped by `T`, same shape and kind as `points`.
+    """Points mapped by a matrix, same shape and kind as `points`.
 
-    Convention: `T` maps source points to destination points; on the horizon they become inf or nan.
+    Convention: source points to destination points; on the horizon they become inf or nan.
     """
-    Tt = T.swapaxes(-1, -2)
+    columns = matrix.swapaxes(-1, -2)
     # no matrix product: autocast would make it one of bfloat16, a pixel off
-    q = points[..., :1] * Tt[..., :1, :] + points[..., 1:] * Tt[..., 1:2, :] + Tt[..., 2:, :]
+    q = points[..., :1] * columns[..., :1, :] + points[..., 1:] * columns[..., 1:2, :] + columns[..., 2:, :]
     with np.errstate(divide="ignore", invalid="ignore"):
         return q[..., :2] / q[..., 2:]
 
 
 # %% ../../nbs/01_geometry/00_points.ipynb #2b9a19d7
 def compose(
-    *Ts: ArrayLike,  # (3, 3) matrices in the order in which they act
+    *matrices: ArrayLike,  # (3, 3) each, in the order in which they act
 ) -> np.ndarray:
-    "One matrix that applies the first transform first: `compose(fixed_to_moving, T_1to2)` is `T_0to2`."
+    """One matrix (3, 3) that applies the first one first.
+
+    Convention: `compose(fixed_to_moving, moving_to_third)` maps fixed points to the third image.
+    """
     out = np.eye(3)
-    for T in Ts:
-        out = np.asarray(T, float) @ out
+    for matrix in matrices:
+        out = np.asarray(matrix, float) @ out
     return out
 
 
 # %% ../../nbs/01_geometry/00_points.ipynb #c3d37893
 def invert(
-    T: ArrayLike,  # (3, 3) invertible matrix
+    matrix: ArrayLike,  # (3, 3), invertible
 ) -> np.ndarray:
-    "The inverse transform, scaled so that its last entry is 1 where that is possible."
-    Ti = np.linalg.inv(np.asarray(T, float))
-    return Ti / Ti[2, 2] if abs(Ti[2, 2]) > 1e-12 else Ti
+    """The inverse matrix, scaled so that its last entry is 1 where that is possible.
+
+    Convention: where the matrix maps source to destination points, the inverse maps them back.
+    """
+    inverse = np.linalg.inv(np.asarray(matrix, float))
+    return inverse / inverse[2, 2] if abs(inverse[2, 2]) > 1e-12 else inverse
 
 
 # %% ../../nbs/01_geometry/00_points.ipynb #198e4f5c
 def centre(
     size: tuple[int, int],  # (height, width)
 ) -> np.ndarray:
-    "The point (x, y) in the middle of an image."
+    """The point (x, y) in the middle of an image.
+
+    Convention: the centre of the top-left pixel is (0, 0), so the middle of one pixel is (0, 0) too.
+    """
     return np.array([(size[1] - 1) / 2, (size[0] - 1) / 2])
 
 
@@ -80,7 +89,10 @@ def centre(
 def corners(
     size: tuple[int, int],  # (height, width)
 ) -> np.ndarray:
-    "Centres of the four corner pixels, (4, 2), clockwise from the top left."
+    """Centres of the four corner pixels, (4, 2), clockwise from the top left.
+
+    Convention: pixel centres, so the last corner is (width - 1, height - 1).
+    """
     h, w = size
     return np.array([[0, 0], [w - 1, 0], [w - 1, h - 1], [0, h - 1]], float)
 
@@ -89,9 +101,13 @@ def corners(
 def translation(
     shift: ArrayLike,  # (2,) pixels along x and y
 ) -> np.ndarray:
-    T = np.eye(3)
-    T[:2, 2] = shift
-    return T
+    """The matrix (3, 3) of a shift.
+
+    Convention: the source point (0, 0) goes to the destination point `shift`.
+    """
+    matrix = np.eye(3)
+    matrix[:2, 2] = shift
+    return matrix
 
 
 # %% ../../nbs/01_geometry/00_points.ipynb #5c63000a
@@ -103,13 +119,16 @@ def affine(
     aspect: float = 1.0,  # stretch along x, shrink along y, > 0
     shear: float = 0.0,  # tangent of the shear angle
 ) -> np.ndarray:
-    "An affine transform (3, 3) about `center`."
+    """An affine matrix (3, 3) about `center`.
+
+    Convention: source points to destination points; `center` goes to `center + shift`.
+    """
     a, c = np.deg2rad(angle_deg), np.asarray(center, float)
-    R = np.array([[np.cos(a), -np.sin(a)], [np.sin(a), np.cos(a)]])
-    T = np.eye(3)
-    T[:2, :2] = scale * R @ np.array([[aspect, shear], [0, 1 / aspect]])
-    T[:2, 2] = c + np.asarray(shift, float) - T[:2, :2] @ c
-    return T
+    turn = np.array([[np.cos(a), -np.sin(a)], [np.sin(a), np.cos(a)]])
+    matrix = np.eye(3)
+    matrix[:2, :2] = scale * turn @ np.array([[aspect, shear], [0, 1 / aspect]])
+    matrix[:2, 2] = c + np.asarray(shift, float) - matrix[:2, :2] @ c
+    return matrix
 
 
 # %% ../../nbs/01_geometry/00_points.ipynb #5db49674
@@ -119,40 +138,46 @@ def similarity(
     shift: ArrayLike = (0, 0),  # (2,) pixels
     center: ArrayLike = (0, 0),  # (2,) point that only the shift moves
 ) -> np.ndarray:
-    "A similarity transform (3, 3): rotation, scale and shift."
+    """The matrix (3, 3) of a rotation, a scale and a shift.
+
+    Convention: source points to destination points; `center` goes to `center + shift`.
+    """
     return affine(angle_deg, scale, shift, center)
 
 
 # %% ../../nbs/01_geometry/00_points.ipynb #120e0e48
 def jacobian(
-    T: ArrayLike,  # (3, 3)
+    matrix: ArrayLike,  # (3, 3)
     point: ArrayLike,  # (2,) point of the source image
 ) -> np.ndarray:
-    "The 2x2 derivative of the point map at `point`."
-    T, p = np.asarray(T, float), np.append(np.asarray(point, float), 1)
-    w = T[2] @ p
-    return (T[:2, :2] - np.outer(T[:2] @ p / w, T[2, :2])) / w
+    """The derivative (2, 2) of the point map at a point.
+
+    Convention: rows are x and y of the destination, columns x and y of the source.
+    """
+    matrix, p = np.asarray(matrix, float), np.append(np.asarray(point, float), 1)
+    w = matrix[2] @ p
+    return (matrix[:2, :2] - np.outer(matrix[:2] @ p / w, matrix[2, :2])) / w
 
 
 # %% ../../nbs/01_geometry/00_points.ipynb #d31008ef
 def decompose(
-    T: ArrayLike,  # (3, 3) source -> destination
+    matrix: ArrayLike,  # (3, 3) source -> destination
     size: tuple[int, int],  # (height, width) of the source
 ) -> dict:
-    """What `T` does at the centre of the source image.
+    """What a matrix does at the centre of the source image.
 
     `angle_deg` in (-180, 180], `scale`, `shift` (2,) in pixels, `stretch` >= 1 and `det`.
 
-    Convention: `T` maps source points to destination points.
+    Convention: source points to destination points; angles from x towards y, clockwise on the screen.
     """
     c = centre(size)
-    J = jacobian(T, c)
+    J = jacobian(matrix, c)
     det = float(np.linalg.det(J))
     s = np.linalg.svd(J, compute_uv=False)
     return dict(
         angle_deg=float(np.rad2deg(np.arctan2(J[1, 0] - J[0, 1], J[0, 0] + J[1, 1]))),
         scale=float(np.sqrt(abs(det))),
-        shift=apply_transform(np.asarray(T, float), c[None])[0] - c,
+        shift=apply_transform(np.asarray(matrix, float), c[None])[0] - c,
         stretch=float(s[0] / max(s[1], 1e-12)),
         det=det,
     )
@@ -179,13 +204,16 @@ def fit_affine(
     src: ArrayLike,  # (N, 2) points, N >= 3
     dst: ArrayLike,  # (N, 2) where they go
 ) -> np.ndarray:
-    "The affine (3, 3) with the least squared distance between `T(src)` and `dst`."
+    """The affine (3, 3) with the least squared distance between the mapped `src` and `dst`.
+
+    Convention: `src` to `dst`.
+    """
     src, dst = _check_points(src, dst, 3)
     N = _normaliser(src)
     X = np.c_[apply_transform(N, src), np.ones(len(src))]
-    T = np.eye(3)
-    T[:2] = np.linalg.lstsq(X, dst, rcond=None)[0].T
-    return T @ N
+    matrix = np.eye(3)
+    matrix[:2] = np.linalg.lstsq(X, dst, rcond=None)[0].T
+    return matrix @ N
 
 
 # %% ../../nbs/01_geometry/00_points.ipynb #505bb79f
@@ -193,14 +221,17 @@ def fit_similarity(
     src: ArrayLike,  # (N, 2) points, N >= 2
     dst: ArrayLike,  # (N, 2) where they go
 ) -> np.ndarray:
-    "The similarity (3, 3), without reflection, with the least squared distance (Umeyama 1991)."
+    """The similarity (3, 3), without reflection, with the least squared distance (Umeyama 1991).
+
+    Convention: `src` to `dst`.
+    """
     src, dst = _check_points(src, dst, 2)
     a, b = src - src.mean(0), dst - dst.mean(0)
     z = (a[:, 0] + 1j * a[:, 1]).conj() @ (b[:, 0] + 1j * b[:, 1]) / max((a**2).sum(), 1e-12)
-    A = np.array([[z.real, -z.imag], [z.imag, z.real]])
-    T = np.eye(3)
-    T[:2, :2], T[:2, 2] = A, dst.mean(0) - A @ src.mean(0)
-    return T
+    turn = np.array([[z.real, -z.imag], [z.imag, z.real]])
+    matrix = np.eye(3)
+    matrix[:2, :2], matrix[:2, 2] = turn, dst.mean(0) - turn @ src.mean(0)
+    return matrix
 
 
 # %% ../../nbs/01_geometry/00_points.ipynb #7dff8888
@@ -208,7 +239,10 @@ def fit_homography(
     src: ArrayLike,  # (N, 2) points, N >= 4
     dst: ArrayLike,  # (N, 2) where they go
 ) -> np.ndarray:
-    "The homography (3, 3) by the normalised direct linear transform (Hartley and Zisserman, algorithm 4.2)."
+    """The homography (3, 3) by the normalised direct linear transform (Hartley and Zisserman, algorithm 4.2).
+
+    Convention: `src` to `dst`.
+    """
     src, dst = _check_points(src, dst, 4)
     N0, N1 = _normaliser(src), _normaliser(dst)
     p, q = np.c_[apply_transform(N0, src), np.ones(len(src))], apply_transform(N1, dst)
@@ -230,18 +264,21 @@ class Limits:
 
 # %% ../../nbs/01_geometry/00_points.ipynb #1820a61c
 def check_transform(
-    T: ArrayLike,  # (3, 3) source -> destination
+    matrix: ArrayLike,  # (3, 3) source -> destination
     size: tuple[int, int],  # (height, width) of the source
     limits: Limits = Limits(),  # what is plausible
 ) -> tuple:
-    "The reasons, in words, why `T` is not plausible; an empty tuple where it is."
-    T = np.asarray(T, float)
-    if T.shape != (3, 3) or not np.isfinite(T).all():
+    """The reasons, in words, why a matrix is not plausible; an empty tuple where it is.
+
+    Convention: source points to destination points.
+    """
+    matrix = np.asarray(matrix, float)
+    if matrix.shape != (3, 3) or not np.isfinite(matrix).all():
         return ("the transform is not a finite 3x3 matrix",)
-    w = np.c_[corners(size), np.ones(4)] @ T[2]
+    w = np.c_[corners(size), np.ones(4)] @ matrix[2]
     if w.min() * w.max() <= 0 or abs(w).max() > (1 + limits.perspective) * abs(w).min():
         return ("the perspective of the transform is too strong",)
-    d = decompose(T, size)
+    d = decompose(matrix, size)
     out = []
     if d["det"] <= 0:
         out.append("the transform mirrors the image")

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..geometry import PointMap, check_transform, map_from_matrix
+from ..geometry import PointMap, check_transform
 from ..model.config import UNGUIDED, Guidance, Matches
 from .binning import bin_matches
 from .config import RegistrationConfig
@@ -118,7 +118,7 @@ class Pass:
     def residuals(self, fixed_to_moving: PointMap) -> np.ndarray:
         "Residuals of the kept matches, px of the fixed working frame."
         points0, points1 = self.matches.points0[self.kept], self.matches.points1[self.kept]
-        return residuals(fixed_to_moving.matrix, points0, points1)
+        return residuals(fixed_to_moving, points0, points1)
 
     def support(self, threshold_px: float) -> int:
         "How many of the kept matches agree with the map of this pass."
@@ -153,11 +153,12 @@ def finish_pass(
     found = estimate_transform(points0, points1, config.match_model, request.threshold_px)
     if found is None:
         return Pass(m, kept, None, 0, (f"no transform could be found among {len(kept)} matches",))
-    matrix = refit(found.fixed_to_moving, m.points0, m.points1, config.match_model, request.threshold_px)
-    inliers = int((residuals(matrix, points0, points1) <= request.threshold_px).sum())
-    wrong = check_transform(matrix, fov0.shape, config.limits)
+    threshold_px = request.threshold_px
+    fixed_to_moving = refit(found.fixed_to_moving, m.points0, m.points1, config.match_model, threshold_px)
+    inliers = int((residuals(fixed_to_moving, points0, points1) <= threshold_px).sum())
+    wrong = check_transform(fixed_to_moving.matrix, fov0.shape, config.limits)
     if wrong:
         agree = f"{inliers} of {len(kept)} matches agree"
         reason = f"{agree}, on a transform that is not plausible: {', '.join(wrong)}"
         return Pass(m, kept, None, inliers, (reason,))
-    return Pass(m, kept, map_from_matrix(matrix), inliers, ())
+    return Pass(m, kept, fixed_to_moving, inliers, ())

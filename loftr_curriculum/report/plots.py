@@ -29,6 +29,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
+from numpy.typing import ArrayLike
 
 from ..geometry import apply_transform, fit_size, resize_image, resize_matrix
 from ..io.files import atomic_path
@@ -132,12 +133,12 @@ def plot_pair(
 # %% ../../nbs/08_report/00_plots.ipynb #9db3b113
 def add_matches(
     canvas: Canvas,
-    points0: np.ndarray,  # (N, 2) pixels of the fixed image
-    points1: np.ndarray,  # (N, 2) pixels of the moving image
-    inliers: np.ndarray | None = None,  # (N,) bool: drawn last, in `agree`
+    points0: ArrayLike,  # (N, 2) pixels of the fixed image
+    points1: ArrayLike,  # (N, 2) pixels of the moving image
+    inliers: ArrayLike | None = None,  # (N,) bool: drawn last, in `agree`
     colour: str = "red",  # of the others
     agree: str = "lime",  # of the inliers
-    width: int = 0.4,  # points
+    width: float = 0.4,  # points
     most: int = 600,  # lines drawn at most, evenly picked from each of the two kinds
 ) -> None:
     "Thin lines between matched points, inliers on top."
@@ -199,8 +200,8 @@ PHASES = (("teaching", "#f4c7a1"), ("weaning", "#f6e7b4"), ("independence", "#cf
 
 
 def phase_of(
-    lam: np.ndarray,  # (N,) vessel_soft_lambda per epoch
-    scaler: np.ndarray,  # (N,) vessel_loss_weight_scaler per epoch
+    lam: ArrayLike,  # (N,) vessel_soft_lambda per epoch
+    scaler: ArrayLike,  # (N,) vessel_loss_weight_scaler per epoch
 ) -> np.ndarray:  # (N,) int: 0 teaching, 1 weaning, 2 independence
     "The phase of each epoch, from the values of the two engines."
     lam, scaler = np.asarray(lam, float), np.asarray(scaler, float)
@@ -212,8 +213,8 @@ def phase_of(
 # %% ../../nbs/08_report/00_plots.ipynb #16aebacb
 def shade_phases(
     axes: Axes,  # matplotlib Axes whose x axis counts epochs
-    epochs: np.ndarray,  # (N,) ascending
-    phase: np.ndarray,  # (N,) int
+    epochs: ArrayLike,  # (N,) ascending
+    phase: ArrayLike,  # (N,) int
 ) -> None:
     "Shade the three phases behind whatever is drawn."
     epochs, phase = np.asarray(epochs, float), np.asarray(phase)
@@ -244,9 +245,9 @@ def _runs(values):
 # %% ../../nbs/08_report/00_plots.ipynb #fde6a7da
 def plot_curriculum(
     axes: Axes,  # matplotlib Axes
-    epochs: np.ndarray,  # (N,) ascending
-    lam: np.ndarray,  # (N,) sched/lambda
-    scaler: np.ndarray,  # (N,) sched/loss_w
+    epochs: ArrayLike,  # (N,) ascending
+    lam: ArrayLike,  # (N,) sched/lambda
+    scaler: ArrayLike,  # (N,) sched/loss_w
 ) -> None:
     "Both engines over the epochs, with the phases shaded."
     shade_phases(axes, epochs, phase_of(lam, scaler))

@@ -113,8 +113,8 @@ def _affine_through(matches):
     first = estimate_transform(matches.points0, matches.points1)
     if first is None:
         return np.full_like(matches.points0, np.inf)
-    affine = refit(first.fixed_to_moving, matches.points0, matches.points1)
-    return apply_transform(affine, matches.points0)
+    fixed_to_moving = refit(first.fixed_to_moving, matches.points0, matches.points1)
+    return fixed_to_moving(matches.points0)
 
 
 # %% ../../nbs/11_studies/06_precision.ipynb #9f7cbdaa

@@ -50,21 +50,22 @@ from .supervision import cell_frame, supervise
 # %% ../../nbs/09_training/04_module.ipynb #9d89a3d0
 def quick_error(
     matches: Matches,  # Matches of one pair
-    fov0: torch.Tensor,  # (H, W) bool
-    fixed_to_moving: torch.Tensor,  # (3, 3) true map
+    fov0: np.ndarray,  # (H, W) bool
+    fixed_to_moving: np.ndarray,  # (3, 3) true map
     size1: tuple[int, int],  # (height, width) of the moving image
 ) -> float:
     "Corner error of a single-pass affine in pixels of the fixed image at 512 px, inf for no answer."
     kept = bin_matches(matches.points0, matches.confidence, fov0)
     found = estimate_transform(matches.points0[kept], matches.points1[kept], "affine", threshold_px=4.0)
-    if found is None or check_transform(found.fixed_to_moving, fov0.shape):
+    if found is None or check_transform(found.fixed_to_moving.matrix, fov0.shape):
         return np.inf
-    return at_512(corner_error(invert(found.fixed_to_moving), invert(fixed_to_moving), size1), fov0.shape)
+    error = corner_error(found.fixed_to_moving.inverse(), invert(fixed_to_moving), size1)
+    return at_512(error, fov0.shape)
 
 
 # %% ../../nbs/09_training/04_module.ipynb #3a622d7b
 def mean_auc(
-    errors: torch.Tensor,  # (N,) pixels at 512 px
+    errors: np.ndarray,  # (N,) pixels at 512 px
 ) -> float:
     "Mean of AUC@5, AUC@10 and AUC@20, the figure that chooses checkpoints."
     return float(np.mean([auc(errors, t) for t in (5, 10, 20)]))
@@ -303,7 +304,7 @@ def validate(
 def log_errors(
     module: PL_LoFTR,
     name: str,  # prefix of the logged names
-    errors: torch.Tensor,  # (N,) pixels at 512 px
+    errors: np.ndarray,  # (N,) pixels at 512 px
 ) -> None:
     "Log AUC, success and median error; a median of infinity is logged as 999."
     module.log(f"{name}/auc", mean_auc(errors), prog_bar=name == "val")
