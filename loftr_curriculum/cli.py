@@ -404,10 +404,11 @@ def _train(a):
     from .training.config import TrainConfig
 
     config = settings(TrainConfig, a)
+    from .training.estimate import Announce
     from .training.run import train
 
     _hush()
-    run = train(config, progress=sys.stdout.isatty())
+    run = train(config, progress=sys.stdout.isatty(), callbacks=[Announce(config)])
     diagnose = _again("diagnose", str(run.out))
     use = _again("register", "FIXED", "MOVING", "--out", "DIR", "--weights", str(run.weights))
     print(f"weights: {run.weights}; logs: {run.out / 'logs'}; did the matches collapse: {diagnose}")
