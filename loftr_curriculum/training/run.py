@@ -40,6 +40,7 @@ __all__ = [
 import json
 import platform
 import signal
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -52,6 +53,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from ..data.module import PairDataModule
 from ..io.files import FileError, read_json, write_json
 from ..io.lock import end_in_order, only_run, remove_unfinished
+from ..model.stages import TwoStageMatcher
 from ..model.weights import SHIPPED, load_matcher, open_checkpoint, order_for_cpu, save_matcher
 from ..retina.config import GENERATOR_VERSION
 from .callbacks import (
@@ -62,6 +64,7 @@ from .callbacks import (
     RealPairs,
     Stopwatch,
 )
+from .config import TrainConfig
 from .curriculum import CurriculumScheduler, independence_from, joints
 from .history import (
     RunFolder,
@@ -105,7 +108,7 @@ FILES = ("init", "data.triplets", "data.pairs")
 
 # %% ../../nbs/09_training/06_run.ipynb #4448c328
 def what_counts(
-    config,  # dict of a TrainConfig
+    config: dict,  # dict of a TrainConfig
 ) -> dict:
     "What has to be the same where a run goes on, as a flat dict."
     flat = {k: v for k, v in config.items() if k != "data"}
@@ -117,7 +120,7 @@ def what_counts(
 
 # %% ../../nbs/09_training/06_run.ipynb #9106064a
 def is_elsewhere(
-    init,  # weights to start from, or None
+    init: str | None,  # weights to start from, or None
 ) -> bool:
     "Is it a file that this machine does not have?"
     return init not in (None, SHIPPED) and not Path(init).exists()
@@ -125,7 +128,7 @@ def is_elsewhere(
 
 # %% ../../nbs/09_training/06_run.ipynb #e1f00c02
 def config_written(
-    path,  # config.json of a run
+    path: str | Path,  # config.json of a run
 ) -> dict:
     "The configuration of the run in a folder; FileError where it is something else."
     found = read_json(path)
@@ -180,7 +183,7 @@ def planned_phases(
 
 # %% ../../nbs/09_training/06_run.ipynb #de38adc5
 def claim_folder(
-    config,  # TrainConfig
+    config: TrainConfig,
 ) -> RunFolder:
     """Makes the folder of a run and writes its configuration.
 
@@ -220,7 +223,7 @@ def computes_bf16() -> bool:
 
 # %% ../../nbs/09_training/06_run.ipynb #39ea5719
 def precision_of(
-    config,  # TrainConfig
+    config: TrainConfig,
 ) -> str:
     "Lightning's name for the precision."
     if config.precision == "auto":
@@ -241,8 +244,8 @@ class Run:
 
 # %% ../../nbs/09_training/06_run.ipynb #035fb402
 def callbacks_of(
-    config,  # TrainConfig
-    out,  # folder of the run
+    config: TrainConfig,
+    out: str | Path,  # folder of the run
 ) -> list:
     "Everything that watches the run; the last one keeps `last.ckpt`."
     phases = planned_phases(config)
@@ -265,8 +268,8 @@ def callbacks_of(
 
 # %% ../../nbs/09_training/06_run.ipynb #5b6585ea
 def recorder_of(
-    config,  # TrainConfig
-    out,  # folder of the run
+    config: TrainConfig,
+    out: str | Path,  # folder of the run
 ) -> MatchRecorder:
     "The recorder of the probe pairs."
     return MatchRecorder(
@@ -280,7 +283,7 @@ def recorder_of(
 
 # %% ../../nbs/09_training/06_run.ipynb #7ff56229
 def loggers_of(
-    folder,  # RunFolder
+    folder: RunFolder,
 ) -> list:
     "CSV and TensorBoard logs of the next session."
     session = f"session_{len(folder.sessions()):02d}"
@@ -292,9 +295,9 @@ def loggers_of(
 
 # %% ../../nbs/09_training/06_run.ipynb #60878594
 def facts_of(
-    config,  # TrainConfig
-    trainer,  # Trainer after the run
-    epoch,  # whose weights are kept
+    config: TrainConfig,
+    trainer: pl.Trainer,  # Trainer after the run
+    epoch: int,  # whose weights are kept
 ) -> dict:
     "What a weights file says about its training; `before` holds the facts of the weights it started from."
     told = {
@@ -317,7 +320,7 @@ def facts_of(
 
 # %% ../../nbs/09_training/06_run.ipynb #13efbc38
 def config_to_tell(
-    config,  # TrainConfig
+    config: TrainConfig,
 ) -> dict:
     "The configuration without folders of the machine, as plain values."
     data = replace(config.data, cache=None)
@@ -327,7 +330,7 @@ def config_to_tell(
 
 # %% ../../nbs/09_training/06_run.ipynb #0c557bd4
 def seconds_of(
-    trainer,  # Trainer
+    trainer: pl.Trainer,
 ) -> float:
     "Seconds of training over all sessions."
     watches = [c for c in trainer.callbacks if isinstance(c, Stopwatch)]
@@ -344,8 +347,8 @@ def device_name() -> str:
 
 # %% ../../nbs/09_training/06_run.ipynb #9beb0e2c
 def validation_of(
-    out,  # folder of the run
-    epoch,  # int
+    out: str | Path,  # folder of the run
+    epoch: int,
 ) -> dict:
     "The validation figures of an epoch; empty where none were logged."
     for row in read_epochs(out):
@@ -356,9 +359,9 @@ def validation_of(
 
 # %% ../../nbs/09_training/06_run.ipynb #f8b70f15
 def keep_before(
-    out,  # folder of the run
-    config,  # TrainConfig
-    matcher,  # as loaded from `init`
+    out: str | Path,  # folder of the run
+    config: TrainConfig,
+    matcher: TwoStageMatcher,  # as loaded from `init`
 ) -> None:
     "Keeps the facts of the weights in `init`, which may be gone or replaced before the run ends."
     if config.init and not is_elsewhere(config.init):
@@ -367,8 +370,8 @@ def keep_before(
 
 # %% ../../nbs/09_training/06_run.ipynb #af69a5ff
 def module_of(
-    config,  # TrainConfig
-    last,  # path of `last.ckpt`
+    config: TrainConfig,
+    last: Path,  # path of `last.ckpt`
 ) -> PL_LoFTR:
     "The module to train, from what `init` says or from the last checkpoint."
     if is_elsewhere(config.init) and last.is_file():
@@ -378,10 +381,10 @@ def module_of(
 
 # %% ../../nbs/09_training/06_run.ipynb #f02c585a
 def trainer_of(
-    config,  # TrainConfig
-    folder,  # RunFolder
-    callbacks,  # list
-    progress,  # show a progress bar?
+    config: TrainConfig,
+    folder: RunFolder,
+    callbacks: Sequence[pl.Callback],  # list
+    progress: bool,  # show a progress bar?
 ) -> pl.Trainer:
     "Lightning's trainer for this run."
     steps = config.data.pairs_per_epoch // config.data.batch_size
@@ -402,8 +405,8 @@ def trainer_of(
 
 # %% ../../nbs/09_training/06_run.ipynb #b1f00c04
 def how_it_ended(
-    error,  # what Lightning raised
-    last,  # LastCheckpoint
+    error: BaseException,  # what Lightning raised
+    last: LastCheckpoint,
 ) -> BaseException:
     "The same in words of the command line: a signal, an interruption, a lost loader, or the error."
     if last.asked not in (None, signal.SIGINT):
@@ -422,10 +425,10 @@ def how_it_ended(
 
 # %% ../../nbs/09_training/06_run.ipynb #8099ee29
 def fit(
-    trainer,  # Trainer
-    module,  # PL_LoFTR
-    data,  # PairDataModule
-    last,  # LastCheckpoint
+    trainer: pl.Trainer,
+    module: PL_LoFTR,
+    data: PairDataModule,
+    last: LastCheckpoint,
 ) -> None:
     "Train from the last checkpoint where there is one; the first interruption stops politely."
     start = last.path if last.path.is_file() else None
@@ -441,9 +444,9 @@ def fit(
 
 # %% ../../nbs/09_training/06_run.ipynb #db56f2d9
 def keep_weights(
-    config,  # TrainConfig
-    folder,  # RunFolder
-    trainer,  # Trainer after the run
+    config: TrainConfig,
+    folder: RunFolder,
+    trainer: pl.Trainer,  # Trainer after the run
 ) -> None:
     "Writes the weights file of the run: those of the best epoch, or of the last one."
     best = config.keep == "best" and folder.best.is_file()
@@ -454,9 +457,9 @@ def keep_weights(
 # %% ../../nbs/09_training/06_run.ipynb #b1f00c06
 @contextmanager
 def own_folder(
-    config,  # TrainConfig
-    module,  # PL_LoFTR that the last checkpoint is for
-):
+    config: TrainConfig,
+    module: PL_LoFTR,  # PL_LoFTR that the last checkpoint is for
+) -> Iterator[RunFolder]:
     """Inside, no other run works in the folder; yields its RunFolder.
 
     Raises FileError where the last checkpoint is none of this run, and where the folder is full.
@@ -478,9 +481,9 @@ def own_folder(
 
 # %% ../../nbs/09_training/06_run.ipynb #e14bd8ac
 def train(
-    config,  # TrainConfig
-    progress=True,  # show a progress bar
-    callbacks=(),  # more callbacks
+    config: TrainConfig,
+    progress: bool = True,  # show a progress bar
+    callbacks: Sequence[pl.Callback] = (),  # more callbacks
 ) -> Run:
     """Train, or go on training, and leave checkpoints, logs and weights in `config.out`.
 
