@@ -17,7 +17,7 @@ __all__ = [
     "COARSE_PATCHES",
     "CLOSE_PATCHES",
     "FINE_PATCHES",
-    "BENT",
+    "BENDS",
     "LARGE",
     "Samples",
     "samples_of",
@@ -29,12 +29,13 @@ __all__ = [
     "losses",
     "held_out",
     "gains",
+    "is_less",
     "choose",
-    "choose_least",
     "support_of",
     "map_of_fit",
     "is_sound",
     "candidates",
+    "bend_px",
     "Refined",
     "refine_once",
     "expected_places",
@@ -176,7 +177,7 @@ def robust_fit(
 # %% ../../nbs/06_registration/06_bend.ipynb #37aeb591
 BLOCKS = 5  # along each side of the region
 LEAST_SAMPLES = 20  # below, nothing is fitted
-STANDARD_ERRORS, LEAST_GAIN = 1.5, 0.02
+STANDARD_ERRORS, LEAST_GAIN = 2.5, 0.02
 
 
 def blocks_of(
@@ -226,12 +227,22 @@ def gains(
     return bool(gain > STANDARD_ERRORS * error and gain > LEAST_GAIN * before.sum())
 
 
+def is_less(
+    before: np.ndarray,  # (N,) losses of the model so far
+    after: np.ndarray,  # (N,) losses of another one
+    block: np.ndarray,  # (N,) number of the block, not read
+) -> bool:
+    "Is the other model better at all?"
+    return bool(after.sum() < before.sum())
+
+
 # %% ../../nbs/06_registration/06_bend.ipynb #14ffbae8
 def choose(
     samples: Samples,
     coordinates: Coordinates,
     incumbent: PointMap,  # fixed -> moving: the map that is there
     models: tuple = MODELS,  # candidates, from the simplest to the richest
+    better: Callable = gains,  # (losses so far, losses of a candidate, blocks) -> take the candidate?
 ) -> Model | None:  # None: the incumbent stays
     "The simplest model that held-out samples want."
     if len(samples) < LEAST_SAMPLES:
@@ -243,30 +254,8 @@ def choose(
     for model in models:
         design = coordinates.design(samples.points, model)
         loss = losses(held_out(design, samples, model, group), samples)
-        if gains(best, loss, block):
+        if better(best, loss, block):
             best, chosen = loss, model
-    return chosen
-
-
-# %% ../../nbs/06_registration/06_bend.ipynb #3f0e11b1
-def choose_least(
-    samples: Samples,
-    coordinates: Coordinates,
-    incumbent: PointMap,  # fixed -> moving: the map that is there
-    models: tuple = MODELS,  # candidates
-) -> Model | None:  # None: the incumbent stays
-    "The model with the least held-out loss."
-    if len(samples) < LEAST_SAMPLES:
-        return None
-    _, group = blocks_of(samples.points)
-    if len(np.unique(group)) < 2:
-        return None
-    least, chosen = losses(incumbent(samples.points), samples).sum(), None
-    for model in models:
-        design = coordinates.design(samples.points, model)
-        loss = losses(held_out(design, samples, model, group), samples).sum()
-        if loss < least:
-            least, chosen = loss, model
     return chosen
 
 
@@ -326,7 +315,7 @@ def is_sound(
 COARSE_PATCHES = PatchSettings()
 CLOSE_PATCHES = PatchSettings(long_side=512, side=96, step=32, reach=12)
 FINE_PATCHES = PatchSettings(long_side=1536, side=96, step=96, reach=14, sigma=2.0)
-BENT = ("quadratic", "flow")
+BENDS = 1.5  # px at 512 px: a map that bends by more is compared once more
 LARGE = 2  # an image is large where its long side is this many times the working one
 
 
@@ -336,6 +325,22 @@ def candidates(
     "The models that a setting allows; none for a setting that the matches alone decide."
     names = {"auto": ("affine", "quadratic", "flow"), "quadratic": ("quadratic",), "flow": ("flow",)}
     return tuple(model for model in MODELS if model.name in names.get(transform, ()))
+
+
+# %% ../../nbs/06_registration/06_bend.ipynb #b28bb5d2
+def bend_px(
+    fixed_to_moving: PointMap,
+    fixed_size: tuple,  # (height, width)
+) -> float:  # px of the fixed image at 512 px; 0 where nothing bends
+    "Root mean square of the bend, where there is any."
+    if not isinstance(fixed_to_moving, Bent):
+        return 0.0
+    step = max(fixed_size) / 16
+    x, y = np.arange(step / 2, fixed_size[1], step), np.arange(step / 2, fixed_size[0], step)
+    bend = fixed_to_moving.bend(np.stack(np.meshgrid(x, y), -1).reshape(-1, 2))
+    squared = (bend**2).sum(1) / local_scale(fixed_to_moving, centre(fixed_size)) ** 2
+    some = squared[squared > 0]
+    return float(np.sqrt(some.mean()) * 512 / max(fixed_size)) if some.size else 0.0
 
 
 # %% ../../nbs/06_registration/06_bend.ipynb #798001aa
@@ -356,7 +361,7 @@ def refine_once(
     fixed_to_moving: PointMap,  # original pixels
     settings: PatchSettings,
     config: RegistrationConfig,
-    choice: Callable = choose,  # (samples, coordinates, incumbent, models) -> Model or None
+    better: Callable = gains,  # as in `choose`
 ) -> tuple:  # (PointMap, name of the model or None, Patches)
     "Compare patches under a map, and take a better one where they want it."
     patches = compare(fixed, moving, fixed_to_moving.inverse(), settings)
@@ -368,7 +373,7 @@ def refine_once(
     samples = samples_of(patches, to_frame, fixed_to_moving, size)
     coordinates = coordinates_of(samples, size)
     margin = settings.side / 4 / local_scale(to_frame, centre(size))
-    chosen = choice(samples, coordinates, fixed_to_moving, models)
+    chosen = choose(samples, coordinates, fixed_to_moving, models, better)
     while chosen is not None:
         found = map_of_fit(samples, coordinates, chosen, size, margin)
         if is_sound(found, size):
@@ -404,8 +409,8 @@ def refine_by_patches(
     if large:
         refined, name, _ = refine_once(fixed, moving, refined, FINE_PATCHES, config)
         model = name or model
-    elif model in BENT:
-        refined, name, _ = refine_once(fixed, moving, refined, CLOSE_PATCHES, config, choose_least)
+    elif bend_px(refined, fixed.gray.shape) > BENDS:
+        refined, name, _ = refine_once(fixed, moving, refined, CLOSE_PATCHES, config, is_less)
         model = name or model
     _, to_frame = comparison_frame(fixed, COARSE_PATCHES)
     predicted = np.zeros((0, 2))
