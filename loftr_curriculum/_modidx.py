@@ -1646,6 +1646,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                            'loftr_curriculum/registration/frames.py'),
                                                       'loftr_curriculum.registration.frames.mirrored_frame': ( '06_registration/frames.html#mirrored_frame',
                                                                                                                'loftr_curriculum/registration/frames.py'),
+                                                      'loftr_curriculum.registration.frames.oblique_view': ( '06_registration/frames.html#oblique_view',
+                                                                                                             'loftr_curriculum/registration/frames.py'),
                                                       'loftr_curriculum.registration.frames.open_image': ( '06_registration/frames.html#open_image',
                                                                                                            'loftr_curriculum/registration/frames.py'),
                                                       'loftr_curriculum.registration.frames.open_mask': ( '06_registration/frames.html#open_mask',

@@ -24,11 +24,13 @@ __all__ = [
     "turned_view",
     "warp_to_fixed",
     "warped_view",
+    "oblique_view",
 ]
 
 # %% ../../nbs/06_registration/03_frames.ipynb #a1ff0229
 from dataclasses import dataclass, replace
 
+import cv2
 import numpy as np
 
 from ..data.preprocess import estimate_fov, normalise, to_gray
@@ -39,6 +41,7 @@ from ..geometry import (
     resample,
     resize_image,
     resize_matrix,
+    similarity,
     translation,
 )
 from ..io.images import ImageError
@@ -285,3 +288,20 @@ def warped_view(
     mask = None if frame.mask is None else from_original.warp(frame.mask, size)
     image = normalise(from_original.warp(frame.gray, size), fov)
     return View(image, fov, mask, from_working)
+
+
+# %% ../../nbs/06_registration/03_frames.ipynb #446d290a
+def oblique_view(
+    frame: Frame,  # one image
+    long_side: int,  # px that the view's long side would have upright
+    degrees: float,  # counter-clockwise on the screen
+) -> View:
+    "The image turned by any angle, in a view that holds its whole field."
+    size = fit_size(frame.gray.shape, long_side)
+    turn = Affine(resize_matrix(frame.size, size)).then(Affine(similarity(-degrees)))
+    ys, xs = np.nonzero(frame.fov)
+    hull = cv2.convexHull(np.stack([xs, ys], 1).astype(np.int32))[:, 0].astype(float)
+    turned = turn(hull)
+    low, high = np.floor(turned.min(0)), np.ceil(turned.max(0))
+    width, height = (high - low + 1).astype(int)
+    return warped_view(frame, turn.then(Affine(translation(-low))), (height, width))

@@ -34,7 +34,7 @@ import cv2
 import numpy as np
 
 from ..data.preprocess import normalise
-from ..geometry import Affine, PointMap, fit_size, resize_image, resize_matrix, translation
+from ..geometry import Affine, PointMap, fit_size, resize_image, resize_matrix
 from .frames import Frame
 
 
@@ -140,8 +140,7 @@ def burned_in(
 ) -> np.ndarray:  # (H, W) bool, comparison frame
     "What cameras and viewers drew into both files."
     size = lines.inside.shape
-    between_corners = np.subtract(moving.corner, fixed.corner).astype(float)
-    same_place = Affine(translation(between_corners)).then(to_frame)
+    same_place = moving.to_file.then(fixed.to_file.inverse()).then(to_frame)
     drawn = alike(resize_image(fixed.gray, size), same_place.warp(moving.gray, size))
     return drawn | straight_lines(lines)
 

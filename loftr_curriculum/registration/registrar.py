@@ -37,7 +37,14 @@ from ..geometry import Affine, PointMap, centre, similarity
 from ..model.config import UNGUIDED, Guidance
 from .bend import Refined, refine_by_patches
 from .config import RegistrationConfig, Verdict
-from .frames import Frame, mirrored_frame, plain_view, turned_view, warped_view
+from .frames import (
+    Frame,
+    mirrored_frame,
+    oblique_view,
+    plain_view,
+    turned_view,
+    warped_view,
+)
 from .passes import Pass, PassRequest, finish_pass, match_views
 from .verdict import (
     Evidence,
@@ -87,9 +94,11 @@ def first_pass(
     moving: Frame,
     config: RegistrationConfig,
     long_side: int,  # px of both views
+    degrees: int = 0,  # by which the moving view is turned before anything else, counter-clockwise
 ) -> Generator:  # returns (Pass, by how many degrees its moving view was turned)
     "The first pass, and three turned ones where it is unsure; the one with the most inliers."
-    view0, view1 = plain_view(fixed, long_side), plain_view(moving, long_side)
+    view0 = plain_view(fixed, long_side)
+    view1 = oblique_view(moving, long_side, degrees) if degrees else plain_view(moving, long_side)
     plain = PassRequest(view0, view1, config.first_threshold_px)
     (matches,) = yield [plain]
     passes = [finish_pass(plain, matches, fixed.fov, config)]
@@ -102,7 +111,7 @@ def first_pass(
         return passes[k].fixed_to_moving is not None, passes[k].inliers
 
     best = max(range(len(passes)), key=better)
-    return passes[best], 90 * best
+    return passes[best], degrees + 90 * best
 
 
 # %% ../../nbs/06_registration/09_registrar.ipynb #b4b4daf6
@@ -208,9 +217,10 @@ def attempt(
     moving: Frame,
     config: RegistrationConfig,
     long_side: int,  # px of the first pass
+    degrees: int = 0,  # by which the moving image is turned in the first pass, counter-clockwise
 ) -> Walk:
     "First pass, second passes, verdict."
-    best, turned = yield from first_pass(fixed, moving, config, long_side)
+    best, turned = yield from first_pass(fixed, moving, config, long_side, degrees)
     confirmed = {}
     if best.fixed_to_moving is not None:
         best, confirmed = yield from second_passes(best, fixed, moving, config)
