@@ -45,8 +45,11 @@ $(BROWSER): $(STAMP)
 	"$(BIN)/python" -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev,browser]'
 	@touch "$@"
 
-demo: setup ## train the curriculum on generated eyes, register a pair; results in demo_out/ (minutes)
-	$(BIN)/loftr-curriculum demo --out $(DEMO)
+# Flags of the demonstration, such as DEMO_FLAGS=--quick (no training) or DEMO_FLAGS='--epochs 16'
+DEMO_FLAGS ?=
+
+demo: setup ## register a pair and show it, then train in less than 5 minutes; DEMO_FLAGS=--quick trains nothing
+	$(BIN)/loftr-curriculum demo --out $(DEMO) $(DEMO_FLAGS)
 
 train-weights: setup ## train what configs/weights.yaml and weights-2.yaml to -7.yaml say (hours; stop and go on at will), then put it into the package
 	$(BIN)/loftr-curriculum train --config configs/weights.yaml --out runs/weights

@@ -22,6 +22,7 @@ __all__ = [
     "plain_words",
     "read_settings",
     "Command",
+    "program",
     "worst_status",
     "overview",
     "make_parser",
@@ -37,6 +38,7 @@ import logging
 import os
 import re
 import shlex
+import shutil
 import sys
 import tokenize
 import warnings
@@ -382,8 +384,16 @@ def _synth(a):
 
 
 # %% ../nbs/12_cli/00_cli.ipynb #97e96fd4
+def program() -> str:
+    "How this program was called: by its path where the shell would not find it by name."
+    called, name = sys.argv[0], "loftr-curriculum"
+    if Path(called).name != name or shutil.which(name) in (called, os.path.abspath(called)):
+        return name
+    return called
+
+
 def _again(*words):
-    return shlex.join(["loftr-curriculum", *words])
+    return shlex.join([program(), *words])
 
 
 # %% ../nbs/12_cli/00_cli.ipynb #31daf135
@@ -424,6 +434,13 @@ def _add_demo(parser):
         default="demo_out",
         help="folder for everything that the demonstration leaves behind",
     )
+    parser.add_argument("--quick", action="store_true", help="register a pair and show it, train nothing")
+    parser.add_argument(
+        "--epochs",
+        type=int | None,
+        default=None,
+        help="epochs of the training; null: at most 16, as many as this machine does in less than 5 minutes",
+    )
 
 
 # %% ../nbs/12_cli/00_cli.ipynb #e5b812da
@@ -431,7 +448,9 @@ def _demo(a):
     from .training.demo import demo
 
     _hush()
-    demo(a.out)
+    if a.epochs is not None and a.epochs < 1:
+        raise ValueError(f"epochs {a.epochs}: expected at least 1")
+    demo(a.out, a.epochs, quick=a.quick, command=program())
     return 0
 
 
@@ -924,7 +943,11 @@ COMMANDS = {
         True,
     ),
     "demo": Command(
-        "the main job in a few minutes: generate, train, register", "[--out DIR]", _add_demo, _demo, True
+        "the main job in less than five minutes: register, train, register again",
+        "[--out DIR] [--quick] [--epochs N]",
+        _add_demo,
+        _demo,
+        True,
     ),
     "study": Command(
         "measure again what notebooks and README report; alone, the list of the studies",

@@ -690,13 +690,25 @@ def test_the_example_runs_the_plan_on_the_users_triplets(triplets, tmp_path, cap
     )
 
 
-def test_demo_calls_its_room(monkeypatch, tmp_path):
+def test_demo_calls_its_room(monkeypatch, tmp_path, complains):
+    from loftr_curriculum.training import demo as room
+
     asked = []
-    monkeypatch.setitem(
-        sys.modules, "loftr_curriculum.training.demo", types.SimpleNamespace(demo=asked.append)
-    )
-    assert run("demo", "--out", tmp_path / "demo") == 0
-    assert asked == [str(tmp_path / "demo")]
+    monkeypatch.setattr(room, "demo", lambda *args, **told: asked.append((*args, told)))
+    assert run("demo") == 0
+    assert run("demo", "--out", tmp_path, "--epochs", "3", "--quick") == 0
+    plain = {"quick": False, "command": "loftr-curriculum"}
+    assert asked == [("demo_out", None, plain), (str(tmp_path), 3, plain | {"quick": True})]
+    assert "expected at least 1" in complains("demo", "--epochs", "0")
+
+
+def test_advice_names_the_program_by_its_path_where_no_name_finds_it(monkeypatch, tmp_path):
+    from loftr_curriculum.cli import program
+
+    path = str(tmp_path / "bin" / "loftr-curriculum")
+    for called, expected in ((path, path), ("/usr/bin/pytest", "loftr-curriculum")):
+        monkeypatch.setattr(sys, "argv", [called])
+        assert program() == expected
 
 
 def test_an_interrupted_command_that_cannot_go_on_says_no_more(monkeypatch, capsys):

@@ -21,6 +21,7 @@ LEFT = (
     "matches_over_epochs.png",
     "metrics.json",
     "moving.png",
+    "registered.png",
     "run",
     "shipped",
     "shipped_and_trained.png",
@@ -53,19 +54,30 @@ def test_it_walks_to_the_end_on_tiny_settings(tmp_path, monkeypatch, capsys):
     assert Recording(out / "run").epochs == [0, 1, 2, 3]
     # what ships answers before anything is trained; what has seen 32 pairs answers otherwise, and both say
     # what their files say
-    assert said.index("shipped weights:") < said.index("Training") < said.index("freshly trained weights:")
+    assert said.index("shipped weights:") < said.index("Now the training, about")
+    assert said.index("Now the training, about") < said.index("freshly trained weights:")
+    assert f"loftr-curriculum demo --out {out} --epochs 16" in said
     assert report["shipped"]["verdict"] == "ok" and report["shipped"]["corner_error_px_at_512"] < 5
     assert report["trained"] != report["shipped"]
     for name in ("shipped", "trained"):
         record = load_transform(out / name / "transform.json")
-        assert str(record.verdict) == report[name]["verdict"] and str(out / f"{name}/") in said
+        assert str(record.verdict) == report[name]["verdict"] and str(out / name) in said
         assert {p.name for p in (out / name).iterdir()} >= (
             set(FILES) if record.matrix is not None else {"transform.json", "matches.png"}
         )
 
 
+def test_quick_registers_and_shows_it_and_trains_nothing(tmp_path, capsys):
+    room.demo(tmp_path, quick=True, command=".venv/bin/loftr-curriculum")
+    said = capsys.readouterr().out
+    trained = {"run", "trained", "curriculum.png", "matches_over_epochs.png", "shipped_and_trained.png"}
+    assert {p.name for p in tmp_path.iterdir()} == set(LEFT) - trained
+    assert "First answer after" in said and "training" not in said
+    assert ".venv/bin/loftr-curriculum register FIXED MOVING --out registered/" in said
+
+
 @pytest.mark.slow
-def test_it_registers_an_unseen_eye_within_eight_minutes(tmp_path, record_property):
+def test_it_ends_in_time_whatever_the_machine(tmp_path, record_property):
     start = time.monotonic()
     code = (
         f"from loftr_curriculum.cli import main; raise SystemExit(main(['demo', '--out', {str(tmp_path)!r}]))"
@@ -81,9 +93,11 @@ def test_it_registers_an_unseen_eye_within_eight_minutes(tmp_path, record_proper
     record_property("val/auc of the last epoch", round(report["epochs"][-1]["val/auc"], 3))
     for name in ("shipped", "trained"):
         # after minutes of training the first of two looks may be far off the second: right, and doubted
-        assert (
-            report[name]["verdict"] in (("ok",) if name == "shipped" else ("ok", "doubtful"))
-            and report[name]["corner_error_px_at_512"] < 5
-        )
+        # and on a machine that is slow or busy it has seen too little to answer at all
+        few = name == "trained" and len(report["epochs"]) < room.MOST
+        told = ("ok",) if name == "shipped" else ("ok", "doubtful", *(["failed"] if few else []))
+        assert report[name]["verdict"] in told
+        assert few or report[name]["corner_error_px_at_512"] < 5
+    record_property("epochs that fitted into the time", len(report["epochs"]))
     assert {p.name for p in tmp_path.iterdir()} == set(LEFT)
-    assert seconds < 480
+    assert seconds < 330

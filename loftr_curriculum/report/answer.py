@@ -28,7 +28,7 @@ def verdict_line(
     if result.point_map is None:
         return f"{result.verdict}: no transform"
     probability = result.evidence.probability
-    sure = "" if probability is None else f", right with probability {probability:.2f} by the vessels"
+    sure = "" if probability is None else f", probability {probability:.2f} that it is right"
     return f"{result.verdict}: {agree}{sure}"
 
 
@@ -41,8 +41,8 @@ def panels_of(
     "The pictures of an answer; the two images alone where there is no transform."
     panels = {"fixed": fixed, "moving, as it came": moving}
     if result.point_map is not None:
-        panels["moving (magenta) laid on fixed (green)"] = draw_overlay(result, fixed)
-        panels["both in alternating squares"] = draw_checkerboard(result, fixed, moving)
+        panels["aligned (magenta) on fixed (green)"] = draw_overlay(result, fixed)
+        panels["in squares"] = draw_checkerboard(result, fixed, moving)
     return {name: in_colour(for_display(image, 1024)) for name, image in panels.items()}
 
 
@@ -67,10 +67,10 @@ def draw_answer(
         axes = figure.add_axes([left / whole, 1 - (above + height) / tall, width / whole, height / tall])
         axes.imshow(resize_image(image, (height, width)))
         axes.set_axis_off()
-        figure.text(left / whole, 1 - 17 / tall, name, fontsize=10)
+        figure.text(left / whole, 1 - 17 / tall, name, fontsize=10 if height >= 240 else 8)
         left += width + gap
     told = verdict_line(result) + note
-    at = above + height + 20
+    at = above + height + 22
     figure.text(gap / whole, 1 - at / tall, told, fontsize=11, color=COLOURS[result.verdict], weight="bold")
     for k, reason in enumerate(reasons, 1):
         figure.text(gap / whole, 1 - (at + 17 * k) / tall, reason, fontsize=9, color="0.3")
