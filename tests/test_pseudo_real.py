@@ -27,12 +27,11 @@ from loftr_curriculum.evaluation.metrics import corner_error, landmark_error
 from loftr_curriculum.evaluation.pseudo_real import (
     evaluate_pseudo_real,
     matrix_of,
-    score_system,
-    system_named,
 )
 from loftr_curriculum.geometry import centre, invert, similarity, translation, warp_image
 from loftr_curriculum.retina.config import GENERATOR_VERSION, MODES, SEEDS, EyeConfig
 from loftr_curriculum.retina.world import make_world
+from loftr_curriculum.studies.pseudo_real import score_system, system_named
 
 QUICK = replace(SPECIFICATION, size=(160, 160), eye=replace(SPECIFICATION.eye, size=320))
 
@@ -129,6 +128,13 @@ def test_scores_count_silence_and_nonsense_as_failures(tmp_path):
         moving_to_fixed = np.eye(3)
 
     assert matrix_of(Answer()) is Answer.moving_to_fixed and matrix_of(None) is None
+
+
+def test_what_scored_a_system_is_still_found_where_it_was():
+    from loftr_curriculum.evaluation import pseudo_real
+
+    with pytest.warns(DeprecationWarning, match="studies.pseudo_real"):
+        assert pseudo_real.score_system is score_system
 
 
 def test_systems_are_named_by_where_they_are_imported_from():

@@ -27,18 +27,20 @@ from ..geometry import PointMap, apply_transform, corners
 
 # %% ../../nbs/07_evaluation/00_metrics.ipynb #fe18ceee
 def is_answer(
-    M: object,  # PointMap, (3, 3) matrix or anything else
+    answer: object,  # PointMap, (3, 3) matrix or anything else
 ) -> bool:
-    "Is `M` a map, or a finite, invertible 3x3 matrix?"
-    if isinstance(M, PointMap):
+    "Is it a map, or a finite, invertible 3x3 matrix?"
+    if isinstance(answer, PointMap):
         return True
-    if M is None:
+    if answer is None:
         return False
     try:
-        M = np.asarray(M, float)
+        matrix = np.asarray(answer, float)
     except (TypeError, ValueError):
         return False
-    return M.shape == (3, 3) and bool(np.isfinite(M).all()) and abs(np.linalg.det(M)) >= 1e-9
+    if matrix.shape != (3, 3) or not np.isfinite(matrix).all():
+        return False
+    return bool(abs(np.linalg.det(matrix)) >= 1e-9)
 
 
 # %% ../../nbs/07_evaluation/00_metrics.ipynb #477ba805
@@ -50,9 +52,12 @@ def _mean_distance(a, b):
 # %% ../../nbs/07_evaluation/00_metrics.ipynb #cf43aaef
 def mapped(
     point_map: PointMap | ArrayLike,  # PointMap or (3, 3) matrix
-    points: ArrayLike,  # (N, 2)
+    points: np.ndarray,  # (N, 2)
 ) -> np.ndarray:  # (N, 2)
-    "Points under an answer of either form."
+    """Points under an answer of either form.
+
+    Convention: source points to destination points, as the answer goes.
+    """
     if isinstance(point_map, PointMap):
         return point_map(points)
     return apply_transform(np.asarray(point_map, float), points)
@@ -64,7 +69,10 @@ def landmark_error(
     fixed_points: ArrayLike,  # (N, 2) landmarks in the fixed image
     moving_points: ArrayLike,  # (N, 2) the same landmarks in the moving image
 ) -> float:  # pixels of the fixed image
-    "Mean distance of the mapped moving landmarks from the fixed ones."
+    """Mean distance of the mapped moving landmarks from the fixed ones.
+
+    Convention: the answer maps moving points to fixed points; distances are pixels of the fixed image.
+    """
     if not is_answer(moving_to_fixed):
         return np.inf
     return _mean_distance(mapped(moving_to_fixed, np.asarray(moving_points, float)), fixed_points)
@@ -76,7 +84,10 @@ def corner_error(
     reference: ArrayLike,  # (3, 3) true moving -> fixed
     moving_size: tuple[int, int],  # (height, width) of the moving image
 ) -> float:  # pixels of the fixed image
-    "Mean distance of the moving image's corners under the answer and under the reference."
+    """Mean distance of the moving image's corners under the answer and under the reference.
+
+    Convention: both map moving points to fixed points; corners are the centres of the corner pixels.
+    """
     if not is_answer(moving_to_fixed):
         return np.inf
     box = corners(moving_size)

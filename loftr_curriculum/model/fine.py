@@ -63,7 +63,9 @@ def read_features(
     stride: int = FINE,  # pixels between samples
     outside: str = "border",  # what lies outside the map: its "border", or "zeros"
 ) -> torch.Tensor:
-    "Features at the points, (B, C, K) float32, bilinear."
+    """Features at the points, (B, C, K) float32, bilinear.
+
+    Convention: sample k of a map stands for the pixel `k * stride + (stride - 1) / 2`."""
     size = points.new_tensor([maps.shape[3], maps.shape[2]]) * stride
     with torch.autocast(maps.device.type, enabled=False):
         # grid_sample counts from -1 at one edge of the map to 1 at the other
@@ -94,12 +96,14 @@ def consensus(
     points0: torch.Tensor,  # (M, 2) centres of matched cells of image 0, pixels
     points1: torch.Tensor,  # (M, 2) those of image 1
 ) -> torch.Tensor | None:  # (3, 3) `fixed_to_moving` like points0; None where there is none
-    "The affine on which most matches agree, to a cell."
+    """The affine on which most matches agree, to a cell.
+
+    Convention: fixed points to moving points."""
     if len(points0) < LEAST:
         return None
     source, target = (p.detach().double().cpu().numpy() for p in (points0, points1))
     try:
-        M, agree = cv2.estimateAffine2D(
+        matrix, agree = cv2.estimateAffine2D(
             source,
             target,
             method=cv2.USAC_MAGSAC,
@@ -109,11 +113,11 @@ def consensus(
         )
     except cv2.error:
         return None
-    if M is None or not np.isfinite(M).all():
+    if matrix is None or not np.isfinite(matrix).all():
         return None
-    if agree.sum() < LEAST or np.linalg.det(M[:, :2]) < 1e-3:
+    if agree.sum() < LEAST or np.linalg.det(matrix[:, :2]) < 1e-3:
         return None
-    return torch.from_numpy(np.vstack([M, [0, 0, 1]])).to(points0)
+    return torch.from_numpy(np.vstack([matrix, [0, 0, 1]])).to(points0)
 
 
 # %% ../../nbs/05_model/06_fine.ipynb #d40e0b75
@@ -122,18 +126,20 @@ def weighted_affine(
     points1: torch.Tensor,  # (B, N, 2)
     weight: torch.Tensor,  # (B, N), >= 0
 ) -> torch.Tensor:
-    "The affine with the least weighted squared distances, (B, 3, 3) `fixed_to_moving`, float64 inside."
+    """The affine with the least weighted squared distances, (B, 3, 3), float64 inside.
+
+    Convention: `points0` to `points1`, that is `fixed_to_moving`."""
     x, y = points0.double(), points1.double()
     w = (weight / weight.sum(1, keepdim=True).clamp(min=1e-12)).double()[..., None]
     middle = (x * w).sum(1, keepdim=True)
-    X = torch.cat([x - middle, torch.ones_like(x[..., :1])], -1)
-    normal = (X * w).mT @ X
+    around = torch.cat([x - middle, torch.ones_like(x[..., :1])], -1)
+    normal = (around * w).mT @ around
     normal = normal + 1e-9 * torch.diag_embed(normal.diagonal(dim1=1, dim2=2) + 1)
-    M = torch.linalg.solve(normal, (X * w).mT @ y).mT
-    T = torch.eye(3).to(M).repeat(len(M), 1, 1)
-    T[:, :2, :2] = M[:, :, :2]
-    T[:, :2, 2] = M[:, :, 2] - (M[:, :, :2] @ middle.mT)[..., 0]
-    return T.to(points0)
+    solved = torch.linalg.solve(normal, (around * w).mT @ y).mT
+    matrix = torch.eye(3).to(solved).repeat(len(solved), 1, 1)
+    matrix[:, :2, :2] = solved[:, :, :2]
+    matrix[:, :2, 2] = solved[:, :, 2] - (solved[:, :, :2] @ middle.mT)[..., 0]
+    return matrix.to(points0)
 
 
 # %% ../../nbs/05_model/06_fine.ipynb #511ff1d6
@@ -179,10 +185,11 @@ def _own_neighbours(device):  # (16, 49): which of the 100 surround each sample 
     return own.reshape(BLOCK * BLOCK, reach * reach)
 
 
-# %% ../../nbs/05_model/06_fine.ipynb #4e80159e
+# %% ../../nbs/05_model/06_fine.ipynb #70a87632
 DILATIONS = (1, 2, 4, 1)  # of the convolutions over the cells
 
 
+# %% ../../nbs/05_model/06_fine.ipynb #4e80159e
 class FlowHead(nn.Module):
     "From local correlations to the flow that is left, and how sure it is."
 
@@ -233,10 +240,12 @@ def predict_flow(
     seen1: torch.Tensor,  # (B, 1, h1 / 2, w1 / 2)
     fixed_to_moving: torch.Tensor,  # (B, 3, 3) a first answer, at most 12 px of image 0 off
 ) -> tuple:
-    "The flow that a first answer leaves, as `FlowHead` gives it: the partner of x lies at T(x + u)."
-    T = fixed_to_moving.float()
-    warped_seen = warp_features(seen1.float(), T, seen0.shape[2:], COARSE)
-    warped = warp_features(fine1, T, fine0.shape[2:])
+    """The flow u that a first answer leaves, as `FlowHead` gives it.
+
+    Convention: the partner of x lies at `fixed_to_moving(x + u)`; u is in pixels of image 0."""
+    fixed_to_moving = fixed_to_moving.float()
+    warped_seen = warp_features(seen1.float(), fixed_to_moving, seen0.shape[2:], COARSE)
+    warped = warp_features(fine1, fixed_to_moving, fine0.shape[2:])
     return head(fine0, warped, torch.cat([seen0.float(), warped_seen], 1))
 
 
@@ -247,7 +256,9 @@ def affine_from_flow(
     log_sigma: torch.Tensor,  # (B, h, w)
     seen0: torch.Tensor,  # (B, 1, h, w)
 ) -> torch.Tensor:
-    "The affine through the flow, every cell weighted by 1 / sigma^2, (B, 3, 3)."
+    """The affine through the flow, every cell weighted by 1 / sigma^2, (B, 3, 3).
+
+    Convention: fixed points to moving points, as the answer that it takes the place of."""
     centres = Grid(*flow.shape[2:], COARSE).centres(flow.device)[None].expand(len(flow), -1, -1)
     partners = apply_transform(fixed_to_moving.float(), centres + flow.flatten(2).mT)
     weight = (-2 * log_sigma).exp() * seen0[:, 0]
@@ -267,7 +278,9 @@ def refine(
     fixed_to_moving: torch.Tensor,  # (B, 3, 3) a first answer
     rounds: int = ROUNDS,  # times the flow is predicted
 ) -> tuple:
-    "The answer before the last round, and the flow that it leaves, as `predict_flow` gives it."
+    """The answer before the last round, and the flow that it leaves, as `predict_flow` gives it.
+
+    Convention: fixed points to moving points, pixels of the images that the features were made from."""
     flow, log_sigma = predict_flow(head, fine0, fine1, seen0, seen1, fixed_to_moving)
     for _ in range(rounds - 1):
         fixed_to_moving = affine_from_flow(fixed_to_moving, flow, log_sigma, seen0)
@@ -286,17 +299,19 @@ def perturb(
 ) -> torch.Tensor:
     """`fixed_to_moving` behind random affines near the identity, (B, 3, 3).
 
-    At full strength up to 10 px a shift, and 0.05 of deviation in every entry of the matrix."""
-    B = len(fixed_to_moving)
-    drawn = torch.randint(len(STRENGTHS), (B,), generator=generator)
+    At full strength up to 10 px a shift, and 0.05 of deviation in every entry of the matrix.
+
+    Convention: the random affine moves points of image 0, before they are mapped."""
+    pairs = len(fixed_to_moving)
+    drawn = torch.randint(len(STRENGTHS), (pairs,), generator=generator)
     strength = torch.tensor(STRENGTHS)[drawn][:, None, None]
-    E = torch.eye(3).repeat(B, 1, 1)
-    E[:, :2, :2] += 0.05 * strength * torch.randn(B, 2, 2, generator=generator)
-    shift = 10 * strength[:, 0] * (2 * torch.rand(B, 2, generator=generator) - 1)
+    shake = torch.eye(3).repeat(pairs, 1, 1)
+    shake[:, :2, :2] += 0.05 * strength * torch.randn(pairs, 2, 2, generator=generator)
+    shift = 10 * strength[:, 0] * (2 * torch.rand(pairs, 2, generator=generator) - 1)
     middle = torch.tensor([(size[1] - 1) / 2, (size[0] - 1) / 2])
-    E[:, :2, 2] = middle - (E[:, :2, :2] * middle).sum(-1) + shift
+    shake[:, :2, 2] = middle - (shake[:, :2, :2] * middle).sum(-1) + shift
     with torch.autocast(fixed_to_moving.device.type, enabled=False):
-        return fixed_to_moving @ E.to(fixed_to_moving)
+        return fixed_to_moving @ shake.to(fixed_to_moving)
 
 
 # %% ../../nbs/05_model/06_fine.ipynb #8f226e44
@@ -322,7 +337,9 @@ def seen_at_size(
     fine: torch.Tensor,  # (1, C, H, W) fine features of the whole image
     small_to_whole: torch.Tensor,  # (3, 3)
 ) -> torch.Tensor:
-    "Which cells of the whole image are inside the field of view, (1, 1, H / 2, W / 2) in [0, 1]."
+    """Which cells of the whole image are inside the field of view, (1, 1, H / 2, W / 2) in [0, 1].
+
+    Convention: `small_to_whole` maps pixels of the small image to pixels of the whole one."""
     grid = fine.shape[2] // 2, fine.shape[3] // 2
     if grid == tuple(seen.shape[2:]):
         return seen
@@ -343,7 +360,9 @@ def apply_flow(
     flow: torch.Tensor,  # (1, 2, h, w) what it leaves, pixels of image 0
     agree: torch.Tensor | float,  # pixels of image 0
 ) -> torch.Tensor:  # (M, 2)
-    "The partners that the flow leads to, of those matches that agree with it; the others stay."
+    """The partners that the flow leads to, of those matches that agree with it; the others stay.
+
+    Convention: the partner of x lies at `fixed_to_moving(x + flow(x))`."""
     left = read_features(flow, points0[None], COARSE)[0].T
     partners = apply_transform(fixed_to_moving[0], points0 + left)
     scale = torch.linalg.det(fixed_to_moving[0, :2, :2]).abs().sqrt()
@@ -410,9 +429,9 @@ def move_by_flow(
         own = cells.pair == k
         first = consensus(centres0[own], centres1[own])
         if first is not None:
-            T, flow = refine_at_both_sizes(stage, result, k, first, view0, view1)
+            answer, flow = refine_at_both_sizes(stage, result, k, first, view0, view1)
             agree = AGREE * to_whole0[0, 0]
-            points1[own] = apply_flow(points0[own], points1[own], T, flow, agree)
+            points1[own] = apply_flow(points0[own], points1[own], answer, flow, agree)
     return points0, points1
 
 
@@ -425,7 +444,9 @@ def refine_at_both_sizes(
     view0: ScaledView,  # ScaledView of the fixed images
     view1: ScaledView,  # ScaledView of the moving images
 ) -> tuple:
-    "An answer (1, 3, 3) in pixels of the whole views, and the flow (1, 2, h, w) that it leaves."
+    """An answer (1, 3, 3) in pixels of the whole views, and the flow (1, 2, h, w) that it leaves.
+
+    Convention: fixed points to moving points."""
     one = slice(k, k + 1)
     seen0 = seen_map(result.seen0[one], result.grid0).float()
     seen1 = seen_map(result.seen1[one], result.grid1).float()

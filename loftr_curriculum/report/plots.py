@@ -11,7 +11,9 @@ __all__ = [
     "for_display",
     "in_colour",
     "Canvas",
+    "equally_high",
     "plot_pair",
+    "evenly",
     "add_matches",
     "checkerboard",
     "side_by_side",
@@ -21,7 +23,9 @@ __all__ = [
 ]
 
 # %% ../../nbs/08_report/00_plots.ipynb #7e360b3d
+import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +35,15 @@ from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 from numpy.typing import ArrayLike
 
-from ..geometry import apply_transform, fit_size, resize_image, resize_matrix
+from ..geometry import (
+    Affine,
+    PointMap,
+    compose,
+    fit_size,
+    resize_image,
+    resize_matrix,
+    translation,
+)
 from ..io.files import atomic_path
 
 
@@ -92,45 +104,65 @@ def in_colour(
 
 
 # %% ../../nbs/08_report/00_plots.ipynb #1425e77b
+@dataclass(frozen=True)
 class Canvas:
-    "Axes that show two images side by side, and the point maps of both."
+    "Axes that show two images side by side, and where the pixels of both lie on them."
 
-    def __init__(
-        self,
-        axes: Axes,  # matplotlib Axes
-        T0: np.ndarray,  # (3, 3) fixed pixels -> axes coordinates
-        T1: np.ndarray,  # (3, 3) moving pixels -> axes coordinates
-    ):
-        self.axes, self.T0, self.T1 = axes, T0, T1
+    axes: Axes
+    fixed_to_axes: PointMap  # pixels of the fixed image -> coordinates of the axes
+    moving_to_axes: PointMap  # pixels of the moving image -> coordinates of the axes
+
+    def __getattr__(self, name: str) -> np.ndarray:
+        new = {"T0": "fixed_to_axes", "T1": "moving_to_axes"}.get(name)
+        if new is None:
+            raise AttributeError(f"a Canvas has no attribute {name!r}")
+        warnings.warn(f"Canvas.{name} is now Canvas.{new}, a map", DeprecationWarning, stacklevel=2)
+        return getattr(self, new).matrix
 
 
 # %% ../../nbs/08_report/00_plots.ipynb #6b41af6f
+def equally_high(
+    image: np.ndarray,  # (H, W[, 3]), of any depth
+    height: int,  # px
+) -> np.ndarray:  # (height, w, 3) uint8
+    "The image at this height, as a picture for the eye."
+    rows, columns = np.asarray(image).shape[:2]
+    size = (height, max(1, round(columns * height / rows)))
+    return in_colour(resize_image(for_display(image, max(size) * 2), size))
+
+
+# %% ../../nbs/08_report/00_plots.ipynb #8f640c27
 def plot_pair(
-    axes: Axes,  # matplotlib Axes
+    axes: Axes,
     fixed: np.ndarray,  # (H0, W0[, 3]) image
     moving: np.ndarray,  # (H1, W1[, 3]) image, of another size if it likes
     height: int = 400,  # px of both images in the drawing
     gap: int = 8,  # px between them
 ) -> Canvas:
     "Fixed on the left, moving on the right, both equally high."
-    shown, maps, x = [], [], 0
-    for image in (fixed, moving):
-        size = np.asarray(image).shape[:2]
-        small = (height, max(1, round(size[1] * height / size[0])))
-        shown.append(in_colour(resize_image(for_display(image, max(small) * 2), small)))
-        T = resize_matrix(size, small)
-        T[0, 2] += x
-        maps.append(T)
-        x += small[1] + gap
-    axes.imshow(
-        np.concatenate([shown[0], np.full((height, gap, 3), 255, np.uint8), shown[1]], axis=1),
-        interpolation="nearest",
-    )
+    left, right = equally_high(fixed, height), equally_high(moving, height)
+    white = np.full((height, gap, 3), 255, np.uint8)
+    axes.imshow(np.concatenate([left, white, right], axis=1), interpolation="nearest")
     axes.set_axis_off()
-    return Canvas(axes, *maps)
+    aside = translation((left.shape[1] + gap, 0))
+    fixed_to_axes = resize_matrix(np.asarray(fixed).shape[:2], left.shape[:2])
+    moving_to_axes = compose(resize_matrix(np.asarray(moving).shape[:2], right.shape[:2]), aside)
+    return Canvas(axes, Affine(fixed_to_axes), Affine(moving_to_axes))
 
 
 # %% ../../nbs/08_report/00_plots.ipynb #9db3b113
+def evenly(
+    chosen: np.ndarray,  # (N,) bool
+    most: int,  # at least 1
+) -> np.ndarray:  # (M,) int, M <= most
+    "Indices of what is chosen, evenly thinned where there are too many."
+    which = np.flatnonzero(chosen)
+    if not len(which):
+        return which
+    return which[np.linspace(0, len(which) - 1, min(len(which), most)).astype(int)]
+
+
+# %% ../../nbs/08_report/00_plots.ipynb #7cceae73
 def add_matches(
     canvas: Canvas,
     points0: ArrayLike,  # (N, 2) pixels of the fixed image
@@ -143,22 +175,15 @@ def add_matches(
 ) -> None:
     "Thin lines between matched points, inliers on top."
     inliers = np.zeros(len(points0), bool) if inliers is None else np.asarray(inliers, bool)
-    ends = np.stack(
-        [
-            apply_transform(canvas.T0, np.asarray(points0, float).reshape(-1, 2)),
-            apply_transform(canvas.T1, np.asarray(points1, float).reshape(-1, 2)),
-        ],
-        axis=1,
-    )
+    starts = canvas.fixed_to_axes(np.asarray(points0, float).reshape(-1, 2))
+    ends = canvas.moving_to_axes(np.asarray(points1, float).reshape(-1, 2))
+    lines = np.stack([starts, ends], axis=1)
     for z, (kind, c) in enumerate(((~inliers, colour), (inliers, agree))):
-        which = np.flatnonzero(kind)
-        which = (
-            which[np.linspace(0, len(which) - 1, min(len(which), most)).astype(int)] if len(which) else which
-        )
+        drawn = lines[evenly(kind, most)]
         canvas.axes.add_collection(
-            LineCollection(ends[which], colors=c, linewidths=width, alpha=0.8, zorder=2 + z), autolim=False
+            LineCollection(drawn, colors=c, linewidths=width, alpha=0.8, zorder=2 + z), autolim=False
         )
-        canvas.axes.scatter(*ends[which].reshape(-1, 2).T, s=3 * width, c=c, linewidths=0, zorder=2 + z)
+        canvas.axes.scatter(*drawn.reshape(-1, 2).T, s=3 * width, c=c, linewidths=0, zorder=2 + z)
 
 
 # %% ../../nbs/08_report/00_plots.ipynb #bd3e8dca
@@ -179,19 +204,15 @@ def checkerboard(
 
 # %% ../../nbs/08_report/00_plots.ipynb #e3677f6d
 def side_by_side(
-    images: Sequence[np.ndarray],  # sequence of images (H, W[, 3]), of any sizes and depths
+    images: Sequence[np.ndarray],  # (H, W[, 3]) each, of any sizes and depths
     height: int = 320,  # px
     gap: int = 8,  # px of white between them
 ) -> np.ndarray:  # (height, W, 3) uint8
     "Images in a row, equally high."
+    white = np.full((height, gap, 3), 255, np.uint8)
     row = []
     for image in images:
-        h, w = np.asarray(image).shape[:2]
-        small = (height, max(1, round(w * height / h)))
-        row += [
-            in_colour(resize_image(for_display(image, max(small) * 2), small)),
-            np.full((height, gap, 3), 255, np.uint8),
-        ]
+        row += [equally_high(image, height), white]
     return np.concatenate(row[:-1], axis=1)
 
 
@@ -199,6 +220,7 @@ def side_by_side(
 PHASES = (("teaching", "#f4c7a1"), ("weaning", "#f6e7b4"), ("independence", "#cfe3c8"))
 
 
+# %% ../../nbs/08_report/00_plots.ipynb #aabd51ad
 def phase_of(
     lam: ArrayLike,  # (N,) vessel_soft_lambda per epoch
     scaler: ArrayLike,  # (N,) vessel_loss_weight_scaler per epoch
@@ -211,8 +233,14 @@ def phase_of(
 
 
 # %% ../../nbs/08_report/00_plots.ipynb #16aebacb
+def _runs(values):  # (start, stop) of each stretch of equal values
+    cuts = np.flatnonzero(np.diff(values)) + 1
+    return list(zip(np.r_[0, cuts], np.r_[cuts, len(values)]))
+
+
+# %% ../../nbs/08_report/00_plots.ipynb #e1b04667
 def shade_phases(
-    axes: Axes,  # matplotlib Axes whose x axis counts epochs
+    axes: Axes,  # its x axis counts epochs
     epochs: ArrayLike,  # (N,) ascending
     phase: ArrayLike,  # (N,) int
 ) -> None:
@@ -221,25 +249,11 @@ def shade_phases(
     if not len(epochs):
         return
     edges = np.concatenate(([epochs[0] - 0.5], (epochs[1:] + epochs[:-1]) / 2, [epochs[-1] + 0.5]))
+    above = dict(transform=axes.get_xaxis_transform(), ha="center", va="top", fontsize=7, color="0.3")
     for start, stop in _runs(phase):
         name, colour = PHASES[phase[start]]
         axes.axvspan(edges[start], edges[stop], color=colour, alpha=0.55, lw=0, zorder=0)
-        axes.text(
-            (edges[start] + edges[stop]) / 2,
-            0.99,
-            name,
-            transform=axes.get_xaxis_transform(),
-            ha="center",
-            va="top",
-            fontsize=7,
-            color="0.3",
-        )
-
-
-# %% ../../nbs/08_report/00_plots.ipynb #e3b4a0ef
-def _runs(values):
-    cuts = np.flatnonzero(np.diff(values)) + 1
-    return list(zip(np.r_[0, cuts], np.r_[cuts, len(values)]))
+        axes.text((edges[start] + edges[stop]) / 2, 0.99, name, **above)
 
 
 # %% ../../nbs/08_report/00_plots.ipynb #fde6a7da

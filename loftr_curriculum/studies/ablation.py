@@ -55,8 +55,6 @@ __all__ = [
 ]
 
 # %% ../../nbs/11_studies/13_ablation.ipynb #3ce4b6a9
-import hashlib
-import json
 import logging
 import os
 import time
@@ -99,7 +97,7 @@ from ..training.config import TrainConfig, find_curriculum
 from ..training.history import RunFolder
 from ..training.recorder import MatchRecorder
 from ..training.run import train
-from .study import this_machine
+from .study import begun, key_of, this_machine
 
 # %% ../../nbs/11_studies/13_ablation.ipynb #978f6ba1
 ARMS = (
@@ -467,8 +465,9 @@ def one_run(
     job: Job,
 ) -> dict:
     "Train, look, score; what was found, from its file where it was found before."
-    if job.result.is_file():
-        return read_json(job.result)
+    known = begun(job.result, {"arm": job.arm, "seed": job.seed, "strength": job.strength})
+    if known:
+        return known
     job.folder.mkdir(parents=True, exist_ok=True)
     begin = time.monotonic()
     recorders = recorders_of(job)
@@ -493,8 +492,7 @@ def cache_of(
     """
     no_matter = ("arms", "seeds", "strengths", "choice_seed")
     told = {k: v for k, v in asdict(settings).items() if k not in no_matter}
-    text = json.dumps([GENERATOR_VERSION, told], sort_keys=True)
-    return Path(cache) / hashlib.sha256(text.encode()).hexdigest()[:10]
+    return Path(cache) / key_of(GENERATOR_VERSION, told)
 
 
 # %% ../../nbs/11_studies/13_ablation.ipynb #5fc54ad5

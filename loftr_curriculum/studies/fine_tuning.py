@@ -68,7 +68,7 @@ from ..retina.world import check_settings
 from ..training.config import TrainConfig
 from ..training.module import mean_auc, quick_error
 from ..training.run import train
-from .study import markdown_table, resample, this_machine
+from .study import begun, markdown_table, resample, this_machine
 
 
 # %% ../../nbs/11_studies/12_fine_tuning.ipynb #d36f8b74
@@ -349,16 +349,17 @@ def measure(
 
 # %% ../../nbs/11_studies/12_fine_tuning.ipynb #92bdc71d
 def begin_experiment(
-    folder: str | Path,  # of the experiment
+    out: str | Path,  # JSON file, written before or not
+    folder: Path,  # of the experiment
     settings: Settings,
     shipped: Matcher,  # the packaged matcher
-) -> dict:  # the record, still without errors
-    "Raises ValueError where the folder holds another experiment."
+) -> dict:  # the record, with the errors that are known already
+    "Raises ValueError where the folder or the file holds another experiment."
     told = {"settings": asdict(settings), "weights": fingerprint(shipped), "generator": GENERATOR_VERSION}
     folder.mkdir(parents=True, exist_ok=True)
     check_settings(folder / "settings.json", told)
     known = {"machine": this_machine(), **told, "trained_on": shipped.facts.get("pairs")}
-    return known | {"eyes": {}, "errors": {}, "runs": {}}
+    return known | {"eyes": {}, "errors": {}, "runs": {}} | begun(out, told)
 
 
 # %% ../../nbs/11_studies/12_fine_tuning.ipynb #46472cea
@@ -370,12 +371,15 @@ def run_fine_tuning(
     "Fine-tune the packaged weights to the new camera in two ways and measure both domains before and after."
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     folder, shipped = Path(folder), load_matcher(SHIPPED)
-    result = begin_experiment(folder, settings, shipped)
+    result = begin_experiment(out, folder, settings, shipped)
     triplets = make_domain(folder, settings)
     tests = tests_of(data_of(settings, folder, triplets))
-    measure(result, "before", shipped, tests, settings.batch)
-    write_json(out, result)
+    if "before" not in result["errors"]:
+        measure(result, "before", shipped, tests, settings.batch)
+        write_json(out, result)
     for name in RUNS:
+        if name in result["runs"]:
+            continue
         config = run_of(name, settings, folder, triplets)
         tuned = load_matcher(train(config, progress=sys.stderr.isatty()).weights)
         result["runs"][name] = run_facts(config, tuned)

@@ -22,7 +22,6 @@ __all__ = [
     "two_versions",
     "digest_of",
     "sources",
-    "key_of",
     "call",
     "Plan",
     "epochs_of",
@@ -65,6 +64,7 @@ from ..io.files import FileError, read_json, write_json
 from ..io.lock import only_run
 from ..model.weights import load_matcher
 from ..training.history import RunFolder
+from .study import key_of
 
 # %% ../../nbs/11_studies/14_generator_value.ipynb #5a3ff00d
 PACKAGE = "loftr_curriculum"
@@ -213,14 +213,6 @@ def sources(
         if name.with_suffix("").parts[0] in rooms:
             found[name.as_posix()] = digest_of(file)
     return found
-
-
-# %% ../../nbs/11_studies/14_generator_value.ipynb #3a10486a
-def key_of(
-    *things: object,  # anything that JSON can hold
-) -> str:
-    "A short name of them all."
-    return hashlib.sha256(json.dumps(things, sort_keys=True).encode()).hexdigest()[:10]
 
 
 # %% ../../nbs/11_studies/14_generator_value.ipynb #9c1baa27

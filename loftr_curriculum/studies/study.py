@@ -16,12 +16,15 @@ __all__ = [
     "this_machine",
     "hardware",
     "begun",
+    "key_of",
     "resample",
     "markdown_table",
 ]
 
 # %% ../../nbs/11_studies/00_study.ipynb #231a75fc
+import hashlib
 import inspect
+import json
 import os
 import platform
 import re
@@ -90,8 +93,8 @@ STUDIES = {
     ),
     "pseudo-real": Study(
         "any system on the frozen list of hard pairs",
-        "evaluation.pseudo_real.score_system",
-        "evaluation.pseudo_real.lines_of",
+        "studies.pseudo_real.score_system",
+        "studies.pseudo_real.lines_of",
     ),
     "calibration": Study(
         "thresholds of `ok` from the matches alone",
@@ -293,11 +296,12 @@ def hardware(
 # %% ../../nbs/11_studies/00_study.ipynb #5650cc77
 def begun(
     path: str | Path | None,  # JSON file of a study, written or not; None: nothing to go on from
-    settings: dict,  # as a file gives them back
+    settings: dict,  # plain values: what must not have changed
 ) -> dict:  # what the file holds; empty without a file
     "What was measured before with the same settings. Raises FileError where they differ."
     if path is None or not Path(path).is_file():
         return {}
+    settings = json.loads(json.dumps(settings))  # as a file gives them back
     found = read_json(path)
     if not isinstance(found, dict) or {name: found.get(name) for name in settings} != settings:
         raise FileError(
@@ -305,6 +309,14 @@ def begun(
             "choose another file, or remove it to start again"
         )
     return found
+
+
+# %% ../../nbs/11_studies/00_study.ipynb #2aabf8a5
+def key_of(
+    *things: object,  # anything that JSON can hold
+) -> str:
+    "A short name of them all."
+    return hashlib.sha256(json.dumps(things, sort_keys=True).encode()).hexdigest()[:10]
 
 
 # %% ../../nbs/11_studies/00_study.ipynb #0406c9ab

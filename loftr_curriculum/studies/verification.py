@@ -49,7 +49,6 @@ import json
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, replace
 from itertools import product
-from pathlib import Path
 
 import numpy as np
 from scipy.optimize import minimize
@@ -57,7 +56,7 @@ from tqdm.auto import tqdm
 
 from ..data.pseudo_real import SPECIFICATION, RawPair, pseudo_real_pair, pseudo_real_pairs
 from ..evaluation.metrics import at_512
-from ..io.files import read_json, write_json
+from ..io.files import write_json
 from ..model.weights import load_matcher
 from ..registration.config import RegistrationConfig, Verdict
 from ..registration.many import fingerprint
@@ -65,7 +64,7 @@ from ..registration.pair import Registration, register
 from ..registration.verdict import AT_LEAST, CRITERIA
 from ..registration.verifier import READS, Curve, VesselAgreement, numbers_of
 from ..registration.verifier import probability as probability_of
-from ..retina.config import MODES
+from ..retina.config import GENERATOR_VERSION, MODES
 from .study import begun
 
 # %% ../../nbs/11_studies/09_verification.ipynb #ee6f8ba9
@@ -339,9 +338,12 @@ def calibrate_verifier(
     per_mode: int = 40,  # pairs of each mode, before strangers and mirrored ones
     cache: str | None = None,  # JSON file of what was collected, to go on from
 ) -> dict:
-    "Collect, fit, and write. Modes that the cache holds are not registered again."
+    """Collect, fit, and write. Modes that the cache holds are not registered again.
+
+    Raises FileError for a cache of another collection."""
     spec = replace(SPECIFICATION, split="calibration", per_mode=per_mode)
-    known = read_json(cache) if cache and Path(cache).exists() else {}
+    settings = {"per_mode": per_mode, "generator": GENERATOR_VERSION, "config": asdict(RegistrationConfig())}
+    known = begun(cache, settings) or settings
     for mode in MODES:
         if mode not in known:
             known[mode] = collect(pseudo_real_pairs((mode,), spec=spec, workers=1))

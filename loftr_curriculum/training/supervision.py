@@ -77,13 +77,15 @@ def close_cells(
 
 # %% ../../nbs/09_training/02_supervision.ipynb #593a5a5e
 def true_points(
-    T: torch.Tensor,  # (B, 3, 3) true map, pixels
+    matrix: torch.Tensor,  # (B, 3, 3) true map, or its affine part, pixels
     grid: Grid,  # Grid whose centres are mapped
-    points: torch.Tensor | None,  # (B, rows, columns, 2) where they truly lie, or None: where T says
+    points: torch.Tensor | None,  # (B, rows, columns, 2) where they truly lie; None: by the matrix
 ) -> torch.Tensor:
-    "Where the centres of the cells truly lie in the other image, (B, len(grid), 2)."
+    """Where the centres of the cells truly lie in the other image, (B, len(grid), 2).
+
+    Convention: the matrix maps points of the image with the grid to points of the other one."""
     if points is None:
-        return apply_transform(T, grid.centres(T.device)[None])
+        return apply_transform(matrix, grid.centres(matrix.device)[None])
     if points.shape[1:] != (*grid.shape, 2):
         raise ValueError(
             f"expected a true map of shape (B, {grid.rows}, {grid.columns}, 2), got {tuple(points.shape)}"
@@ -141,13 +143,15 @@ class Truth:
 def move_map(
     points: torch.Tensor | None,  # (B, rows, columns, 2) where the centres truly lie in the other image
     grid: Grid,  # Grid of the image that is mapped
-    T: torch.Tensor,  # (B, 3, 3) true map, or its affine part
+    matrix: torch.Tensor,  # (B, 3, 3) true map, or its affine part
 ) -> torch.Tensor | None:
-    "The same of the points that the cells stand for; T carries it over the few pixels between them."
+    """The same of the points that the cells stand for; the matrix carries it over the pixels between them.
+
+    Convention: the matrix maps points of the image with the grid to points of the other one."""
     if points is None:
         return None
     centres, shift = grid.centred.centres(points.device)[None], grid.to_centre
-    off = apply_transform(T, centres - shift) - apply_transform(T, centres) + shift
+    off = apply_transform(matrix, centres - shift) - apply_transform(matrix, centres) + shift
     return points + off.unflatten(1, grid.shape)
 
 
@@ -158,16 +162,16 @@ def cell_frame(
     grid1: Grid,  # Grid of the coarse cells of image 1, with the same offset
 ) -> Truth:
     "The truth and the masks of a batch in the frame in which cells stand for their centres."
-    T, shift = batch.fixed_to_moving, grid0.to_centre
+    fixed_to_moving, shift = batch.fixed_to_moving, grid0.to_centre
     if not shift:
-        return Truth(T, batch.map_0to1, batch.map_1to0, batch.mask0, batch.mask1)
-    S = torch.eye(3).to(T)
-    S[:2, 2] = shift
+        return Truth(fixed_to_moving, batch.map_0to1, batch.map_1to0, batch.mask0, batch.mask1)
+    to_centres = torch.eye(3).to(fixed_to_moving)
+    to_centres[:2, 2] = shift
     before = int(shift), 0, int(shift), 0  # pixels that are added at the left and above
     return Truth(
-        S @ T @ torch.linalg.inv(S),
-        move_map(batch.map_0to1, grid0, T),
-        move_map(batch.map_1to0, grid1, torch.linalg.inv(T)),
+        to_centres @ fixed_to_moving @ torch.linalg.inv(to_centres),
+        move_map(batch.map_0to1, grid0, fixed_to_moving),
+        move_map(batch.map_1to0, grid1, torch.linalg.inv(fixed_to_moving)),
         F.pad(batch.mask0, before),
         F.pad(batch.mask1, before),
     )
