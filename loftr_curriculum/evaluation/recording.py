@@ -5,8 +5,11 @@
 # %% auto #0
 __all__ = [
     "FIGURES",
+    "PLANES",
+    "UNKNOWN",
     "STEPS",
     "MOST",
+    "NO_MATCHES",
     "TABLE",
     "PATIENCE",
     "Probe",
@@ -17,6 +20,8 @@ __all__ = [
     "probes_file",
     "epoch_files",
     "write_probes",
+    "kept_matches",
+    "columns_of_matches",
     "write_epoch",
     "EpochRecord",
     "read_epoch",
@@ -24,11 +29,14 @@ __all__ = [
     "read_probes",
     "Recording",
     "summary",
+    "other_indices",
+    "number_text",
     "table",
     "spells",
     "never_collapsed",
     "still_collapsed",
     "recovered",
+    "said_of",
     "held_up_by_masks",
     "in_words",
 ]
@@ -95,6 +103,7 @@ def make_probe(
 FIGURES = (*(f.name for f in fields(CollapseFigures)), "error_px")
 
 
+# %% ../../nbs/07_evaluation/07_recording.ipynb #5a982cfb
 @dataclass(frozen=True, eq=False)
 class Entry:
     "What one pass of the matcher found in one probe."
@@ -129,16 +138,16 @@ def measure(
     matches: Matches,
 ) -> Entry:
     "The figures of one pass over a probe."
-    p, q, size0, size1 = matches.points0, matches.points1, probe.fov0.shape, probe.fov1.shape
-    fit = believed_transform(p, q, probe.fov0, size1, matches.confidence)
+    points0, points1, confidence = matches.points0, matches.points1, matches.confidence
+    fit = believed_transform(points0, points1, probe.fov0, probe.fov1.shape, confidence)
     truth = probe.fixed_to_moving
     believed = fit if truth is None else truth
-    vessels = probe.mask0 / 255
-    figures = collapse_figures(p, q, probe.fov0, probe.fov1, believed, vessels, matches.confidence)
-    agree = agreeing(believed, p, q, size0)
-    return Entry(
-        number, guided, matches, agree, {**vars(figures), "error_px": error_of_fit(fit, truth, probe)}
+    figures = collapse_figures(
+        points0, points1, probe.fov0, probe.fov1, believed, probe.mask0 / 255, confidence
     )
+    agree = agreeing(believed, points0, points1, probe.fov0.shape)
+    told = {**vars(figures), "error_px": error_of_fit(fit, truth, probe)}
+    return Entry(number, guided, matches, agree, told)
 
 
 # %% ../../nbs/07_evaluation/07_recording.ipynb #284c6a6b
@@ -158,74 +167,93 @@ def epoch_files(
 
 
 # %% ../../nbs/07_evaluation/07_recording.ipynb #c7db0d8d
-STEPS = 16  # a pixel is stored in so many steps
-MOST = 500  # matches of one look that are kept
+PLANES = ("image0", "image1", "fov0", "fov1", "mask0", "mask1")  # of a probe
+UNKNOWN = np.full((3, 3), np.nan)  # a true map that nobody knows, in a file
 
 
+# %% ../../nbs/07_evaluation/07_recording.ipynb #abfde4ba
 def write_probes(
     folder: str | Path,  # of the recording
-    probes: Sequence[Probe],  # list of Probe
+    probes: Sequence[Probe],
 ) -> None:
     "Write the pairs themselves."
+    maps = [UNKNOWN if p.fixed_to_moving is None else p.fixed_to_moving for p in probes]
     arrays = dict(
         names=np.array([p.name for p in probes]),
         kinds=np.array([p.kind for p in probes]),
-        fixed_to_moving=np.array(
-            [np.full((3, 3), np.nan) if p.fixed_to_moving is None else p.fixed_to_moving for p in probes]
-        ).reshape(-1, 3, 3),
+        fixed_to_moving=np.array(maps).reshape(-1, 3, 3),
     )
     for k, p in enumerate(probes):
-        arrays |= {
-            f"{name}_{k}": getattr(p, name) for name in ("image0", "image1", "fov0", "fov1", "mask0", "mask1")
-        }
+        arrays |= {f"{name}_{k}": getattr(p, name) for name in PLANES}
     with atomic_path(probes_file(folder)) as temporary:
         np.savez_compressed(temporary, **arrays)
 
 
 # %% ../../nbs/07_evaluation/07_recording.ipynb #dcf5a9b6
+STEPS = 16  # a pixel is stored in so many steps
+MOST = 500  # matches of one pass that are kept
+
+
+def kept_matches(
+    entry: Entry,
+) -> dict[str, np.ndarray]:  # columns of n <= MOST matches
+    "The matches of a pass as they are stored, evenly picked where there are many."
+    matches, n = entry.matches, len(entry.matches)
+    pick = np.linspace(0, n - 1, min(n, MOST)).astype(int)
+    return {
+        "points0": np.rint(STEPS * matches.points0)[pick].astype(np.int16),
+        "points1": np.rint(STEPS * matches.points1)[pick].astype(np.int16),
+        "confidence": np.asarray(matches.confidence[pick], np.float16),
+        "agrees": np.asarray(entry.agrees[pick], bool),
+    }
+
+
+# %% ../../nbs/07_evaluation/07_recording.ipynb #5858ac46
+NO_MATCHES = {  # columns without a match
+    "points0": np.empty((0, 2), np.int16),
+    "points1": np.empty((0, 2), np.int16),
+    "confidence": np.empty(0, np.float16),
+    "agrees": np.empty(0, bool),
+}
+
+
+def columns_of_matches(
+    entries: Sequence[Entry],
+) -> dict[str, np.ndarray]:
+    "The kept matches of all passes, one after the other."
+    kept = [kept_matches(entry) for entry in entries]
+    number = np.arange(len(entries), dtype=np.int16)
+    columns = {"pass": np.repeat(number, [len(k["agrees"]) for k in kept])}
+    for name, nothing in NO_MATCHES.items():
+        columns[name] = np.concatenate([nothing, *(k[name] for k in kept)])
+    return columns
+
+
+# %% ../../nbs/07_evaluation/07_recording.ipynb #cdbba141
 def write_epoch(
     folder: str | Path,  # of the recording
     epoch: int,  # number of the epoch
     lam: float,  # vessel_soft_lambda with which the epoch was trained
     scaler: float,  # vessel_loss_weight_scaler with which the epoch was trained
-    entries: Sequence[Entry],  # list of Entry
+    entries: Sequence[Entry],
     seconds: float = 0.0,  # what this recording took
     share: float = 0.0,  # of the run's time that went into recording so far, in [0, 1]
 ) -> None:
     "Write one epoch."
-    pick = [np.linspace(0, len(e.matches) - 1, min(len(e.matches), MOST)).astype(int) for e in entries]
-
-    def join(take, shape, dtype):
-        return np.concatenate(
-            [np.empty(shape, dtype), *(np.asarray(take(e)[k], dtype) for e, k in zip(entries, pick))]
-        )
-
-    def pixels(name):
-        return join(lambda e: np.rint(STEPS * getattr(e.matches, name)), (0, 2), np.int16)
-
-    arrays = dict(
-        epoch=epoch,
-        lam=lam,
-        scaler=scaler,
-        seconds=seconds,
-        share=share,
+    engines = dict(epoch=epoch, lam=lam, scaler=scaler, seconds=seconds, share=share)
+    passes = dict(
         probe=np.array([e.probe for e in entries], np.int16),
         guided=np.array([e.guided for e in entries], bool),
-        look=np.repeat(np.arange(len(entries), dtype=np.int16), [len(k) for k in pick]),
-        points0=pixels("points0"),
-        points1=pixels("points1"),
-        confidence=join(lambda e: e.matches.confidence, 0, np.float16),
-        agrees=join(lambda e: e.agrees, 0, bool),
-        **{f"figure_{name}": np.array([e.figures[name] for e in entries], np.float32) for name in FIGURES},
     )
+    figures = {f"figure_{name}": np.array([e.figures[name] for e in entries], np.float32) for name in FIGURES}
     with atomic_path(Path(folder) / f"epoch_{epoch:04d}.npz") as temporary:
-        np.savez_compressed(temporary, **arrays)
+        np.savez_compressed(temporary, **engines, **passes, **columns_of_matches(entries), **figures)
 
 
 # %% ../../nbs/07_evaluation/07_recording.ipynb #3e62e670
 @dataclass(frozen=True, eq=False)
 class EpochRecord:
-    "One recorded epoch. R looks, N kept matches."
+    "One recorded epoch. R passes of the matcher, N kept matches."
 
     epoch: int
     lam: float  # vessel_soft_lambda of training
@@ -235,20 +263,20 @@ class EpochRecord:
     probe: np.ndarray  # (R,) int
     guided: np.ndarray  # (R,) bool
     figures: dict  # name -> (R,) float
-    look: np.ndarray  # (N,) int: the look to which a match belongs
+    of_pass: np.ndarray  # (N,) int: the pass to which a match belongs
     points0: np.ndarray  # (N, 2) px
     points1: np.ndarray  # (N, 2) px
     confidence: np.ndarray  # (N,)
     agrees: np.ndarray  # (N,) bool
 
     def find(self, probe: int, guided: bool = False) -> int | None:
-        "Number of the look at a probe; None where there was none."
+        "Number of the pass over a probe; None where there was none."
         at = np.flatnonzero((self.probe == probe) & (self.guided == guided))
         return int(at[0]) if len(at) else None
 
-    def lines(self, look: int) -> tuple:  # Matches, (n,) bool
-        "The kept matches of a look, and which of them agree with the transform."
-        keep = self.look == look
+    def lines(self, number: int) -> tuple[Matches, np.ndarray]:  # (n,) bool
+        "The kept matches of a pass, and which of them agree with the transform."
+        keep = self.of_pass == number
         return Matches(self.points0[keep], self.points1[keep], self.confidence[keep]), self.agrees[keep]
 
 
@@ -267,6 +295,7 @@ def _load(path):
         raise FileError(f"{path}: expected a file of a recording, this one is cut off or damaged") from None
 
 
+# %% ../../nbs/07_evaluation/07_recording.ipynb #87af057c
 def _in_recording(make):
     "The function of a path that makes its answer of a file; FileError where the file lacks something."
 
@@ -274,11 +303,11 @@ def _in_recording(make):
     def made(path):
         try:
             return make(path)
+        except FileError:
+            raise
         except (KeyError, IndexError, TypeError, AttributeError) as error:
             raise FileError(f"{path}: expected a file of a recording, it lacks {error}") from None
         except ValueError as error:
-            if isinstance(error, FileError):
-                raise
             raise FileError(f"{path}: expected a file of a recording ({error})") from None
 
     return made
@@ -291,7 +320,8 @@ def read_epoch(
 ) -> EpochRecord:
     "One epoch; raises FileError that names the file."
     a = _load(path)
-    if "look" not in a:
+    of_pass = a.get("pass", a.get("look"))
+    if of_pass is None:
         raise FileError(f"{path}: expected an epoch of a recording")
     figures = {n: a[f"figure_{n}"].astype(float) for n in FIGURES}
     return EpochRecord(
@@ -300,7 +330,7 @@ def read_epoch(
         a["probe"],
         a["guided"],
         figures,
-        a["look"],
+        of_pass,
         a["points0"] / STEPS,
         a["points1"] / STEPS,
         a["confidence"].astype(float),
@@ -312,22 +342,21 @@ def read_epoch(
 @_in_recording
 def probes_in(
     path: str | Path,  # probes.npz
-) -> list:  # of Probe
+) -> list[Probe]:
     "The pairs in a file; raises FileError that names it."
-    a = _load(path)
-
-    def part(k):
-        return [a[f"{name}_{k}"] for name in ("image0", "image1", "fov0", "fov1", "mask0", "mask1")]
-
-    return [
-        Probe(str(name), str(kind), *part(k), matrix if np.isfinite(matrix).all() else None)
-        for k, (name, kind, matrix) in enumerate(zip(a["names"], a["kinds"], a["fixed_to_moving"]))
-    ]
+    arrays = _load(path)
+    probes = []
+    for k, matrix in enumerate(arrays["fixed_to_moving"]):
+        known = matrix if np.isfinite(matrix).all() else None
+        planes = [arrays[f"{name}_{k}"] for name in PLANES]
+        probes.append(Probe(str(arrays["names"][k]), str(arrays["kinds"][k]), *planes, known))
+    return probes
 
 
+# %% ../../nbs/07_evaluation/07_recording.ipynb #06aff90b
 def read_probes(
     folder: str | Path,  # of the recording
-) -> list:  # of Probe
+) -> list[Probe]:
     "The pairs of a recording; raises FileError."
     return probes_in(probes_file(folder))
 
@@ -345,7 +374,7 @@ class Recording:
         self.probes, self._read = read_probes(self.folder), {}
         self.refresh()
 
-    def refresh(self) -> list:  # of int
+    def refresh(self) -> list[int]:
         "Read epochs that are new; the numbers of all of them, ascending."
         for path in epoch_files(self.folder):
             stamp = path.stat().st_mtime_ns
@@ -354,48 +383,42 @@ class Recording:
         return self.epochs
 
     @property
-    def epochs(self) -> list:
+    def epochs(self) -> list[int]:
         return [e.epoch for e in self.records]
 
     @property
-    def records(self) -> list:
+    def records(self) -> list[EpochRecord]:
         return sorted((record for _, record in self._read.values()), key=lambda r: r.epoch)
 
     def record(self, epoch: int) -> EpochRecord:
         return next(r for r in self.records if r.epoch == epoch)
 
     @property
-    def kinds(self) -> list:
+    def kinds(self) -> list[str]:
         return list(dict.fromkeys(p.kind for p in self.probes))
 
 
 # %% ../../nbs/07_evaluation/07_recording.ipynb #8adf592c
+def _median(values):  # (N,) -> the lower median of what is known, nan where nothing is
+    known = values[~np.isnan(values)]
+    return float(np.quantile(known, 0.5, method="lower")) if len(known) else np.nan
+
+
+# %% ../../nbs/07_evaluation/07_recording.ipynb #335c5465
 def summary(
     recording: Recording,
-    guided: bool = False,  # the guided looks instead
+    guided: bool = False,  # the guided passes instead
     kind: str | None = None,  # probes of one kind only
-) -> list:  # one dict an epoch: epoch, lam, scaler, and the median of every figure
-    "The medians over the probes, epoch by epoch; epochs without such looks are left out."
+) -> list[dict]:  # one an epoch: epoch, lam, scaler, and the median of every figure
+    "The medians over the probes, epoch by epoch; epochs without such passes are left out."
     wanted = np.array([kind in (None, p.kind) for p in recording.probes])
     rows = []
     for r in recording.records:
         take = (r.guided == guided) & wanted[r.probe] if len(r.probe) else np.zeros(0, bool)
         if take.any():
-            rows.append(
-                dict(
-                    epoch=r.epoch,
-                    lam=r.lam,
-                    scaler=r.scaler,
-                    **{n: _median(v[take]) for n, v in r.figures.items()},
-                )
-            )
+            medians = {name: _median(values[take]) for name, values in r.figures.items()}
+            rows.append(dict(epoch=r.epoch, lam=r.lam, scaler=r.scaler, **medians))
     return rows
-
-
-# %% ../../nbs/07_evaluation/07_recording.ipynb #a9801cc3
-def _median(values):
-    known = values[~np.isnan(values)]
-    return float(np.quantile(known, 0.5, method="lower")) if len(known) else np.nan
 
 
 # %% ../../nbs/07_evaluation/07_recording.ipynb #e983220d
@@ -417,37 +440,45 @@ TABLE = (
 )
 
 
+# %% ../../nbs/07_evaluation/07_recording.ipynb #6d3c57f4
+def other_indices(
+    recording: Recording,
+) -> dict[str, dict[int, float]]:  # name of the column -> epoch -> index
+    "The index of every kind of probe, where there are several, and of the guided passes."
+
+    def index(**of) -> dict[int, float]:
+        return {row["epoch"]: row["collapse_index"] for row in summary(recording, **of)}
+
+    kinds = recording.kinds if len(recording.kinds) > 1 else []
+    return {**{kind: index(kind=kind) for kind in kinds}, "guided": index(guided=True)}
+
+
+# %% ../../nbs/07_evaluation/07_recording.ipynb #e82cb40b
+def number_text(
+    value: float,  # nan: not known
+    spec: str,  # such as 5.2f
+) -> str:
+    "A number in its column; a dash where it is not known."
+    width = int(spec.split(".")[0])
+    return f"{'-' if np.isnan(value) else format(value, spec.lstrip('0123456789')):>{width}}"
+
+
+# %% ../../nbs/07_evaluation/07_recording.ipynb #0c5899d4
 def table(
     recording: Recording,
 ) -> str:
-    "The table of a run: unguided medians, and the index of every kind of probe and of the guided looks."
-    kinds = recording.kinds if len(recording.kinds) > 1 else []
-
-    def index(**of):
-        return {r["epoch"]: r["collapse_index"] for r in summary(recording, **of)}
-
-    more = {**{kind: index(kind=kind) for kind in kinds}, "guided": index(guided=True)}
-
-    def width(name):
-        return max(len(name), 6)
-
-    lines = [
-        "epoch lambda loss_w "
-        + " ".join(f"{name:>{spec.split('.')[0]}}" for name, _, spec in TABLE)
-        + "".join(f" {name:>{width(name)}}" for name in more)
-    ]
-    for r in summary(recording):
-
-        def cell(v, w, d):
-            return f"{'-' if np.isnan(v) else f'{v:.{d}f}':>{w}}"
-
-        lines.append(
-            f"{r['epoch']:5d} {r['lam']:6.2f} {r['scaler']:6.2f} "
-            + " ".join(cell(r[key], *(int(n) for n in spec[:-1].split("."))) for _, key, spec in TABLE)
-            + "".join(
-                " " + cell(column.get(r["epoch"], np.nan), width(name), 2) for name, column in more.items()
-            )
-        )
+    "The table of a run: unguided medians, and the index of every kind of probe and of the guided passes."
+    others = other_indices(recording)
+    specs = {name: f"{max(len(name), 6)}.2f" for name in others}
+    head = " ".join(f"{name:>{spec.split('.')[0]}}" for name, _, spec in TABLE)
+    head += "".join(f" {name:>{specs[name].split('.')[0]}}" for name in others)
+    lines = ["epoch lambda loss_w " + head]
+    for row in summary(recording):
+        line = f"{row['epoch']:5d} {row['lam']:6.2f} {row['scaler']:6.2f} "
+        line += " ".join(number_text(row[key], spec) for _, key, spec in TABLE)
+        for name, index in others.items():
+            line += " " + number_text(index.get(row["epoch"], np.nan), specs[name])
+        lines.append(line)
     return "\n".join(lines)
 
 
@@ -455,6 +486,7 @@ def table(
 PATIENCE = 5  # recordings in a row above the threshold before a run is called collapsed
 
 
+# %% ../../nbs/07_evaluation/07_recording.ipynb #8e27c730
 def spells(
     index: np.ndarray,  # (N,) collapse index per recording
     threshold: float = THRESHOLD,  # above is collapsed
@@ -484,6 +516,7 @@ def never_collapsed(
     return said
 
 
+# %% ../../nbs/07_evaluation/07_recording.ipynb #60f9cc6a
 def still_collapsed(
     epochs: Sequence[int],  # (N,) recorded epochs
     index: np.ndarray,  # (N,) unguided collapse index
@@ -498,6 +531,7 @@ def still_collapsed(
     )
 
 
+# %% ../../nbs/07_evaluation/07_recording.ipynb #49bc5dab
 def recovered(
     epochs: Sequence[int],  # (N,) recorded epochs
     index: np.ndarray,  # (N,) unguided collapse index
@@ -512,6 +546,24 @@ def recovered(
     )
 
 
+# %% ../../nbs/07_evaluation/07_recording.ipynb #c3ac4c09
+def said_of(
+    epochs: Sequence[int],  # (N,) recorded epochs
+    index: np.ndarray,  # (N,) unguided collapse index
+    threshold: float,  # above is collapsed
+    patience: int,  # recordings in a row
+) -> str:
+    "The sentence that fits."
+    found = spells(index, threshold, min(patience, len(index)))
+    if not found:
+        return never_collapsed(epochs, index, threshold, patience)
+    first, stop = found[-1]
+    if stop == len(index) - 1:
+        return still_collapsed(epochs, index, threshold, first)
+    return recovered(epochs, index, threshold, first, stop)
+
+
+# %% ../../nbs/07_evaluation/07_recording.ipynb #e79832e4
 def held_up_by_masks(
     recording: Recording,
     epochs: Sequence[int],  # (N,) recorded epochs
@@ -527,6 +579,7 @@ def held_up_by_masks(
     return count
 
 
+# %% ../../nbs/07_evaluation/07_recording.ipynb #8deb331f
 def in_words(
     recording: Recording,
     threshold: float = THRESHOLD,  # above is collapsed
@@ -536,17 +589,9 @@ def in_words(
     rows = summary(recording)
     if not rows:
         return "Nothing is recorded yet."
-    epochs = [r["epoch"] for r in rows]
-    index = np.array([r["collapse_index"] for r in rows])
-    found = spells(index, threshold, min(patience, len(rows)))
-    if not found:
-        said = never_collapsed(epochs, index, threshold, patience)
-    else:
-        first, stop = found[-1]
-        if stop == len(rows) - 1:
-            said = still_collapsed(epochs, index, threshold, first)
-        else:
-            said = recovered(epochs, index, threshold, first, stop)
+    epochs = [row["epoch"] for row in rows]
+    index = np.array([row["collapse_index"] for row in rows])
+    said = said_of(epochs, index, threshold, patience)
     held_up = held_up_by_masks(recording, epochs, index, threshold)
     if held_up:
         said += f" In {held_up} recordings only the masks held it up: collapsed unguided, not guided."

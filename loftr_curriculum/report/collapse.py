@@ -48,14 +48,14 @@ def headline(
     recording: Recording,
     probe: int,  # number of the probe
     epoch: int,  # one of the recorded epochs
-    guided: bool = False,  # the guided look
+    guided: bool = False,  # the guided pass
 ) -> str:
-    "One look in a line: epoch, index, how many lines agree."
+    "One pass in a line: epoch, index, how many lines agree."
     r = recording.record(epoch)
-    look = r.find(probe, guided)
-    if look is None:
-        return f"epoch {epoch}: no {'guided ' if guided else ''}look"
-    f = {n: v[look] for n, v in r.figures.items()}
+    number = r.find(probe, guided)
+    if number is None:
+        return f"epoch {epoch}: no {'guided ' if guided else ''}pass"
+    f = {n: v[number] for n, v in r.figures.items()}
     kind = "guided" if guided else "unguided"
     agree = f"{f['inlier_ratio']:.0%} of {f['carrying']:.0f} lines agree"
     return f"epoch {epoch}, {kind}: index {f['collapse_index']:.2f}, {agree}"
@@ -67,21 +67,21 @@ def draw_lines(
     recording: Recording,
     probe: int,  # number of the probe
     epoch: int,  # one of the recorded epochs
-    guided: bool = False,  # the guided look
+    guided: bool = False,  # the guided pass
     title: str = "",  # goes before the headline
 ) -> None:
     "A probe with its match lines in one epoch."
     p, r = recording.probes[probe], recording.record(epoch)
-    look = r.find(probe, guided)
+    number = r.find(probe, guided)
     canvas = plot_pair(
         axes,
         *(np.uint8(127.5 + i.astype(np.float32)) * f for i, f in ((p.image0, p.fov0), (p.image1, p.fov1))),
         height=256,
     )
     axes.set_title(title + headline(recording, probe, epoch, guided), fontsize=8)
-    if look is None:
+    if number is None:
         return
-    matches, agrees = r.lines(look)
+    matches, agrees = r.lines(number)
     full = most_confident(matches.confidence)
     rest = np.setdiff1d(np.arange(len(matches)), full)
     add_matches(canvas, matches.points0[rest], matches.points1[rest], agrees[rest], width=0.12)
@@ -106,8 +106,8 @@ def draw_density(
     axes.imshow(p.image1.astype(np.float32) * p.fov1, cmap="gray", vmin=-127, vmax=127)
     axes.set_axis_off()
     axes.set_title("where the lines end", fontsize=8)
-    look = r.find(probe, guided)
-    matches = r.lines(look)[0] if look is not None else ()
+    number = r.find(probe, guided)
+    matches = r.lines(number)[0] if number is not None else ()
     if not len(matches):
         return
     h, w = p.fov1.shape
@@ -128,8 +128,8 @@ def draw_thirds(
 ) -> None:
     "Share of the end points in each third, and the overlap's share of the area."
     p, r = recording.probes[probe], recording.record(epoch)
-    look = r.find(probe, guided)
-    ends = [0, 0, 0] if look is None else [r.figures[n][look] for n in ("top", "middle", "lower")]
+    number = r.find(probe, guided)
+    ends = [0, 0, 0] if number is None else [r.figures[n][number] for n in ("top", "middle", "lower")]
     area = thirds(np.empty((0, 2)), overlap_fields(p.fov0, p.fov1, p.fixed_to_moving).end, p.fov1)[1]
     y = np.arange(3)
     axes.barh(y - 0.18, ends, 0.34, color="tab:red", label="end points")
@@ -153,14 +153,14 @@ def draw_index(
     epochs = [r["epoch"] for r in rows]
     shade_phases(axes, epochs, phase_of([r["lam"] for r in rows], [r["scaler"] for r in rows]))
     for k in range(len(recording.probes)):
-        looks = [
+        marks = [
             (r.epoch, r.figures["collapse_index"][at])
             for r in recording.records
             if (at := r.find(k)) is not None
         ]
-        if looks:
+        if marks:
             axes.plot(
-                *zip(*looks),
+                *zip(*marks),
                 color="tab:red" if k == probe else "0.45",
                 lw=1 if k == probe else 0.4,
                 alpha=1 if k == probe else 0.6,
@@ -201,7 +201,7 @@ def draw_board(
     recording: Recording,
     probe: int,  # number of the probe
     epoch: int,  # one of the recorded epochs
-    guided: bool = False,  # the guided look
+    guided: bool = False,  # the guided pass
 ) -> Figure:  # Figure
     "Lines, and the density of their end points, above; the index over the epochs and the thirds below."
     figure = new_figure(860, 540)
@@ -239,7 +239,7 @@ def draw_strip(
     recording: Recording,
     probes: Sequence[int],  # numbers of the probes, one row each
     asked: Sequence[int] = ASKED,  # epochs wanted
-    guided: bool = False,  # the guided looks
+    guided: bool = False,  # the guided passes
 ) -> Figure:  # Figure
     "Match lines of a few epochs side by side."
     epochs = strip_epochs(recording.epochs, asked)
@@ -267,7 +267,7 @@ def write_film(
     path: str | Path,  # GIF file to write
     recording: Recording,
     probe: int,  # number of the probe
-    guided: bool = False,  # the guided looks
+    guided: bool = False,  # the guided passes
     seconds: float = 0.4,  # per epoch
 ) -> None:
     "Match lines and index, one frame an epoch, as an animated GIF; ValueError where nothing is recorded."

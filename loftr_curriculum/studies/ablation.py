@@ -7,7 +7,7 @@ __all__ = [
     "ARMS",
     "LAST",
     "RULE",
-    "LOOKS",
+    "PASS_FIGURES",
     "LANDMARKS",
     "CONTRASTS",
     "CHOSEN",
@@ -20,7 +20,7 @@ __all__ = [
     "pseudo_probes",
     "final",
     "choose",
-    "look_figures",
+    "pass_figures",
     "curves",
     "landmark_scores",
     "Job",
@@ -243,7 +243,7 @@ RULE = (
 def final(
     run: dict,  # dict of `one_run`
     kind: str,  # "generated", "pseudo-real" or "real"
-    figure: str,  # name in LOOKS
+    figure: str,  # name in PASS_FIGURES
 ) -> float:
     "Mean of a figure over the last quarter of the epochs; nan where it was never known."
     count = max(1, round(LAST * len(run["epochs"])))
@@ -273,7 +273,15 @@ def choose(
 
 
 # %% ../../nbs/11_studies/13_ablation.ipynb #24b2dc46
-LOOKS = ("collapse_index", "coverage0", "coverage1", "vessel_gain", "inlier_ratio", "AUC@20", "median_px")
+PASS_FIGURES = (
+    "collapse_index",
+    "coverage0",
+    "coverage1",
+    "vessel_gain",
+    "inlier_ratio",
+    "AUC@20",
+    "median_px",
+)
 
 
 def _mean_known(
@@ -284,15 +292,15 @@ def _mean_known(
 
 
 # %% ../../nbs/11_studies/13_ablation.ipynb #83cbe9b7
-def look_figures(
-    looks: list[dict],  # list of (name -> number) of single probes
+def pass_figures(
+    passes: list[dict],  # list of (name -> number) of single probes
 ) -> dict:
-    """What a set of looks says: means, and two summaries of the registration errors.
+    """What a set of passes says: means, and two summaries of the registration errors.
 
     `median_px` is inf where most probes have no answer.
     """
-    figures = {name: _mean_known([look[name] for look in looks]) for name in LOOKS[:5]}
-    errors = np.array([look["error_px"] for look in looks])
+    figures = {name: _mean_known([one[name] for one in passes]) for name in PASS_FIGURES[:5]}
+    errors = np.array([one["error_px"] for one in passes])
     figures["AUC@20"] = auc(errors, 20)
     figures["median_px"] = float(np.median(errors))
     return figures
@@ -307,10 +315,10 @@ def curves(
     mine = [k for k, p in enumerate(recording.probes) if p.kind == kind]
 
     def take(record):
-        return look_figures([{n: v[record.find(k)] for n, v in record.figures.items()} for k in mine])
+        return pass_figures([{n: v[record.find(k)] for n, v in record.figures.items()} for k in mine])
 
     rows = [take(record) for record in recording.records]
-    return {name: [round(row[name], 4) for row in rows] for name in LOOKS}
+    return {name: [round(row[name], 4) for row in rows] for name in PASS_FIGURES}
 
 
 # %% ../../nbs/11_studies/13_ablation.ipynb #288855a0
@@ -323,7 +331,7 @@ def landmark_scores(
     folder: str | Path,  # set of real pairs with landmarks
     side: int,  # long side, px
 ) -> dict:
-    "Scores of the real pairs, two looks each."
+    "Scores of the real pairs, two passes each."
     config = RegistrationConfig(
         long_side=side,
         first_long_side=side,
@@ -373,7 +381,7 @@ class Job:
 
 # %% ../../nbs/11_studies/13_ablation.ipynb #1d90fa78
 class SilentRecorder(MatchRecorder):
-    "Records unguided looks, and neither logs nor warns: nothing that decides within a run hears of them."
+    "Records unguided passes, and neither logs nor warns: nothing that decides within a run hears of them."
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.sanity_checking or trainer.current_epoch in self.recording.epochs:
@@ -382,9 +390,9 @@ class SilentRecorder(MatchRecorder):
         probes, guidance = self.recording.probes, pl_module.guidance
         with trainer.precision_plugin.val_step_context():
             found = match_probes(pl_module.matcher, probes)
-        looks = [measure(k, probe, False, matches) for k, (probe, matches) in enumerate(zip(probes, found))]
+        entries = [measure(k, probe, False, matches) for k, (probe, matches) in enumerate(zip(probes, found))]
         engines = guidance.vessel_soft_lambda, guidance.vessel_loss_weight_scaler
-        write_epoch(self.folder, trainer.current_epoch, *engines, looks, time.monotonic() - start)
+        write_epoch(self.folder, trainer.current_epoch, *engines, entries, time.monotonic() - start)
         self.recording.refresh()
 
 
@@ -836,7 +844,7 @@ def collapsed_in_words(
         f"on {kind} pairs the index ends at {', '.join(f'{e:.2f}' for e in ends)} "
         f"(threshold {threshold:.2f}); its mean over the seeds starts at {mean[0]:.2f}, "
         f"is highest in epoch {mean.argmax()} ({mean.max():.2f}) "
-        f"and was above the threshold in {(index > threshold).mean():.0%} of all looks."
+        f"and was above the threshold in {(index > threshold).mean():.0%} of all passes."
     )
 
 
@@ -900,7 +908,7 @@ def _draw_panel(
     axes,  # of matplotlib
     runs,  # arm -> list of its runs
     kind,  # of pairs
-    figure,  # name in LOOKS
+    figure,  # name in PASS_FIGURES
 ) -> None:
     "One figure against epoch: the arms' means, and their range over the seeds."
     last = runs[list(runs)[-1]][0]

@@ -39,7 +39,7 @@ from ..retina.config import GENERATOR_VERSION, MODES
 
 # %% ../../nbs/11_studies/08_calibration.ipynb #fa54c009
 EVIDENCE = ("inliers", "inlier_ratio", "spread", "agreement_px")
-SIGNS = (1, 1, 1, -1)  # more is better, but for the distance of two looks
+SIGNS = (1, 1, 1, -1)  # more is better, but for the distance of two passes
 RIGHT_PX = 10.0
 
 

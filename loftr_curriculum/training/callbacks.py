@@ -114,7 +114,7 @@ class PatientStopping(EarlyStopping):
 
 
 # %% ../../nbs/09_training/05_callbacks.ipynb #b3b5cc29
-# one pass at 256 px: a look at the progress, not the best answer
+# one pass at 256 px shows the progress; it is not the best answer
 QUICK = replace(MATCHES_ALONE, turn_when_unsure=False, second_long_sides=(256,), retry_long_sides=())
 
 
