@@ -57,7 +57,7 @@ class Budget:
     "What a system may learn from, and for how long."
 
     minutes: float = 20.0  # of computing, on one thread
-    size: int = 160  # side of the views, px
+    size: int = 128  # side of the views, px
     batch: int = 8  # pairs of a step
     worlds: int = 100  # generated eyes, of the training seeds
     eye: int = 768  # side of their worlds, px

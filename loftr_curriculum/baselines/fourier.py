@@ -85,5 +85,8 @@ def fractional_fourier(
 ) -> torch.Tensor:  # (..., H, W) complex
     "The two-dimensional transform: the same order along both axes."
     kind = torch.complex128 if x.dtype in (torch.float64, torch.complex128) else torch.complex64
+    if order % 4 == 0:
+        return x.to(kind)
     rows, columns = (torch.from_numpy(fractional_matrix(n, order)).to(x.device, kind) for n in x.shape[-2:])
-    return rows @ x.to(kind) @ columns.mT
+    along_rows = x.to(kind) @ columns.mT
+    return (along_rows.mT.contiguous() @ rows.mT).mT

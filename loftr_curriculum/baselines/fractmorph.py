@@ -74,11 +74,14 @@ class Branch(nn.Module):
         self.key_value = nn.Conv2d(width, 2 * dim, 1)
         self.out = nn.Conv2d(dim, width, 1)
 
+    def tokens(self, x):
+        return x.flatten(2).unflatten(1, (self.heads, -1)).mT.contiguous()
+
     def forward(self, own, other):
         own = self.norm(into_domain(own, self.order))
         other = self.norm(into_domain(other, self.order))
         query, (key, value) = self.query(own), self.key_value(other).chunk(2, 1)
-        tokens = [x.flatten(2).unflatten(1, (self.heads, -1)).mT for x in (query, key, value)]
+        tokens = [self.tokens(x) for x in (query, key, value)]
         mixed = F.scaled_dot_product_attention(*tokens)
         mixed = mixed.mT.flatten(1, 2).unflatten(2, own.shape[2:])
         return out_of_domain(self.out(mixed), self.order)
