@@ -286,3 +286,21 @@ def test_damaged_files_are_an_image_or_an_error_that_names_them(tmp_path, form):
             assert read_image(path).size
         except ImageError as error:
             assert str(error).startswith(str(path)) and "\n" not in str(error)
+
+
+def test_damage_in_what_the_answer_keeps_is_one_line_and_no_remark(tmp_path, capfd):
+    measures, laterality = Dataset(), Dataset()
+    measures.PixelSpacing, laterality.FrameLaterality = [0.01, 0.01], "R"
+    group = Dataset()
+    group.PixelMeasuresSequence, group.FrameAnatomySequence = [measures], [laterality]
+    more = {"SharedFunctionalGroupsSequence": [group], "PerFrameFunctionalGroupsSequence": [group]}
+    path = saved(tmp_path / "a.dcm", grey(), "MONOCHROME2", **more)
+    assert read_picture(path).facts["spacing_mm"] == [0.01, 0.01]
+    data = path.read_bytes()
+    for tag in (b"\x28\x00\x30\x00DS", b"\x20\x00\x72\x90CS"):  # spacing, laterality of a frame
+        assert tag in data
+        path.write_bytes(data.replace(tag, tag[:4] + b"??"))
+        with pytest.raises(ImageError, match="a.dcm: expected a whole DICOM image") as error:
+            read_picture(path)
+        assert "\n" not in str(error.value)
+    assert capfd.readouterr().err == ""

@@ -1,4 +1,4 @@
-"""Guards of large images: they are shrunk before they are looked at, and the answer is in their own pixels."""
+"""Guards of large images: shrunk before they are looked at, answered in their own pixels."""
 
 import cv2
 import numpy as np

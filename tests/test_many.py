@@ -184,8 +184,10 @@ def test_a_large_table_costs_little_beside_the_registrations(tmp_path, monkeypat
     "Two thousand pairs whose registration is free: the bookkeeping is far under a millisecond a pair."
     import loftr_curriculum.registration.workers as workers
 
-    result = register(*a_pair()[:2], matcher=UprightSift())
+    pair = a_pair()[:2]
+    result, side = register(*pair, matcher=UprightSift()), workers.open_side(pair[0], "fixed", QUICK)
     monkeypatch.setattr(workers, "register", lambda *a, **k: result)
+    monkeypatch.setattr(workers, "open_side", lambda *a: side)
     (tmp_path / "pairs.csv").write_text(
         "id,fixed,moving\n" + "".join(f"{k},f{k}.png,m{k}.png\n" for k in range(2000))
     )
@@ -462,3 +464,75 @@ def test_a_script_without_a_guard_is_told_so(tmp_path):
         timeout=120,
     )
     assert done.returncode and "a script needs if __name__ == '__main__'" in done.stderr
+
+
+def test_pairs_side_by_side_are_answered_as_alone(tmp_path):
+    write_batch(tmp_path, 3)
+    write_image(tmp_path / "img" / "wide.png", a_pair()[0][:300])
+    with open(tmp_path / "pairs.csv", "a") as table:
+        table.write("wide,img/f.png,img/wide.png\nlost,img/f.png,img/none.png\n")
+    alone, lots = tmp_path / "alone", tmp_path / "lots"
+    for out, batch in ((alone, 1), (lots, 3)):
+        register_many(
+            tmp_path / "pairs.csv",
+            out,
+            matcher=UprightSift(),
+            config=QUICK,
+            progress=False,
+            batch=batch,
+        )
+    one, other = (read_results(out / "results.csv") for out in (alone, lots))
+    assert [row["verdict"] for row in one.values()] == [row["verdict"] for row in other.values()]
+    assert other["lost"]["error"] == one["lost"]["error"] != ""
+    for id in ("p0", "p2", "wide"):
+        maps = [read_maps(out / "maps.jsonl")[id] for out in (alone, lots)]
+        points = np.array([[0.0, 0.0], [400.0, 0.0], [0.0, 300.0]])
+        assert np.abs(maps[0](points) - maps[1](points)).max() < 1e-4
+    with pytest.raises(ValueError, match="batch 0: expected at least 1"):
+        register_many(tmp_path / "pairs.csv", lots, matcher=UprightSift(), batch=0)
+
+
+def test_one_fixed_image_is_opened_once(tmp_path, monkeypatch):
+    import loftr_curriculum.registration.workers as workers
+
+    write_batch(tmp_path, 3)
+    opened, really = [], workers.open_side
+    monkeypatch.setattr(workers, "open_side", lambda path, *rest: opened.append(path) or really(path, *rest))
+    out = tmp_path / "out"
+    register_many(tmp_path / "pairs.csv", out, matcher=UprightSift(), config=QUICK, progress=False)
+    assert opened == [tmp_path / "img" / "f.png"]
+    plain = register(tmp_path / "img/f.png", tmp_path / "img/m.png", matcher=UprightSift(), config=QUICK)
+    assert np.array_equal(load_batch_transform(out, "p2").matrix, plain.moving_to_fixed)
+
+
+def test_a_fixed_image_that_changed_is_opened_again(tmp_path):
+    from loftr_curriculum.registration.workers import LastFixed
+
+    fixed, moving, _ = a_pair(7)
+    path, last = tmp_path / "f.png", LastFixed()
+    write_image(path, fixed)
+    first = last.open(path, QUICK)
+    assert last.open(path, QUICK) is first
+    write_image(path, moving)
+    assert last.open(path, QUICK).size == moving.shape[:2]
+
+
+def test_ended_alone_the_first_process_leaves_no_traceback(tmp_path):
+    "SIGTERM to the parent, at the moments in which its workers start."
+    write_batch(tmp_path, 8)
+    (tmp_path / "batch.py").write_text(BATCH)
+    path = os.pathsep.join((str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")))
+    batch = subprocess.Popen(
+        [sys.executable, tmp_path / "batch.py", tmp_path],
+        env={**os.environ, "PYTHONPATH": path},
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    end = time.monotonic() + 120
+    while len(processes_of(batch.pid)) < 2 and time.monotonic() < end:
+        time.sleep(0.005)
+    batch.terminate()
+    said = batch.communicate(timeout=120)[1]
+    assert "Traceback" not in said and "pickle" not in said
+    assert processes_of(batch.pid) == []

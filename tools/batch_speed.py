@@ -6,14 +6,20 @@ Each way registers the same N pairs with the packaged weights into a temporary f
 pairs a minute, how many times the rate of one process, seconds of processor a pair (the figure that a busy
 machine changes least; not known of a cluster's workers), and the largest memory of a process. The start of
 the processes, a few seconds, is included: measure a hundred pairs or more. With --bookkeeping N it times what
-surrounds N registrations that cost nothing: the first start, and the start of a finished batch. With --memory PX
-it registers generated eyes of PX x PX pixels in a worker, with the pictures of the report, and says how much
-memory the worker took; with --save, as `register-many` takes it, with these pictures too.
+surrounds N registrations that cost nothing: the first start, and the start of a finished batch.
+
+    python tools/batch_speed.py --memory PX [--save warped,overlay]
+    python tools/batch_speed.py --shared PX
+
+--memory registers generated eyes of PX x PX pixels in a worker, with the pictures of the report and of
+--save, and says how much memory the worker took. --shared registers twelve of them onto one fixed image,
+and onto twelve copies of it, and says how much processor time the one saves.
 """
 
 import argparse
 import os
 import resource
+import shutil
 import socket
 import subprocess
 import sys
@@ -101,15 +107,19 @@ class Nothing:
 
 def bookkeeping(n):
     """Start of a batch of n pairs whose files are missing, and of one that is finished."""
+    import numpy as np
+
     import loftr_curriculum.registration.workers as workers
     from loftr_curriculum.registration.config import RegistrationConfig
-    from loftr_curriculum.registration.pair import Registration
+    from loftr_curriculum.registration.pair import Registration, Side
 
     folder = Path(tempfile.mkdtemp())
     rows = "".join(f"{k},f{k}.png,m{k}.png\n" for k in range(n))
     (folder / "pairs.csv").write_text("id,fixed,moving\n" + rows)
     answer = Registration.failed(("nothing was tried",), (100, 100), (100, 100))
     workers.register = lambda *images, **how: answer
+    workers.open_side = lambda image, name, config: Side(None, (100, 100), np.zeros((100, 100), np.uint8), {})
+    workers.stamp_of = lambda path: None
     for name in ("first run", "finished batch"):
         start = time.perf_counter()
         register_many(
@@ -157,6 +167,23 @@ def memory(side, save):
     print(f"{said}: largest worker {largest} MB, {processor / len(pairs):.2f} s of processor a pair")
 
 
+def shared(side, n=12):
+    """Processor time of n pairs with one fixed image, and with n copies of it."""
+    with tempfile.TemporaryDirectory() as d:
+        folder = Path(d)
+        one = enough_pairs(large_pair(folder, side), n)
+        copies = []
+        for pair in one:
+            name = f"copy{pair.id}.jpg"
+            shutil.copy(folder / "cf.jpg", folder / name)
+            copies.append(replace(pair, fixed=name))
+        measure(one[:1], folder / "warm")
+        times = {name: measure(pairs, folder / name)[1] for name, pairs in (("one", one), ("copies", copies))}
+    each = {name: seconds / n for name, seconds in times.items()}
+    said = f"one fixed image {each['one']:.2f} s of processor a pair, copies of it {each['copies']:.2f} s"
+    print(f"{side} x {side} px, {n} pairs: {said}, ratio {each['one'] / each['copies']:.2f}")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("table", nargs="?")
@@ -165,7 +192,13 @@ def main():
     parser.add_argument("--bookkeeping", type=int, help="time the start of so many pairs instead")
     parser.add_argument("--memory", type=int, help="measure the memory that pairs of so many px a side take")
     parser.add_argument("--save", default="", help="with --memory: pictures that are written for every pair")
+    parser.add_argument(
+        "--shared", type=int, help="measure what one fixed image for many pairs saves, px a side"
+    )
     a = parser.parse_args()
+    if a.shared:
+        shared(a.shared)
+        return
     if a.memory:
         memory(a.memory, tuple(filter(None, a.save.split(","))))
         return

@@ -10,6 +10,7 @@ __all__ = [
     "COLOURS",
     "COMPRESSED_COLOURS",
     "DEFLATED",
+    "SIDES",
     "need_pydicom",
     "DicomImage",
     "syntax_of",
@@ -18,6 +19,7 @@ __all__ = [
     "check_kind",
     "choose_frame",
     "broken",
+    "in_one_line",
     "open_dicom_image",
     "frame_bytes",
     "plain_frame",
@@ -28,6 +30,7 @@ __all__ = [
     "to_unsigned",
     "decode_dicom",
     "pixels_of",
+    "facts_of_group",
     "groups_of",
     "spacing_of",
     "dicom_facts",
@@ -35,8 +38,11 @@ __all__ = [
 
 # %% ../../nbs/02_io/05_dicom.ipynb #4f1f80b3
 import importlib.util
+import logging
 import struct
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -160,6 +166,28 @@ def broken(
     return ImageError(f"{file}: expected a whole DICOM image ({said})")
 
 
+# %% ../../nbs/02_io/05_dicom.ipynb #0dcae623
+@contextmanager
+def in_one_line(
+    file: Path,
+) -> Iterator[None]:
+    "Inside, whatever pydicom raises on a damaged file is one ImageError, and its remarks are not heard."
+    logger = logging.getLogger("pydicom")
+    silent = logger.disabled
+    logger.disabled = True
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    except ImageError:
+        raise
+    except Exception as error:  # what pydicom raises has no common kind
+        raise broken(file, error) from None
+    finally:
+        logger.disabled = silent
+
+
+# %% ../../nbs/02_io/05_dicom.ipynb #ef6481ec
 def open_dicom_image(
     data: bytes,  # of the file
     file: Path,
@@ -167,17 +195,11 @@ def open_dicom_image(
 ) -> DicomImage:
     "The header of a frame, checked; ImageError that names the file."
     need_pydicom(file)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # pydicom's remarks on the style of a header
-            dataset, at = read_dataset(data, file)
-            size = whole_number(dataset, "Rows"), whole_number(dataset, "Columns")
-            check_kind(dataset, file)
-            frames = whole_number(dataset, "NumberOfFrames", 1)
-    except ImageError:
-        raise
-    except Exception as error:  # what pydicom raises on damaged files has no common kind
-        raise broken(file, error) from None
+    with in_one_line(file):
+        dataset, at = read_dataset(data, file)
+        size = whole_number(dataset, "Rows"), whole_number(dataset, "Columns")
+        check_kind(dataset, file)
+        frames = whole_number(dataset, "NumberOfFrames", 1)
     if min(size) < 1:
         raise ImageError(f"{file}: expected Rows and Columns, found {size[0]} and {size[1]}")
     return DicomImage(dataset, size, frames, choose_frame(frames, number, file), at)
@@ -309,14 +331,8 @@ def decode_dicom(
     file: Path,  # for the error
 ) -> np.ndarray:  # (H, W) or (H, W, 3) RGB, uint8 or uint16
     "The pixels of a frame; ImageError that names the file."
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return pixels_of(stored_values(data, image, file), image.dataset)
-    except ImageError:
-        raise
-    except Exception as error:  # as in `open_dicom_image`
-        raise broken(file, error) from None
+    with in_one_line(file):
+        return pixels_of(stored_values(data, image, file), image.dataset)
 
 
 def pixels_of(
@@ -335,6 +351,24 @@ def pixels_of(
     if colours == "MONOCHROME1":
         return pixels.dtype.type((1 << stored) - 1) - pixels
     return np.ascontiguousarray(pixels)
+
+
+# %% ../../nbs/02_io/05_dicom.ipynb #420026d7
+SIDES = ("Laterality", "ImageLaterality", "FrameLaterality")
+
+
+def facts_of_group(
+    group,  # pydicom dataset
+) -> dict:  # spacing_mm, laterality: those that it states
+    "What one group of the header says."
+    facts = {}
+    spacing = spacing_of(group.get("PixelSpacing"))
+    if spacing:
+        facts["spacing_mm"] = spacing
+    for name in SIDES:
+        if group.get(name) in ("R", "L", "B"):
+            facts["laterality"] = str(group.get(name))
+    return facts
 
 
 # %% ../../nbs/02_io/05_dicom.ipynb #14cc18ae
@@ -367,14 +401,11 @@ def spacing_of(
 
 def dicom_facts(
     image: DicomImage,
+    file: Path,  # for the error
 ) -> dict:  # frame, spacing_mm, laterality: those that the file states
-    "What the answer keeps of the header."
+    "What the answer keeps of the header; ImageError where it is damaged."
     facts = {"frame": image.frame} if image.frames > 1 else {}
-    for group in groups_of(image):
-        spacing = spacing_of(group.get("PixelSpacing"))
-        if spacing:
-            facts["spacing_mm"] = spacing
-        for name in ("Laterality", "ImageLaterality", "FrameLaterality"):
-            if group.get(name) in ("R", "L", "B"):
-                facts["laterality"] = str(group.get(name))
+    with in_one_line(file):
+        for group in groups_of(image):
+            facts |= facts_of_group(group)
     return facts

@@ -231,7 +231,7 @@ def picture_of_dicom(
     "A frame with its spacing and laterality."
     from .dicom import decode_dicom, dicom_facts
 
-    facts = {"format": "DICOM", "orientation": 1, **dicom_facts(opened.dicom)}
+    facts = {"format": "DICOM", "orientation": 1, **dicom_facts(opened.dicom, opened.path)}
     return Picture(decode_dicom(opened.data, opened.dicom, opened.path), facts=facts)
 
 

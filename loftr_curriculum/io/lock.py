@@ -17,6 +17,7 @@ __all__ = [
     "only_run",
     "heeded",
     "end_in_order",
+    "later",
 ]
 
 # %% ../../nbs/02_io/05_lock.ipynb #a1f00c03
@@ -126,9 +127,11 @@ def only_run(
 ) -> Iterator[None]:
     """Inside, no other process works on this folder.
 
-    Raises FileError where another one does, or where the folder cannot be written.
+    Raises FileError where another one does, or where the folder cannot be written. A folder that was made
+    and stayed empty goes again.
     Where the system has no such locks (Windows, some network drives), nothing is locked."""
     path = Path(folder) / LOCK
+    made = not path.parent.exists()
     if "\0" in str(path):
         raise FileError(f"{str(folder)!r}: expected a folder without a NUL character")
     try:
@@ -149,6 +152,9 @@ def only_run(
         with suppress(OSError):  # Windows removes no open file
             path.unlink()
         os.close(descriptor)
+        if made:
+            with suppress(OSError):  # something was written
+                path.parent.rmdir()
 
 
 # %% ../../nbs/02_io/05_lock.ipynb #a1f00c14
@@ -179,3 +185,20 @@ def end_in_order() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+# %% ../../nbs/02_io/05_lock.ipynb #32e9fcbd
+@contextmanager
+def later() -> Iterator[None]:
+    "Inside, the signals that end a run wait. Does nothing outside the main thread."
+    came = []
+    before = {number: signal.getsignal(number) for number in heeded() and (signal.SIGINT, *heeded())}
+    for number in before:
+        signal.signal(number, lambda number, frame: came.append(number))
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        for number in came[:1]:
+            signal.raise_signal(number)

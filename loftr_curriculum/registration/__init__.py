@@ -6,11 +6,13 @@
 __all__ = [
     "register",
     "register_batch",
+    "register_triplet",
     "register_many",
     "merge_shards",
     "find_pairs",
     "Shard",
     "Registration",
+    "Triplet",
     "RegistrationConfig",
     "Verdict",
     "warp_to_fixed",
@@ -23,30 +25,32 @@ from importlib import import_module
 _all_ = [
     "register",
     "register_batch",
+    "register_triplet",
     "register_many",
     "merge_shards",
     "find_pairs",
     "Shard",
     "Registration",
+    "Triplet",
     "RegistrationConfig",
     "Verdict",
     "warp_to_fixed",
 ]
-_WHERE = dict(
-    register="pair",
-    register_batch="pair",
-    Registration="pair",
-    warp_to_fixed="frames",
-    register_many="many",
-    merge_shards="many",
-    Shard="many",
-    find_pairs="table",
-    RegistrationConfig="config",
-    Verdict="config",
-)
+
+# %% ../../nbs/06_registration/15_init.ipynb #03eec264
+_WHERE = {
+    "config": ("RegistrationConfig", "Verdict"),
+    "frames": ("warp_to_fixed",),
+    "pair": ("register", "register_batch", "Registration"),
+    "triplet": ("register_triplet", "Triplet"),
+    "table": ("find_pairs",),
+    "many": ("register_many", "merge_shards", "Shard"),
+}
 
 
+# %% ../../nbs/06_registration/15_init.ipynb #22eae4c0
 def __getattr__(name):
-    if name not in _WHERE:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"loftr_curriculum.registration.{_WHERE[name]}"), name)
+    for module, names in _WHERE.items():
+        if name in names:
+            return getattr(import_module(f"loftr_curriculum.registration.{module}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

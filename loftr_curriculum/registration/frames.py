@@ -11,6 +11,7 @@ __all__ = [
     "open_image",
     "open_mask",
     "Frame",
+    "once",
     "working_field",
     "without_borders",
     "at_most_largest",
@@ -21,6 +22,7 @@ __all__ = [
     "mirrored_frame",
     "View",
     "plain_view",
+    "make_plain_view",
     "turned_view",
     "warp_to_fixed",
     "warped_view",
@@ -28,7 +30,8 @@ __all__ = [
 ]
 
 # %% ../../nbs/06_registration/03_frames.ipynb #a1ff0229
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 
 import cv2
 import numpy as np
@@ -89,11 +92,24 @@ class Frame:
     fov: np.ndarray  # (h, w) bool: field of view, working frame
     to_working: Affine  # original points -> working points
     to_file: Affine = AS_IN_FILE  # original points -> points of the file
+    kept: dict = field(default_factory=dict, init=False, compare=False, repr=False)  # see `once`
 
     @property
     def size(self) -> tuple:
         "(height, width) of the working frame."
         return self.fov.shape
+
+
+# %% ../../nbs/06_registration/03_frames.ipynb #4e6f7a4c
+def once(
+    frame: Frame,
+    key,  # names what is computed; hashable
+    compute: Callable,  # called without arguments the first time
+):
+    "What was computed of this image before, nobody changes it; computed now where it is asked for first."
+    if key not in frame.kept:
+        frame.kept[key] = compute()
+    return frame.kept[key]
 
 
 # %% ../../nbs/06_registration/03_frames.ipynb #3f0e11c1
@@ -236,6 +252,14 @@ def plain_view(
     long_side: int,  # px of the view's long side
 ) -> View:
     "The whole image, at any size."
+    return once(frame, ("plain", long_side), lambda: make_plain_view(frame, long_side))
+
+
+def make_plain_view(
+    frame: Frame,  # one image
+    long_side: int,  # px of the view's long side
+) -> View:
+    "The view itself."
     size = fit_size(frame.gray.shape, long_side)
     fov = resize_image(frame.fov, size)
     mask = None if frame.mask is None else resize_image(frame.mask, size)

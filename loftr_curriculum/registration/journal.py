@@ -11,12 +11,19 @@ __all__ = [
     "ABOUT",
     "FIELDS",
     "NEEDED",
+    "WORDS",
+    "TEXTS",
+    "FORMULA",
+    "PARQUET",
     "MAPS",
     "TRANSFORMS",
     "PICTURES",
     "UNREADABLE",
     "MISSING",
     "csv_line",
+    "as_text",
+    "as_meant",
+    "line_of_row",
     "in_words",
     "error_row",
     "result_row",
@@ -25,6 +32,9 @@ __all__ = [
     "whole_lines",
     "read_results",
     "write_results",
+    "need_pyarrow",
+    "column_of",
+    "write_parquet",
     "map_line",
     "read_map_entries",
     "read_maps",
@@ -44,7 +54,9 @@ __all__ = [
 
 # %% ../../nbs/06_registration/12_journal.ipynb #53c35cf6
 import csv
+import importlib.util
 import json
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from io import StringIO
@@ -65,6 +77,7 @@ NUMBERS = columns_of()  # of Evidence
 ABOUT = ("seconds", "memory_mb", "reasons", "error", "pictures")  # memory: largest so far of its process
 FIELDS = COLUMNS + ("verdict",) + NUMBERS + ABOUT + SIZES + MATRIX
 NEEDED = COLUMNS + ("verdict", "error") + MATRIX  # without these a table is no journal
+WORDS = COLUMNS + ("verdict", "model", "reasons", "error", "pictures")  # columns that hold no numbers
 
 
 def csv_line(
@@ -74,6 +87,34 @@ def csv_line(
     text = StringIO()
     csv.writer(text, lineterminator="\n").writerow(values)
     return text.getvalue()
+
+
+# %% ../../nbs/06_registration/12_journal.ipynb #13bd8c3d
+TEXTS = ("id", "fixed", "moving", "reasons", "error", "pictures")
+FORMULA = re.compile(r"'*[=+\-@]")
+
+
+def as_text(
+    value: str,  # of a cell
+) -> str:
+    "The value, with an apostrophe in front where a spreadsheet would compute it."
+    return f"'{value}" if FORMULA.match(value) else value
+
+
+def as_meant(
+    value: str,  # of a cell, as it stands in the file
+) -> str:
+    "The value without the apostrophe of `as_text`."
+    return value[1:] if value.startswith("'") and FORMULA.match(value) else value
+
+
+# %% ../../nbs/06_registration/12_journal.ipynb #2b675944
+def line_of_row(
+    row: dict,  # of FIELDS
+) -> str:
+    "One line of results.csv."
+    safe = row | {name: as_text(row[name]) for name in TEXTS}
+    return csv_line(safe[name] for name in FIELDS)
 
 
 # %% ../../nbs/06_registration/12_journal.ipynb #fc2b4555
@@ -154,11 +195,12 @@ def read_results(
     path: str | Path,  # results.csv of a batch, finished or interrupted
 ) -> dict:  # {id: dict of FIELDS}, the last row of an id counts
     "The rows of a journal, those of earlier versions too; a torn last line is left out."
-    rows = csv.DictReader(whole_lines(path))
-    if not set(NEEDED) <= set(rows.fieldnames or ()):
+    lines = csv.DictReader(whole_lines(path))
+    if not set(NEEDED) <= set(lines.fieldnames or ()):
         raise FileError(f"{path}: expected the results of a batch with the columns {', '.join(FIELDS)}")
     empty = dict.fromkeys(FIELDS, "")
-    return {row["id"]: empty | row for row in rows}
+    rows = (empty | row | {name: as_meant(row.get(name) or "") for name in TEXTS} for row in lines)
+    return {row["id"]: row for row in rows}
 
 
 # %% ../../nbs/06_registration/12_journal.ipynb #be23a2c2
@@ -169,7 +211,45 @@ def write_results(
     "Write all rows anew, atomically."
     with atomic_path(path) as temporary, open(temporary, "w", encoding="utf-8", newline="") as file:
         file.write(csv_line(FIELDS))
-        file.writelines(csv_line(row[name] for name in FIELDS) for row in rows)
+        file.writelines(map(line_of_row, rows))
+
+
+# %% ../../nbs/06_registration/12_journal.ipynb #504e4c8b
+PARQUET = "results.parquet"
+
+
+def need_pyarrow() -> None:
+    "ValueError that names the extra where pyarrow is missing."
+    if importlib.util.find_spec("pyarrow") is None:
+        raise ValueError(f"{PARQUET} needs pyarrow: pip install 'loftr_curriculum[parquet]'")
+
+
+def column_of(
+    name: str,  # one of FIELDS
+    cells: list,  # of str
+) -> list:  # of str, or of float and None
+    "A column of numbers as numbers, one of texts as it is."
+    if name in WORDS:
+        return cells
+    return [float(cell) if cell else None for cell in cells]
+
+
+# %% ../../nbs/06_registration/12_journal.ipynb #6980aeac
+def write_parquet(
+    path: str | Path,  # results.parquet
+    rows: Iterable,  # of dict of FIELDS
+) -> None:
+    "Write all rows as columns, atomically; ValueError where pyarrow is missing."
+    need_pyarrow()
+    import pyarrow
+    from pyarrow import parquet
+
+    rows = list(rows)
+    columns = {name: column_of(name, [str(row[name]) for row in rows]) for name in FIELDS}
+    types = [(name, pyarrow.string() if name in WORDS else pyarrow.float64()) for name in FIELDS]
+    table = pyarrow.table(columns, schema=pyarrow.schema(types))
+    with atomic_path(path) as temporary:
+        parquet.write_table(table, temporary)
 
 
 # %% ../../nbs/06_registration/12_journal.ipynb #2faf5acd
@@ -321,7 +401,7 @@ def write_down(
     "Append a pair's lines, the row last."
     append_line(out / PICTURES, answer.pictures)
     append_line(out / MAPS, answer.map)
-    append_line(out / RESULTS, csv_line(answer.row[name] for name in FIELDS))
+    append_line(out / RESULTS, line_of_row(answer.row))
 
 
 # %% ../../nbs/06_registration/12_journal.ipynb #ec264b07

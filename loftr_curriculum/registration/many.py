@@ -9,6 +9,9 @@ __all__ = [
     "SHARDS",
     "fingerprint",
     "settings_of",
+    "images_of",
+    "same_settings",
+    "refuse_foreign",
     "start_folder",
     "mend_folder",
     "refuse_other_files",
@@ -24,6 +27,7 @@ __all__ = [
     "refuse_own_files",
     "working_matcher",
     "register_many",
+    "own_settings",
     "shard_folders",
     "append_lines",
     "merge_shards",
@@ -46,16 +50,19 @@ from .config import RegistrationConfig
 from .journal import (
     FIELDS,
     MAPS,
+    PARQUET,
     PICTURES,
     RESULTS,
     TRANSFORMS,
     count_pairs,
     cut_torn_line,
     kind_of,
+    need_pyarrow,
     read_results,
     transforms_of,
     whole_lines,
     write_down,
+    write_parquet,
     write_results,
 )
 from .pair import shipped_matcher
@@ -95,15 +102,47 @@ def settings_of(
     return json.loads(json.dumps({"config": asdict(config), "matcher": fingerprint(matcher)}))
 
 
+def images_of(
+    pairs: list,  # of Pair
+) -> dict:
+    "Where the paths of the results begin, for who looks at the images later; null where pairs differ."
+    folders = {str(pair.folder.absolute()) for pair in pairs}
+    return {"images": folders.pop() if len(folders) == 1 else None}
+
+
+# %% ../../nbs/06_registration/14_many.ipynb #f89c53fe
+def same_settings(
+    out: Path,  # folder of a batch
+    settings: dict,  # of this batch
+) -> bool:
+    "Was the batch in the folder made with these settings and weights?"
+    if not (out / SETTINGS).exists():
+        return False
+    found = read_json(out / SETTINGS)
+    return isinstance(found, dict) and all(found.get(name) == value for name, value in settings.items())
+
+
+def refuse_foreign(
+    out: Path,  # folder without the results of a batch
+) -> None:
+    "FileError where it holds files of the names that a batch writes."
+    foreign = [name for name in (TRANSFORMS, MAPS, PICTURES, PARQUET) if (out / name).exists()]
+    if foreign:
+        raise FileError(f"{out}: holds {', '.join(foreign)} without {RESULTS}, of something else; {ANEW}")
+
+
+# %% ../../nbs/06_registration/14_many.ipynb #e50bf7d9
 def start_folder(
     out: Path,  # folder of a batch
     settings: dict,  # of this batch
+    pairs: list,  # of Pair
 ) -> None:
     "Make the folder, or find out that it may go on; FileError where it holds another batch."
     if not (out / RESULTS).exists():
-        write_json(out / SETTINGS, settings)
+        refuse_foreign(out)
+        write_json(out / SETTINGS, settings | images_of(pairs))
         write_results(out / RESULTS, [])
-    elif not (out / SETTINGS).exists() or read_json(out / SETTINGS) != settings:
+    elif not same_settings(out, settings):
         raise FileError(f"{out}: holds the results of other settings or weights; {ANEW}")
 
 
@@ -232,10 +271,11 @@ def answer_all(
     rows: dict,  # {id: dict of FIELDS}, is added to
     progress: Progress,
     save,  # called without arguments after every pair
+    batch: int = 1,  # pairs that are handed out together
 ) -> None:
     "Write the answers down as they come."
     with progress.bar:
-        for answer in answers_as_they_come(crew, todo):
+        for answer in answers_as_they_come(crew, todo, batch):
             write_down(out, answer)
             rows[answer.row["id"]] = answer.row
             progress.add(answer.row)
@@ -319,9 +359,11 @@ def register_many(
     progress: bool = True,  # show a progress bar
     save_every: float = 60.0,  # seconds between two writings of transforms.json
     workers: int = 1,  # processes of one thread each; more than 1 needs a matcher that can be pickled
+    batch: int = 1,  # pairs that a process registers side by side, for a GPU
     scheduler: str | None = None,  # address of a Dask scheduler whose workers do it; None: this machine
     shard: Shard | None = None,  # the part of the table that is done; None: all of it
     pictures=None,  # a `BatchPictures` of the room `report`; None: no pictures and no report.html
+    parquet: bool = False,  # also write results.parquet at the end; needs pyarrow
 ) -> dict:  # number of pairs by verdict, and `unreadable`; together all pairs
     """Register every pair of a table.
 
@@ -334,14 +376,18 @@ def register_many(
     SIGTERM and SIGHUP stop it as Ctrl-C does, with the transforms so far written.
     """
     pairs, config, out = pairs_of(table), config or RegistrationConfig(), Path(out)
-    check_workers(workers)
+    check_workers(workers, batch)
+    if parquet:
+        need_pyarrow()
     refuse_own_files(table, out)
     if shard is not None:
         pairs, out = shard.part(pairs), shard.folder(out)
     matcher = working_matcher(matcher)
     with end_in_order(), only_run(out):
         remove_unfinished(out, (SETTINGS, RESULTS, TRANSFORMS, MAPS))
-        start_folder(out, settings_of(matcher, config))
+        start_folder(out, settings_of(matcher, config), pairs)
+        if pictures is not None:
+            pictures.refuse_foreign(out)
         rows = mend_folder(out)
         refuse_other_files(out, rows, pairs)
         todo = [pair for pair in pairs if pair.id not in rows or rows[pair.id]["error"]]
@@ -354,14 +400,26 @@ def register_many(
 
         try:
             if todo:
-                job = Job(matcher, config, pictures)
+                job = Job(matcher, config, pictures, batch)
                 with one_thread(), make_crew(job, min(workers, len(todo)), scheduler) as crew:
                     shown = Progress(done, len(pairs), progress)
-                    answer_all(crew, todo, out, rows, shown, lambda: seldom(save))
+                    answer_all(crew, todo, out, rows, shown, lambda: seldom(save), batch)
         finally:
             save()
-        write_results(out / RESULTS, [rows[id] for id in ids_in_order(rows, pairs)])
+        ordered = [rows[id] for id in ids_in_order(rows, pairs)]
+        write_results(out / RESULTS, ordered)
+        if parquet:
+            write_parquet(out / PARQUET, ordered)
         return count_pairs(rows, [pair.id for pair in pairs])
+
+
+# %% ../../nbs/06_registration/14_many.ipynb #39c291f9
+def own_settings(
+    folder: Path,  # of a shard
+) -> dict:
+    "What all shards of a batch have in common."
+    found = read_json(folder / SETTINGS)
+    return {name: found.get(name) for name in ("config", "matcher")}
 
 
 # %% ../../nbs/06_registration/14_many.ipynb #15f47581
@@ -372,9 +430,9 @@ def shard_folders(
     folders = sorted(path.parent for path in (out / SHARDS).glob(f"*/{RESULTS}"))
     if not folders:
         raise FileError(f"{out}: expected the results of shards in {SHARDS}/")
-    settings = read_json(folders[0] / SETTINGS)
+    settings = own_settings(folders[0])
     for folder in folders:
-        if read_json(folder / SETTINGS) != settings:
+        if not same_settings(folder, settings):
             raise FileError(f"{folder}: holds the results of other settings or weights than {folders[0]}")
     return folders
 
@@ -397,20 +455,28 @@ def merge_shards(
     table: str | Path | list,  # as in `register_many`, the whole table
     out: str | Path,  # folder of the whole batch
     pictures=None,  # as in `register_many`
+    parquet: bool = False,  # as in `register_many`
 ) -> dict:  # number of pairs by verdict, `unreadable`, and `missing` where a shard is not done
     "Make one batch of its shards; what is missing is done by `register_many` without a shard."
     pairs, out = pairs_of(table), Path(out)
+    if parquet:
+        need_pyarrow()
     refuse_own_files(table, out)
     folders = shard_folders(out)
     with end_in_order(), only_run(out):
         remove_unfinished(out, (SETTINGS, RESULTS, TRANSFORMS, MAPS))
-        start_folder(out, read_json(folders[0] / SETTINGS))
+        start_folder(out, own_settings(folders[0]), pairs)
+        if pictures is not None:
+            pictures.refuse_foreign(out)
         rows = mend_folder(out)
         for folder in folders:
             rows |= read_results(folder / RESULTS)
         refuse_other_files(out, rows, pairs)
         for name in (MAPS, PICTURES):
             append_lines(name, folders, out)
-        write_results(out / RESULTS, [rows[id] for id in ids_in_order(rows, pairs) if id in rows])
+        ordered = [rows[id] for id in ids_in_order(rows, pairs) if id in rows]
+        write_results(out / RESULTS, ordered)
+        if parquet:
+            write_parquet(out / PARQUET, ordered)
         write_summary(out, pairs, rows, pictures)
     return count_pairs(rows, [pair.id for pair in pairs])

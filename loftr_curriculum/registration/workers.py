@@ -4,18 +4,25 @@
 
 # %% auto #0
 __all__ = [
+    "MOST_KEPT",
     "THREADS",
     "JOBS",
     "PATIENCE",
     "DIED",
     "memory_mb",
+    "stamp_of",
+    "LastFixed",
     "Job",
+    "finished",
+    "answer_alone",
+    "open_lot",
+    "answer_lot",
     "unanswered",
     "one_thread",
     "cores",
     "take_job",
     "drop_job",
-    "answer_pair",
+    "answer_here",
     "pack",
     "Crew",
     "OwnProcess",
@@ -28,7 +35,9 @@ __all__ = [
     "job_plugin",
     "check_workers",
     "make_crew",
-    "answer_of",
+    "answers_of",
+    "lots_of",
+    "one_by_one",
     "answers_as_they_come",
     "fill",
 ]
@@ -54,15 +63,17 @@ from concurrent.futures import (
     wait,
 )
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import cv2
 import torch
 
-from ..io.files import FileError
+from ..io.files import FileError, split_number
+from ..io.lock import later
 from .config import RegistrationConfig
 from .journal import Answer, error_row, map_line, result_row
-from .pair import register
+from .pair import Side, open_side, register, register_batch
 from .table import Pair
 
 
@@ -77,26 +88,121 @@ def memory_mb() -> float | None:
     return peak / (2**20 if sys.platform == "darwin" else 2**10)
 
 
+# %% ../../nbs/06_registration/13_workers.ipynb #319de55e
+MOST_KEPT = 32_000_000  # bytes of pixels that wait for the next pair
+
+
+def stamp_of(
+    path: Path,  # image file, or one image of it as `file.tif[2]`
+) -> tuple | None:
+    "What changes when the file does; None where there is no file."
+    try:
+        about = split_number(path)[0].stat()
+    except OSError:
+        return None
+    return path, about.st_mtime_ns, about.st_size
+
+
+# %% ../../nbs/06_registration/13_workers.ipynb #e81eb2d1
+class LastFixed:
+    "The fixed image of the last pair. Another process begins without one."
+
+    def __init__(self):
+        self.stamp, self.side = None, None
+
+    def __reduce__(self):
+        return LastFixed, ()
+
+    def open(self, path: Path, config: RegistrationConfig) -> Side:
+        "The image, opened where it is another one; pixels that are too large are not kept."
+        stamp = stamp_of(path)
+        if stamp is None or stamp != self.stamp:
+            self.stamp, self.side = None, None  # before the next one takes room
+            side = open_side(path, "fixed", config)
+            self.side = side if side.pixels.nbytes <= MOST_KEPT else replace(side, pixels=None)
+            self.stamp = stamp
+        return self.side
+
+
+# %% ../../nbs/06_registration/13_workers.ipynb #3d1b62a0
 @dataclass(frozen=True)
 class Job:
     "All that is needed to answer a pair; it can be sent to other processes where its matcher can."
 
     matcher: object  # as in `register`
     config: RegistrationConfig
-    pictures: object = None  # has `of_pair(pair, result)` -> line of pictures.jsonl; None: no pictures
+    pictures: object = None  # has `of_pair(pair, result, fixed)` -> line of pictures.jsonl; None: no pictures
+    batch: int = 1  # pairs that are registered side by side
+    last: LastFixed = field(default_factory=LastFixed, compare=False, repr=False)
 
     def answer(self, pair: Pair) -> Answer:
         "Register a pair and draw its pictures."
-        start = time.perf_counter()
-        try:
-            result = register(*pair.files, matcher=self.matcher, config=self.config)
-            pictures = "" if self.pictures is None else self.pictures.of_pair(pair, result)
-        except Exception as error:
-            return unanswered(pair, error, time.perf_counter() - start)
-        row = result_row(pair, result, time.perf_counter() - start, memory_mb())
-        if self.pictures is not None:
-            row["pictures"] = self.pictures.folder_of(pair)
-        return Answer(row, map_line(pair, result), pictures)
+        return answer_alone(self, pair)
+
+    def answers(self, lot: tuple) -> list:
+        "Register pairs side by side and draw their pictures."
+        return answer_lot(self, lot)
+
+
+# %% ../../nbs/06_registration/13_workers.ipynb #eb607a32
+def finished(
+    job: Job,
+    pair: Pair,
+    result,  # Registration
+    fixed: Side,
+    seconds: float,  # that it took
+) -> Answer:
+    "What is kept of a registration, with its pictures drawn."
+    start = time.perf_counter()
+    pictures = "" if job.pictures is None else job.pictures.of_pair(pair, result, fixed.pixels)
+    row = result_row(pair, result, seconds + time.perf_counter() - start, memory_mb())
+    if job.pictures is not None:
+        row["pictures"] = job.pictures.folder_of(pair)
+    return Answer(row, map_line(pair, result), pictures)
+
+
+# %% ../../nbs/06_registration/13_workers.ipynb #6bd71b3d
+def answer_alone(
+    job: Job,
+    pair: Pair,
+) -> Answer:
+    "Register a pair; whatever goes wrong is written into its row."
+    start = time.perf_counter()
+    try:
+        fixed = job.last.open(pair.files[0], job.config)
+        result = register(fixed, pair.files[1], matcher=job.matcher, config=job.config)
+        return finished(job, pair, result, fixed, time.perf_counter() - start)
+    except Exception as error:
+        return unanswered(pair, error, time.perf_counter() - start)
+
+
+# %% ../../nbs/06_registration/13_workers.ipynb #affc6b15
+def open_lot(
+    job: Job,
+    lot: tuple,  # of Pair
+) -> list:  # of (fixed Side, moving Side)
+    "The images of several pairs."
+    return [
+        (job.last.open(pair.files[0], job.config), open_side(pair.files[1], "moving", job.config))
+        for pair in lot
+    ]
+
+
+def answer_lot(
+    job: Job,
+    lot: tuple,  # of Pair
+) -> list:  # of Answer
+    "Register pairs side by side; one by one where that fails."
+    if len(lot) == 1:
+        return [answer_alone(job, lot[0])]
+    start = time.perf_counter()
+    try:
+        sides = open_lot(job, lot)
+        results = register_batch(sides, matcher=job.matcher, config=job.config, batch_size=job.batch)
+        each = (time.perf_counter() - start) / len(lot)
+        return [finished(job, *one, fixed, each) for one, (fixed, _) in zip(zip(lot, results), sides)]
+    except Exception:
+        return [answer_alone(job, pair) for pair in lot]
 
 
 # %% ../../nbs/06_registration/13_workers.ipynb #271c011e
@@ -161,12 +267,12 @@ def drop_job(
     JOBS.pop(key, None)
 
 
-def answer_pair(
+def answer_here(
     key: str,  # of the batch
-    pair: Pair,
-) -> Answer:
-    "Answer a pair in a process that took the job."
-    return JOBS[key].answer(pair)
+    lot: tuple,  # of Pair
+) -> list:  # of Answer
+    "Answer pairs in a process that took the job."
+    return JOBS[key].answers(lot)
 
 
 def pack(
@@ -183,7 +289,7 @@ def pack(
 class Crew(ABC):
     "Answers pairs through futures; a context manager."
 
-    slots: int = 1  # pairs that may be under way at once
+    slots: int = 1  # lots that may be under way at once
 
     def __enter__(self):
         return self
@@ -192,8 +298,8 @@ class Crew(ABC):
         return None
 
     @abstractmethod
-    def submit(self, pair: Pair) -> Future:
-        "The future Answer of a pair."
+    def submit(self, lot: tuple) -> Future:
+        "The future list of Answer of a tuple of Pair."
 
     def renew(self) -> None:
         "Start again after a process died."
@@ -206,9 +312,9 @@ class OwnProcess(Crew):
     def __init__(self, job: Job):
         self.job = job
 
-    def submit(self, pair: Pair) -> Future:
+    def submit(self, lot: tuple) -> Future:
         future = Future()
-        future.set_result(self.job.answer(pair))
+        future.set_result(self.job.answers(lot))
         return future
 
 
@@ -254,7 +360,8 @@ class LocalProcesses(Crew):
 
     def __enter__(self):
         try:
-            first, *_ = [self.pool.submit(say_ready) for _ in range(self.workers)]
+            with later():
+                first, *_ = [self.pool.submit(say_ready) for _ in range(self.workers)]
             first.result()
         except BrokenExecutor:
             guarded = "a script needs if __name__ == '__main__': around what it runs"
@@ -266,8 +373,9 @@ class LocalProcesses(Crew):
     def __exit__(self, *error):
         self.pool.shutdown(cancel_futures=True)
 
-    def submit(self, pair: Pair) -> Future:
-        return self.pool.submit(answer_pair, self.start[0], pair)
+    def submit(self, lot: tuple) -> Future:
+        with later():  # a signal between the start of a process and its first words would leave it puzzled
+            return self.pool.submit(answer_here, self.start[0], lot)
 
 
 # %% ../../nbs/06_registration/13_workers.ipynb #9f20be30
@@ -306,7 +414,7 @@ class DaskWorkers(Crew):
 
     @property
     def slots(self) -> int:
-        "Two pairs a thread, so that no worker waits; a few where no worker has joined yet."
+        "Two lots a thread, so that no worker waits; a few where no worker has joined yet."
         return 4 + 2 * sum(self.client.nthreads().values())
 
     def __exit__(self, *error):
@@ -315,9 +423,10 @@ class DaskWorkers(Crew):
             self.client.unregister_worker_plugin(self.key)
         self.client.close()
 
-    def submit(self, pair: Pair) -> Future:
-        pair = replace(pair, folder=pair.folder.absolute())  # workers start in other folders
-        return self.executor.submit(answer_pair, self.key, pair)
+    def submit(self, lot: tuple) -> Future:
+        # workers start in other folders
+        lot = tuple(replace(pair, folder=pair.folder.absolute()) for pair in lot)
+        return self.executor.submit(answer_here, self.key, lot)
 
 
 # %% ../../nbs/06_registration/13_workers.ipynb #7bddde69
@@ -343,10 +452,12 @@ def job_plugin(
 # %% ../../nbs/06_registration/13_workers.ipynb #15adea97
 def check_workers(
     workers: int,  # processes on this machine
+    batch: int = 1,  # pairs that a process registers side by side
 ) -> None:
     "ValueError where nobody would work."
-    if workers < 1:
-        raise ValueError(f"workers {workers}: expected at least 1")
+    for name, number in (("workers", workers), ("batch", batch)):
+        if number < 1:
+            raise ValueError(f"{name} {number}: expected at least 1")
 
 
 def make_crew(
@@ -365,45 +476,63 @@ def make_crew(
 DIED = RuntimeError("the process that tried it died, perhaps for lack of memory")
 
 
-def answer_of(
+def answers_of(
     future: Future,  # done
-    pair: Pair,
-) -> Answer | None:
-    "The answer; None where the process died. ConnectionError where the scheduler is gone."
+    lot: tuple,  # of Pair
+) -> list | None:  # of Answer
+    "The answers; None where the process died. ConnectionError where the scheduler is gone."
     try:
         return future.result()
     except BrokenExecutor:
         return None
     except CancelledError:
         raise ConnectionError("the scheduler is gone; the same command goes on where it stopped") from None
-    except Exception as error:  # Dask's KilledWorker is one: several workers died of the pair
-        return unanswered(pair, error)
+    except Exception as error:  # Dask's KilledWorker is one: several workers died of the lot
+        return [unanswered(pair, error) for pair in lot]
 
 
+# %% ../../nbs/06_registration/13_workers.ipynb #6ea25aed
+def lots_of(
+    pairs: Iterable,  # of Pair
+    batch: int,  # pairs in one
+) -> deque:  # of tuples of Pair
+    "The pairs in lots; all of them are full but the last."
+    pairs = list(pairs)
+    return deque(tuple(pairs[k : k + batch]) for k in range(0, len(pairs), batch))
+
+
+def one_by_one(
+    lots: Iterable,  # of tuples of Pair
+) -> list:  # of tuples of one Pair
+    "The pairs of lots, each for itself."
+    return [(pair,) for lot in lots for pair in lot]
+
+
+# %% ../../nbs/06_registration/13_workers.ipynb #f8b3f329
 def answers_as_they_come(
     crew: Crew,  # entered
     pairs: Iterable,  # of Pair
+    batch: int = 1,  # pairs that are handed out together
 ) -> Iterator:  # of Answer
     "The answer of every pair, in the order in which they are ready."
-    todo, suspects, running = deque(pairs), deque(), {}
+    todo, suspects, running = lots_of(pairs, batch), deque(), {}
     while todo or suspects or running:
         alone = bool(suspects)
         queue, room = (suspects, 1) if alone else (todo, crew.slots)
         broken = fill(crew, queue, room, running)
         done, _ = wait(running, return_when=FIRST_COMPLETED)
         for future in done:
-            pair = running.pop(future)
-            answer = answer_of(future, pair)
-            if answer is not None:
-                yield answer
-            elif alone:
-                broken = True
-                yield unanswered(pair, DIED)
+            lot = running.pop(future)
+            answers = answers_of(future, lot)
+            broken = broken or answers is None
+            if answers is not None:
+                yield from answers
+            elif alone and len(lot) == 1:
+                yield unanswered(lot[0], DIED)
             else:
-                broken = True
-                suspects.append(pair)
+                suspects.extend(one_by_one([lot]))
         if broken:
-            suspects.extend(running.values())
+            suspects.extend(one_by_one(running.values()))
             running.clear()
             crew.renew()
 
@@ -411,11 +540,11 @@ def answers_as_they_come(
 # %% ../../nbs/06_registration/13_workers.ipynb #b43cfa5a
 def fill(
     crew: Crew,
-    queue: deque,  # of Pair
-    room: int,  # pairs that may be under way
-    running: dict,  # Future -> Pair, is added to
+    queue: deque,  # of tuples of Pair
+    room: int,  # lots that may be under way
+    running: dict,  # Future -> tuple of Pair, is added to
 ) -> bool:  # did a process die meanwhile?
-    "Hand out pairs while there is room."
+    "Hand out lots while there is room."
     while queue and len(running) < room:
         try:
             running[crew.submit(queue[0])] = queue[0]

@@ -18,6 +18,7 @@ __all__ = [
     "write_pair",
     "places_of_lines",
     "pictures_of",
+    "refuse_foreign_page",
     "write_report",
     "BatchPictures",
 ]
@@ -34,12 +35,12 @@ import cv2
 import numpy as np
 
 from ..geometry import Affine, resize_matrix
-from ..io.files import atomic_path, refuse_to_overwrite
+from ..io.files import FileError, atomic_path, refuse_to_overwrite
 from ..io.images import write_image
 from ..registration.frames import open_image
 from ..registration.journal import PICTURES
 from ..registration.table import Pair
-from .page import doubt, page_parts
+from .page import HEAD, TITLE, doubt, page_parts
 from .plots import for_display, in_colour, save_figure
 from .registration import draw_checkerboard, draw_matches
 
@@ -175,6 +176,19 @@ def pictures_of(
                 yield number, file.read(length).decode()
 
 
+# %% ../../nbs/08_report/05_batch.ipynb #75c50422
+def refuse_foreign_page(
+    path: Path,  # report.html
+) -> None:
+    "FileError where a page that `write_report` has not written would be overwritten."
+    if not path.is_file():
+        return
+    with open(path, "rb") as file:
+        start = file.read(len(HEAD))
+    if TITLE.encode() not in start:
+        raise FileError(f"{path}: is no report of a batch and would be overwritten; move it away")
+
+
 # %% ../../nbs/08_report/05_batch.ipynb #394b770c
 def write_report(
     out: str | Path,  # folder of the batch, in which report.html is written, atomically
@@ -203,15 +217,19 @@ class BatchPictures:
         "The pair's folder, relative to the batch's; empty where nothing is saved."
         return f"{FOLDER}/{pair.name}" if self.save else ""
 
-    def of_pair(self, pair: Pair, result) -> str:
-        "Write the pair's files; its line of pictures.jsonl."
-        fixed = open_image(pair.files[0], "fixed")
+    def of_pair(self, pair: Pair, result, fixed: np.ndarray | None = None) -> str:
+        "Write the pair's files; its line of pictures.jsonl. The fixed image is read where it is not given."
+        fixed = open_image(pair.files[0], "fixed") if fixed is None else fixed
         moving = open_image(pair.files[1], "moving") if result.moving is None else result.moving
         if self.save:
             folder = self.out / self.folder_of(pair)
             refuse_to_overwrite([folder / f"{name}.png" for name in SAVED], pair.files)
             write_pair(folder, self.save, result, fixed, moving)
         return pictures_line(pair, result, fixed, moving)
+
+    def refuse_foreign(self, out: Path) -> None:
+        "FileError where report.html is there and is not one of ours."
+        refuse_foreign_page(Path(out) / REPORT)
 
     def of_batch(self, out: Path, rows: list) -> None:
         "Write report.html; links lead to the pairs' folders from there."

@@ -8,6 +8,7 @@ __all__ = [
     "STYLE",
     "LISTING",
     "LOOKING",
+    "TITLE",
     "HEAD",
     "BODY",
     "doubt",
@@ -250,6 +251,7 @@ choose();
 """
 
 # %% ../../nbs/08_report/04_page.ipynb #a843c1c1
+TITLE = "<title>Registered pairs</title>"
 HEAD = """<!doctype html>
 <html lang="en">
 <head>
