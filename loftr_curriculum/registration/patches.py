@@ -4,10 +4,18 @@
 
 # %% auto #0
 __all__ = [
+    "RUN",
+    "STRAIGHT",
+    "ALIKE",
+    "LEAST_CONTRAST",
+    "LARGEST_DIFFERENCE",
     "Directions",
     "directions",
     "PatchSettings",
     "comparison_frame",
+    "straight_lines",
+    "alike",
+    "burned_in",
     "fixed_directions",
     "both_in_frame",
     "Patches",
@@ -84,6 +92,60 @@ def comparison_frame(
     return size, Affine(resize_matrix(original, size))
 
 
+# %% ../../nbs/06_registration/05_patches.ipynb #fd335749
+RUN = 0.25  # of the frame's long side: a line that is straight for so long is no vessel
+STRAIGHT = 0.6  # mean of the direction along it, 0..1
+
+
+def straight_lines(
+    lines: Directions,
+) -> np.ndarray:  # (H, W) bool
+    "Long lines along rows and columns."
+    across = lines.field[..., 0]
+    run = int(RUN * max(across.shape)) | 1
+    found = np.zeros(across.shape, np.uint8)
+    for box in ((run, 1), (1, run)):
+        middles = np.abs(cv2.blur(across, box)) > STRAIGHT
+        found |= cv2.dilate(middles.astype(np.uint8), np.ones(box[::-1], np.uint8))
+    return cv2.dilate(found, np.ones((3, 3), np.uint8)) > 0
+
+
+# %% ../../nbs/06_registration/05_patches.ipynb #5b48890b
+ALIKE = 5  # px: side of the neighbourhoods that are compared
+LEAST_CONTRAST = 0.06  # standard deviation of a neighbourhood that shows something, of 1
+LARGEST_DIFFERENCE = 0.25  # of that deviation
+
+
+def alike(
+    one: np.ndarray,  # (H, W) float32 in [0, 1]
+    other: np.ndarray,  # (H, W) float32 in [0, 1]
+) -> np.ndarray:  # (H, W) bool
+    "Where two images show the same sharp thing; nowhere where they are the same image."
+    box = (ALIKE, ALIKE)
+    variance = cv2.blur(one * one, box) - cv2.blur(one, box) ** 2
+    deviation = np.sqrt(np.maximum(variance, 0))
+    shows = deviation > LEAST_CONTRAST
+    difference = cv2.dilate(cv2.absdiff(one, other), np.ones(box, np.uint8))
+    same = shows & (difference < LARGEST_DIFFERENCE * deviation)
+    if 2 * same.sum() > shows.sum():
+        return np.zeros(one.shape, bool)
+    return cv2.dilate(same.astype(np.uint8), np.ones(box, np.uint8)) > 0
+
+
+# %% ../../nbs/06_registration/05_patches.ipynb #73d30c6c
+def burned_in(
+    fixed: Frame,
+    moving: Frame,
+    lines: Directions,  # of the fixed image, in the comparison frame
+    to_frame: Affine,  # original fixed points -> comparison frame
+) -> np.ndarray:  # (H, W) bool, comparison frame
+    "What cameras and viewers drew into both files."
+    size = lines.inside.shape
+    same_place = moving.to_file.then(fixed.to_file.inverse()).then(to_frame)
+    drawn = alike(resize_image(fixed.gray, size), same_place.warp(moving.gray, size))
+    return drawn | straight_lines(lines)
+
+
 # %% ../../nbs/06_registration/05_patches.ipynb #cacb4048
 def fixed_directions(
     fixed: Frame,
@@ -107,7 +169,8 @@ def both_in_frame(
     field = moving.to_working.inverse().then(there).warp(moving.fov, size, "nearest")
     one = once(fixed, settings, lambda: fixed_directions(fixed, size, settings.sigma))
     other = directions(there.warp(moving.gray, size), field, settings.sigma)
-    return one, other
+    drawn = burned_in(fixed, moving, one, to_frame)
+    return Directions(one.field, one.inside & ~drawn), other
 
 
 # %% ../../nbs/06_registration/05_patches.ipynb #1a02695e
@@ -134,16 +197,11 @@ def patch_corners(
 
 # %% ../../nbs/06_registration/05_patches.ipynb #3b06c825
 def window_energy(
-    total: np.ndarray,  # (H + 1, W + 1) integral image of squared lengths
-    row: int,  # first row of the first window
-    column: int,  # first column of the first window
+    total: np.ndarray,  # (H + 1, W + 1) integral image
     side: int,  # px of a window
-    count: int,  # windows along each side
-) -> np.ndarray:  # (count, count)
-    "Sum of squares in all windows of a patch's surroundings."
-    top, bottom = slice(row, row + count), slice(row + side, row + side + count)
-    left, right = slice(column, column + count), slice(column + side, column + side + count)
-    return total[bottom, right] - total[top, right] - total[bottom, left] + total[top, left]
+) -> np.ndarray:  # (H - side + 1, W - side + 1): [row, column] of the first pixel of a window
+    "Sum over every window of an image."
+    return total[side:, side:] - total[:-side, side:] - total[side:, :-side] + total[:-side, :-side]
 
 
 # %% ../../nbs/06_registration/05_patches.ipynb #4cc48942
@@ -157,17 +215,18 @@ def correlate(
     both = (one.inside & other.inside).astype(np.float32)
     fixed = one.field * both[..., None]
     moving = cv2.copyMakeBorder(other.field, reach, reach, reach, reach, cv2.BORDER_CONSTANT)
-    seen = cv2.integral(both)
-    energy = cv2.integral((moving**2).sum(-1))
+    seen = window_energy(cv2.integral(both), side)
+    energy = window_energy(cv2.integral((moving**2).sum(-1)), side)
+    count = 2 * reach + 1
     points, surfaces = [], []
     for row in patch_corners(both.shape[0], settings):
         for column in patch_corners(both.shape[1], settings):
-            if window_energy(seen, row, column, side, 1)[0, 0] < settings.least * side**2:
+            if seen[row, column] < settings.least * side**2:
                 continue
             patch = fixed[row : row + side, column : column + side]
             around = moving[row : row + side + 2 * reach, column : column + side + 2 * reach]
             products = cv2.matchTemplate(around, patch, cv2.TM_CCORR)
-            lengths = window_energy(energy, row, column, side, 2 * reach + 1) * float((patch**2).sum())
+            lengths = energy[row : row + count, column : column + count] * float((patch**2).sum())
             points.append((column + (side - 1) / 2, row + (side - 1) / 2))
             surfaces.append(products / np.sqrt(np.maximum(lengths, 1e-6)))
     return of_one_polarity(np.array(points), np.array(surfaces, np.float32), reach)
