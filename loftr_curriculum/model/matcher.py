@@ -32,7 +32,7 @@ from .coarse import COARSE, coarse_similarity
 from .config import Guidance, MatcherConfig
 from .fine import FlowHead, FlowStage, read_features
 from .guidance import fov_to_grid, key_bias, mask_to_grid, pad_to
-from .stages import CoarseResult, TwoStageMatcher, View
+from .stages import BatchView, CoarseResult, TwoStageMatcher
 
 
 # %% ../../nbs/05_model/07_matcher.ipynb #16edb7f5
@@ -78,7 +78,7 @@ STEP = 16  # pixels a side of a token's cell; images are padded to a multiple
 
 
 def seen_cells(
-    view: View,
+    view: BatchView,
     cell: int,  # pixels a side
 ) -> torch.Tensor:
     "Which cells of the padded image are inside the field of view, (B, h * w) bool."
@@ -87,7 +87,7 @@ def seen_cells(
 
 # %% ../../nbs/05_model/07_matcher.ipynb #eafd697b
 def vessel_cells(
-    view: View,
+    view: BatchView,
     cell: int,  # pixels a side
 ) -> torch.Tensor | None:
     "Vessel weight of the cells of the padded image in [0, 1], (B, h, w), or None without a mask."
@@ -104,7 +104,7 @@ class TokenStage:
     ):
         self.matcher = matcher
 
-    def predict(self, view0: View, view1: View, guidance: Guidance) -> CoarseResult:
+    def predict(self, view0: BatchView, view1: BatchView, guidance: Guidance) -> CoarseResult:
         tokens, cells, fine = self.features(view0, view1, guidance.attention_lambda)
         seen0, seen1 = seen_cells(view0, COARSE), seen_cells(view1, COARSE)
         sim = coarse_similarity(
@@ -120,7 +120,7 @@ class TokenStage:
         grid0, grid1 = (Grid(*features.shape[2:], COARSE) for features in cells)
         return CoarseResult(sim, grid0, grid1, seen0, seen1, *fine, *tokens)
 
-    def features(self, view0: View, view1: View, lam: float) -> tuple[tuple, tuple, tuple]:
+    def features(self, view0: BatchView, view1: BatchView, lam: float) -> tuple[tuple, tuple, tuple]:
         "Tokens at 1/16, cell features at 1/8 and fine features at 1/4, of both images each."
         net = self.matcher
         images = stack(pad_to(view0.image, STEP), pad_to(view1.image, STEP))
@@ -136,8 +136,8 @@ def attend(
     transformer: Transformer,
     map0: torch.Tensor,  # (B, C, h0, w0) the backbone's map of image 0 at 1/16
     map1: torch.Tensor,  # (B, C, h1, w1) of image 1
-    view0: View,
-    view1: View,
+    view0: BatchView,
+    view1: BatchView,
     lam: float,  # vessel_soft_lambda of this site
 ) -> tuple:
     "Both maps after the transformer, in their shapes."

@@ -43,13 +43,13 @@ from .coarse import COARSE
 from .config import REFERENCE, Guidance, MatcherConfig
 from .guidance import key_bias, mask_to_grid, pair_bias
 from .stages import (
+    BatchView,
     CellMatches,
     CellTruth,
     CoarseResult,
     FineTerms,
     ScaledView,
     TwoStageMatcher,
-    View,
 )
 
 
@@ -71,7 +71,7 @@ class GuidedAttention(nn.Module):
 
 # %% ../../nbs/05_model/09_reference.ipynb #a821485c
 def seen_at_points(
-    view: View,
+    view: BatchView,
 ) -> torch.Tensor:
     "Which cells stand for a pixel inside the field of view, (B, ceil(H / 8) * ceil(W / 8)) bool."
     return view.field.bool()[:, ::COARSE, ::COARSE].flatten(1)
@@ -119,7 +119,7 @@ class PublishedCoarse:
     ):
         self.matcher = matcher
 
-    def predict(self, view0: View, view1: View, guidance: Guidance) -> CoarseResult:
+    def predict(self, view0: BatchView, view1: BatchView, guidance: Guidance) -> CoarseResult:
         (map0, fine0), (map1, fine1) = self.features(view0, view1)
         grid0, grid1 = (Grid(*m.shape[2:], COARSE, offset=0) for m in (map0, map1))
         seen0, seen1 = seen_at_points(view0), seen_at_points(view1)
@@ -132,7 +132,7 @@ class PublishedCoarse:
         sim = published_similarity(x0, x1, seen0, seen1, bias)
         return CoarseResult(sim, grid0, grid1, seen0, seen1, fine0, fine1, x0, x1, border=BORDER)
 
-    def features(self, view0: View, view1: View) -> tuple[tuple, tuple]:
+    def features(self, view0: BatchView, view1: BatchView) -> tuple[tuple, tuple]:
         "Maps at 1/8 and 1/2 of both images; images of one shape go through the backbone together."
         image0, image1 = (view0.image + 1) / 2, (view1.image + 1) / 2
         if image0.shape != image1.shape:

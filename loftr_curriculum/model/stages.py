@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = [
-    "View",
+    "BatchView",
     "working_size",
     "shrink",
     "ScaledView",
@@ -35,6 +35,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..geometry import Grid, fit_size, resize_matrix
+from ..io.deprecated import deprecated_names
 from .coarse import dual_softmax, mutual_maxima
 from .config import UNGUIDED, Guidance, Matches
 from .guidance import check_guidance
@@ -43,7 +44,7 @@ from .weights import Pretrained
 
 # %% ../../nbs/05_model/05_stages.ipynb #7fb90dd9
 @dataclass(frozen=True)
-class View:
+class BatchView:
     "One image of every pair of a batch, and what lies over it."
 
     image: torch.Tensor  # (B, 1, H, W) prepared
@@ -97,8 +98,8 @@ def shrink(
 class ScaledView:
     "A view at its own size, and at the size at which cells are compared."
 
-    whole: View
-    small: View
+    whole: BatchView
+    small: BatchView
 
     @property
     def is_shrunk(self) -> bool:
@@ -114,12 +115,12 @@ class ScaledView:
 
 # %% ../../nbs/05_model/05_stages.ipynb #7240536e
 def scale_view(
-    view: View,
+    view: BatchView,
     side: int,  # longest long side of the small size, pixels
 ) -> ScaledView:
     "The view beside its shrunk self; where it is small enough the two are one."
     size = working_size(view.size, side)
-    small = View(shrink(view.image, size), shrink(view.fov, size), shrink(view.mask, size))
+    small = BatchView(shrink(view.image, size), shrink(view.fov, size), shrink(view.mask, size))
     return ScaledView(view, small)
 
 
@@ -246,8 +247,8 @@ class CoarseStage(Protocol):
 
     def predict(
         self,
-        view0: View,  # fixed images
-        view1: View,  # moving images
+        view0: BatchView,  # fixed images
+        view1: BatchView,  # moving images
         guidance: Guidance,  # Engine 1 acts through vessel_soft_lambda
     ) -> CoarseResult: ...
 
@@ -337,7 +338,9 @@ class TwoStageMatcher(nn.Module, Pretrained):
         Raises ValueError for wrong shapes and for guidance without masks."""
         check_pair(image0, image1)
         check_guidance(mask0, mask1, guidance)
-        return self.coarse_stage.predict(View(image0, fov0, mask0), View(image1, fov1, mask1), guidance)
+        return self.coarse_stage.predict(
+            BatchView(image0, fov0, mask0), BatchView(image1, fov1, mask1), guidance
+        )
 
     @torch.inference_mode()
     def match(
@@ -357,8 +360,8 @@ class TwoStageMatcher(nn.Module, Pretrained):
         check_pair(image0, image1)
         if threshold is None:
             threshold = self.config.threshold
-        view0 = scale_view(View(image0, fov0, mask0), self.config.coarse_side)
-        view1 = scale_view(View(image1, fov1, mask1), self.config.coarse_side)
+        view0 = scale_view(BatchView(image0, fov0, mask0), self.config.coarse_side)
+        view1 = scale_view(BatchView(image1, fov1, mask1), self.config.coarse_side)
         result = self.compare(view0.small, view1.small, guidance)
         cells = match_cells(result, threshold)
         points0, points1 = self.fine_stage.predict(result, cells, view0, view1)
@@ -366,8 +369,8 @@ class TwoStageMatcher(nn.Module, Pretrained):
 
     def compare(
         self,
-        view0: View,  # View of the fixed images
-        view1: View,  # View of the moving images
+        view0: BatchView,  # BatchView of the fixed images
+        view1: BatchView,  # BatchView of the moving images
         guidance: Guidance,
     ) -> CoarseResult:
         "`forward` of two views."
@@ -379,3 +382,7 @@ class TwoStageMatcher(nn.Module, Pretrained):
     ) -> None:
         "Compile the coarse stage, where most of the time goes; from then on `match` and training use it."
         super().compile(**options)
+
+
+# %% ../../nbs/05_model/05_stages.ipynb #6616ce23
+__getattr__ = deprecated_names(__name__, {"View": "BatchView"})
