@@ -82,6 +82,7 @@ AGREE_PX = 8.0  # at 512 px
 LEAST_AGREEING, LEAST_SHARE = 6, 0.15  # of a fit that is believed
 
 
+# %% ../../nbs/07_evaluation/01_collapse.ipynb #2b734d96
 def agreeing(
     fixed_to_moving: np.ndarray | None,  # (3, 3) fixed -> moving, or None
     points0: np.ndarray,  # (N, 2) start points
@@ -138,6 +139,7 @@ def believed_transform(
 CONFIDENCE_SHARE = 0.8
 
 
+# %% ../../nbs/07_evaluation/01_collapse.ipynb #891e5510
 def most_confident(
     confidence: np.ndarray,  # (N,) >= 0
     share: float = CONFIDENCE_SHARE,  # of the summed confidence
@@ -156,6 +158,7 @@ def most_confident(
 CELLS = 8
 
 
+# %% ../../nbs/07_evaluation/01_collapse.ipynb #f6940454
 def cell_counts(
     points: np.ndarray,  # (N, 2) points
     field: np.ndarray,  # (H, W) bool: the overlap in their image

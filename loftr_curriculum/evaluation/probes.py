@@ -153,6 +153,7 @@ def stack_probes(
     return torch.from_numpy(np.stack(arrays)).to(device)
 
 
+# %% ../../nbs/07_evaluation/08_probes.ipynb #2a4312ed
 def match_equal(
     matcher: TwoStageMatcher,  # Matcher, in eval mode
     probes: Sequence[Probe],  # sequence of Probe of equal shapes
@@ -174,6 +175,7 @@ def match_equal(
     )
 
 
+# %% ../../nbs/07_evaluation/08_probes.ipynb #023bff04
 def match_probes(
     matcher: TwoStageMatcher,  # Matcher, in eval mode
     probes: Sequence[Probe],  # sequence of Probe

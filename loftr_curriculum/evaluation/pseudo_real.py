@@ -9,9 +9,10 @@ __all__ = ["STUDY", "matrix_of", "error_of", "evaluate_pseudo_real"]
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import numpy as np
+from numpy.typing import ArrayLike
 
 from ..data.pseudo_real import SPECIFICATION, PseudoReal, RawPair, pseudo_real_pairs
+from ..geometry import PointMap
 from ..io.deprecated import deprecated_names
 from ..retina.config import MODES
 from .metrics import at_512, landmark_error, summarise
@@ -20,7 +21,7 @@ from .metrics import at_512, landmark_error, summarise
 # %% ../../nbs/07_evaluation/03_pseudo_real.ipynb #285693d8
 def matrix_of(
     answer: object,  # (3, 3), None, or an object that has `moving_to_fixed`, as `registration.register` gives
-) -> np.ndarray | None:  # (3, 3) or None
+) -> PointMap | ArrayLike | None:  # (3, 3) or None
     "The transform in an answer."
     return getattr(answer, "moving_to_fixed", answer)
 

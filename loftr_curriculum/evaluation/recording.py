@@ -194,6 +194,7 @@ STEPS = 16  # a pixel is stored in so many steps
 MOST = 500  # matches of one pass that are kept
 
 
+# %% ../../nbs/07_evaluation/07_recording.ipynb #920d3531
 def kept_matches(
     entry: Entry,
 ) -> dict[str, np.ndarray]:  # columns of n <= MOST matches
@@ -217,6 +218,7 @@ NO_MATCHES = {  # columns without a match
 }
 
 
+# %% ../../nbs/07_evaluation/07_recording.ipynb #e16a8c05
 def columns_of_matches(
     entries: Sequence[Entry],
 ) -> dict[str, np.ndarray]:

@@ -102,6 +102,7 @@ def smooth_fall(
 FIELDS = ("affine", "middle", "scale", "coefficients", "knots", "support", "fade")
 
 
+# %% ../../nbs/01_geometry/04_bent.ipynb #02e0d74a
 @dataclass(frozen=True, eq=False)
 class Bent(PointMap):
     """An affine plus a bend: a quadratic, or a quadratic and thin plates (`flow`).
@@ -150,6 +151,7 @@ ROUNDS = 30  # of the fixed-point iteration, at most
 EXACT = 1e-6  # px of the destination at which it ends
 
 
+# %% ../../nbs/01_geometry/04_bent.ipynb #ba813ff2
 @dataclass(frozen=True, eq=False)
 class Backward(PointMap):
     """The inverse of a bent map, by iteration.

@@ -168,6 +168,7 @@ class Similarity(Affine):
             raise ValueError("expected equal scales and no shear of a similarity")
 
 
+# %% ../../nbs/01_geometry/03_maps.ipynb #d06270ac
 FAMILIES = (Similarity, Affine, Homography)  # from the narrowest to the widest
 
 
@@ -227,6 +228,7 @@ def parts_of(
 LATTICE = 8  # px between the points at which a smooth map is asked
 
 
+# %% ../../nbs/01_geometry/03_maps.ipynb #bf1e4fcf
 def dense_points(
     point_map: Callable[[np.ndarray], np.ndarray],  # PointMap, or any function of points
     size: tuple,  # (height, width)
@@ -313,6 +315,7 @@ def warp_by_points(
 READERS = {}  # model -> function of a dict
 
 
+# %% ../../nbs/01_geometry/03_maps.ipynb #b2327311
 def reads(
     model: str,  # name in files
 ) -> Callable:
@@ -359,6 +362,7 @@ for _family in FAMILIES:
 LONGEST_CHAIN = 64  # maps within maps
 
 
+# %% ../../nbs/01_geometry/03_maps.ipynb #a2a475de
 def depth_of(
     values: object,  # of a chain, or of anything else
 ) -> int:  # how far maps lie within maps, at most 1 above `LONGEST_CHAIN`

@@ -94,6 +94,7 @@ class AttentionMaps:
 TOKEN = 16  # pixels a side of the cell of a token
 
 
+# %% ../../nbs/05_model/10_attention_maps.ipynb #521b03a4
 def token_grid(
     size: tuple[int, int],  # (height, width) of an image
 ) -> Grid:

@@ -35,6 +35,7 @@ COARSE = 8  # pixels a side of a coarse cell
 HIDDEN = -1e37  # similarity with a cell outside the field of view, far from the end of float32
 
 
+# %% ../../nbs/05_model/04_coarse.ipynb #45421323
 def coarse_similarity(
     f0: torch.Tensor,  # (B, L, C) coarse features of image 0
     f1: torch.Tensor,  # (B, S, C) coarse features of image 1
@@ -76,6 +77,7 @@ def dual_softmax(
 BAND = 2**18  # cell pairs worked on at a time, 1 MB
 
 
+# %% ../../nbs/05_model/04_coarse.ipynb #04889191
 def split_rows(
     x: torch.Tensor,  # (B, L, ...)
     pairs: int,  # B * S: cell pairs of a row of all images

@@ -47,6 +47,7 @@ class Guidance:
         return self.vessel_soft_lambda if self.in_similarity else 0.0
 
 
+# %% ../../nbs/05_model/00_config.ipynb #ddef7b16
 UNGUIDED = Guidance()
 
 

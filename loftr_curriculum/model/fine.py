@@ -57,6 +57,7 @@ from .stages import (
 FINE = 4  # pixels between samples of the fine features
 
 
+# %% ../../nbs/05_model/06_fine.ipynb #67d96a20
 def read_features(
     maps: torch.Tensor,  # (B, C, h, w) features at 1 / stride
     points: torch.Tensor,  # (B, K, 2) pixels (x, y)
@@ -92,6 +93,7 @@ def warp_features(
 LEAST = 8  # matches that have to agree
 
 
+# %% ../../nbs/05_model/06_fine.ipynb #9a23b852
 def consensus(
     points0: torch.Tensor,  # (M, 2) centres of matched cells of image 0, pixels
     points1: torch.Tensor,  # (M, 2) those of image 1
@@ -147,6 +149,7 @@ REACH = 3  # samples of image 0 on either side that are compared
 BLOCK = 4  # samples a side that are compared at once; sides of fine maps are multiples of it
 
 
+# %% ../../nbs/05_model/06_fine.ipynb #d57d2f01
 def local_correlation(
     f0: torch.Tensor,  # (B, C, h, w) fine features of image 0
     warped: torch.Tensor,  # (B, C, h, w) those of image 1, warped
@@ -269,6 +272,7 @@ def affine_from_flow(
 ROUNDS = 2  # of the flow at one resolution
 
 
+# %% ../../nbs/05_model/06_fine.ipynb #b3dbfbf1
 def refine(
     head: FlowHead,
     fine0: torch.Tensor,  # (B, C, h0, w0) fine features of image 0
@@ -292,6 +296,7 @@ def refine(
 STRENGTHS = (1.0, 0.3, 0.1)  # of the error of a first answer, drawn with equal chance
 
 
+# %% ../../nbs/05_model/06_fine.ipynb #a71b939a
 def perturb(
     fixed_to_moving: torch.Tensor,  # (B, 3, 3)
     size: tuple[int, int],  # (height, width) of image 0, pixels
@@ -353,6 +358,7 @@ def seen_at_size(
 AGREE = 2 * COARSE
 
 
+# %% ../../nbs/05_model/06_fine.ipynb #2aa6411d
 def apply_flow(
     points0: torch.Tensor,  # (M, 2) pixels of image 0
     points1: torch.Tensor,  # (M, 2) their partners in image 1

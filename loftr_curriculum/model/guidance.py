@@ -24,6 +24,7 @@ from .config import Guidance
 FULL_SHARE = 0.25  # vessel share of a cell from which on its token counts as all vessel
 
 
+# %% ../../nbs/05_model/01_guidance.ipynb #739a9f26
 def pad_to(
     x: torch.Tensor,  # (B, ..., H, W)
     multiple: int,  # pixels

@@ -77,6 +77,7 @@ def unstack(
 STEP = 16  # pixels a side of a token's cell; images are padded to a multiple
 
 
+# %% ../../nbs/05_model/07_matcher.ipynb #e99a290b
 def seen_cells(
     view: BatchView,
     cell: int,  # pixels a side

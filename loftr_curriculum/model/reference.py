@@ -93,6 +93,7 @@ def vessel_weight(
 TEMPERATURE = 0.1  # of the similarity
 
 
+# %% ../../nbs/05_model/09_reference.ipynb #76d850ef
 def published_similarity(
     x0: torch.Tensor,  # (B, L, C) coarse tokens of image 0
     x1: torch.Tensor,  # (B, S, C) coarse tokens of image 1
@@ -110,6 +111,7 @@ def published_similarity(
 BORDER = 2  # cells at the border that do not match
 
 
+# %% ../../nbs/05_model/09_reference.ipynb #63efdccc
 class PublishedCoarse:
     "The coarse stage of LoFTR, guided."
 
@@ -240,6 +242,7 @@ class WindowStage:
 LINKS = 1024  # true links of a batch whose windows are looked at
 
 
+# %% ../../nbs/05_model/09_reference.ipynb #35e555a8
 def draw_links(
     links: torch.Tensor,  # (B, N) cell of the other image, or -1
     count: int,  # at most so many

@@ -264,6 +264,7 @@ class CellTruth(Protocol):
     points0: torch.Tensor  # (B, S, 2) likewise for the cells of image 1
 
 
+# %% ../../nbs/05_model/05_stages.ipynb #b52faa73
 class FineStage(Protocol):
     "Says where the points of matched cells lie."
 

@@ -81,6 +81,7 @@ def _stored(tensor, half):
 CHECKSUM = "sha256"  # of the tensors, in our file
 
 
+# %% ../../nbs/05_model/08_weights.ipynb #0c8bd7ab
 def checksum_of(
     state: dict[str, torch.Tensor],  # name -> tensor
 ) -> str:
@@ -133,6 +134,7 @@ def save_matcher(
 HUB_FILE = "model.safetensors"
 
 
+# %% ../../nbs/05_model/08_weights.ipynb #e56fb9b9
 def save_pretrained(
     folder: str | Path,  # folder to write, made where it is missing
     matcher: nn.Module,  # Matcher or ReferenceMatcher
@@ -217,6 +219,7 @@ def is_damaged(
         return True
 
 
+# %% ../../nbs/05_model/08_weights.ipynb #a68737f6
 def open_checkpoint(
     path: str | Path,  # of a checkpoint of PyTorch
 ) -> dict:
@@ -249,6 +252,7 @@ def tensors_in(
     return found
 
 
+# %% ../../nbs/05_model/08_weights.ipynb #ff841ff9
 def _pickled(path):
     found = open_checkpoint(path)
     settings = found.get("hyper_parameters")
@@ -287,12 +291,14 @@ def object_in(
     return value
 
 
+# %% ../../nbs/05_model/08_weights.ipynb #f2af103a
 NUMBERS = ("steps", "pairs", "seconds", "epochs", "kept_epoch")  # among the facts
 
 
 MOST_RUNS = 100  # behind one file, each of which went on from the one before
 
 
+# %% ../../nbs/05_model/08_weights.ipynb #3d72e7d4
 def refuse_strange_facts(
     facts: dict,  # what a file says about a training
     path: str | Path,  # of the file, for the error
@@ -306,6 +312,7 @@ def refuse_strange_facts(
     raise FileError(f"{path}: expected the facts of at most {MOST_RUNS} runs")
 
 
+# %% ../../nbs/05_model/08_weights.ipynb #b63bdc3c
 def refuse_strange_run(
     facts: dict,  # of one run
     path: str | Path,  # of the file, for the error
@@ -321,6 +328,7 @@ def refuse_strange_run(
         )
 
 
+# %% ../../nbs/05_model/08_weights.ipynb #d7c0b120
 def _safetensors(path):
     meta, state = _open_safetensors(path)
     found = meta.get("format", "")
@@ -346,6 +354,7 @@ def _is_published(state):
 LARGEST = 65536  # of a whole number in a configuration
 
 
+# %% ../../nbs/05_model/08_weights.ipynb #fbb477d9
 def is_of_kind(
     value: object,  # from a file
     default: object,  # of the field
@@ -364,6 +373,7 @@ def is_of_kind(
     return type(value) is int and 0 < value <= LARGEST
 
 
+# %% ../../nbs/05_model/08_weights.ipynb #c017a4dd
 def config_from(
     values: dict,  # dict of a MatcherConfig, as a file has it
     path: str | Path,  # of the file, for the error
@@ -412,6 +422,7 @@ def refuse_other_shapes(
             )
 
 
+# %% ../../nbs/05_model/08_weights.ipynb #e190516d
 def _fill(matcher, state):
     matcher.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in state.items()})
 
@@ -454,6 +465,7 @@ def refuse_device(
         ) from None
 
 
+# %% ../../nbs/05_model/08_weights.ipynb #a58a5266
 def load_matcher(
     path: str | Path | None = None,  # weights file, or a name of PUBLISHED; None: "shipped"
     device: torch.device | str = "cpu",  # torch device

@@ -71,6 +71,7 @@ SHARES = (
 )
 
 
+# %% ../../nbs/06_registration/00_config.ipynb #ced1a48d
 @dataclass(frozen=True)
 class RegistrationConfig:
     "How a pair is registered and when its answer is believed; px are those of the working frame."

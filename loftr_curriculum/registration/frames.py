@@ -83,6 +83,7 @@ def open_mask(
 AS_IN_FILE = Affine(np.eye(3))
 
 
+# %% ../../nbs/06_registration/03_frames.ipynb #277b602c
 @dataclass(frozen=True)
 class Frame:
     "One image of the pair, in its own pixels and in the working frame."
@@ -118,6 +119,7 @@ MARGIN = 0.02  # of the field's long side: what is left around it
 LARGEST = 3072  # px of the long side that is kept
 
 
+# %% ../../nbs/06_registration/03_frames.ipynb #5465536d
 def working_field(
     gray: np.ndarray,  # (H, W) float32 in [0, 1]
     seen: np.ndarray | None,  # (H, W) bool, False where the image shows nothing
@@ -224,6 +226,7 @@ def mirror_map(
     return Affine([[-1, 0, size[1] - 1], [0, 1, 0], [0, 0, 1]])
 
 
+# %% ../../nbs/06_registration/03_frames.ipynb #d0472ec7
 def mirrored_frame(
     frame: Frame,
 ) -> Frame:

@@ -21,6 +21,7 @@ from .plots import new_figure
 STRONG = 8  # times the even weight: the end of the colour scale
 
 
+# %% ../../nbs/08_report/03_attention.ipynb #afd246c8
 @dataclass(frozen=True)
 class AttentionPanel:
     "One map and what is shown with it."

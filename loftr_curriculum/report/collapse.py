@@ -92,6 +92,7 @@ def draw_lines(
 HEAT = LinearSegmentedColormap.from_list("heat", [(1, 0, 0, 0), (1, 0.2, 0, 0.75), (1, 0.9, 0, 0.95)])
 
 
+# %% ../../nbs/08_report/02_collapse.ipynb #5a8e279f
 def draw_density(
     axes: Axes,  # matplotlib Axes
     recording: Recording,
@@ -220,6 +221,7 @@ def draw_board(
 ASKED = (0, 5, 25, 40)
 
 
+# %% ../../nbs/08_report/02_collapse.ipynb #14a878ca
 def strip_epochs(
     recorded: Sequence[int],  # epochs that exist, ascending
     asked: Sequence[int] = ASKED,  # epochs wanted beside the last one

@@ -96,6 +96,7 @@ BENT = "transform_bent.tfm"  # only where the map bends
 MILLIMETRES = "transform_mm.tfm"  # only where both images state their spacing
 
 
+# %% ../../nbs/08_report/01_registration.ipynb #a53ee490
 def outputs_of(
     out_dir: str | Path,  # folder
 ) -> list:  # of Path
@@ -103,6 +104,7 @@ def outputs_of(
     return [Path(out_dir) / name for name in (*FILES, BENT, MILLIMETRES)]
 
 
+# %% ../../nbs/08_report/01_registration.ipynb #2432fcb0
 def remove_earlier(
     transform: Path,  # transform.json of the folder
 ) -> None:
@@ -115,6 +117,7 @@ def remove_earlier(
     transform.unlink()
 
 
+# %% ../../nbs/08_report/01_registration.ipynb #65f8d968
 def write_registration(
     result: Registration,
     fixed: str | Path | np.ndarray,  # file path or (H0, W0[, 3]) array: the fixed image

@@ -284,6 +284,7 @@ PASS_FIGURES = (
 )
 
 
+# %% ../../nbs/11_studies/13_ablation.ipynb #93582a17
 def _mean_known(
     values,  # numbers, nan where one is not known
 ) -> float:
@@ -326,6 +327,7 @@ LANDMARKS = ("landmark_SR@10", "landmark_AUC@10", "landmark_AUC@20", "no_answer"
 _real_probes = lru_cache(1)(real_probes)
 
 
+# %% ../../nbs/11_studies/13_ablation.ipynb #f6faf33c
 def landmark_scores(
     weights: str | Path,  # file
     folder: str | Path,  # set of real pairs with landmarks
@@ -926,6 +928,7 @@ def _draw_panel(
 PANELS = (("collapse_index", "collapse index"), ("coverage1", "coverage"), ("AUC@20", "AUC@20"))
 
 
+# %% ../../nbs/11_studies/13_ablation.ipynb #0555a312
 def _draw_row(panels, result, runs, kind):
     "Every figure of one kind of pairs."
     for axes, (name, label) in zip(panels, PANELS):

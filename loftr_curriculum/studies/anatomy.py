@@ -275,6 +275,7 @@ class Segment:
 AROUND = ((1, 0), (-1, 0), (0, 1), (0, -1), (1, 1), (1, -1), (-1, 1), (-1, -1))
 
 
+# %% ../../nbs/11_studies/01_anatomy.ipynb #71479c24
 def neighbours(
     pixel: tuple[int, int],
 ) -> list[tuple[int, int]]:

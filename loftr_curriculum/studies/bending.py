@@ -50,6 +50,7 @@ STRENGTHS = (0.0, 1.0, 3.0, 6.0, 10.0)  # px at 512, largest root mean square of
 EYES = 20
 
 
+# %% ../../nbs/11_studies/10_bending.ipynb #36289643
 @dataclass(frozen=True)
 class BentPair:
     "Two images and where the cells of the fixed one truly lie in the moving one."
@@ -69,6 +70,7 @@ def as_picture(
     return np.where(fov, np.clip(255 * (0.17 * view + 0.42), 0, 255), 0).astype(np.uint8)
 
 
+# %% ../../nbs/11_studies/10_bending.ipynb #58a91856
 def sees(
     fov: np.ndarray,  # (H, W) bool
     points: np.ndarray,  # (N, 2)
@@ -102,6 +104,7 @@ def bent_eyes() -> WorldBank:
     return WorldBank(seeds_of("report", EYES, start=9000), EyeConfig(size=1536), progress=False)
 
 
+# %% ../../nbs/11_studies/10_bending.ipynb #d48685e3
 def bent_pair_number(
     k: int,  # 0, 1, ...
 ) -> BentPair:
@@ -115,6 +118,7 @@ def bent_pair_number(
 LOST_PX = 20.0
 
 
+# %% ../../nbs/11_studies/10_bending.ipynb #acd58146
 def median_distance(
     answer: Registration,  # with a map
     pair: BentPair,
@@ -123,6 +127,7 @@ def median_distance(
     return float(np.median(np.linalg.norm(answer.to_fixed(pair.moving_points) - pair.fixed_points, axis=1)))
 
 
+# %% ../../nbs/11_studies/10_bending.ipynb #4a198336
 def residual_of(
     pair: BentPair,
 ) -> float:  # px of the moving image, root mean square
@@ -161,6 +166,7 @@ def measure_pair(
 BINS = ((0, 0.3), (0.3, 1), (1, 3), (3, 10))  # px of residual
 
 
+# %% ../../nbs/11_studies/10_bending.ipynb #e1905e19
 def medians_of(
     rows: list,  # from `measure_pair`
 ) -> dict:
@@ -176,6 +182,7 @@ def medians_of(
     }
 
 
+# %% ../../nbs/11_studies/10_bending.ipynb #994c6bcb
 def summarise(
     rows: list,  # from `measure_pair`
 ) -> dict:
@@ -220,6 +227,7 @@ def measure_bending(
     return read_json(out)
 
 
+# %% ../../nbs/11_studies/10_bending.ipynb #c4d3d8e5
 def in_words(
     found: dict,  # from `measure_bending`
 ) -> str:

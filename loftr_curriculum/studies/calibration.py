@@ -43,6 +43,7 @@ SIGNS = (1, 1, 1, -1)  # more is better, but for the distance of two passes
 RIGHT_PX = 10.0
 
 
+# %% ../../nbs/11_studies/08_calibration.ipynb #7772c27f
 @dataclass(frozen=True)
 class Thresholds:
     "What `ok` asks for, as in `RegistrationConfig`."

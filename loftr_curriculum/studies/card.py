@@ -157,6 +157,7 @@ def errors_of(
 CLASSES = {"under 10 px": (0, 10), "10 to 20": (10, 20), "over 20 px": (20, np.inf)}
 
 
+# %% ../../nbs/11_studies/11_card.ipynb #d6785633
 def verdict_table(
     rows: Iterable[dict],  # iterable of rows as from `judged`
 ) -> dict:  # verdict -> class of error -> number of pairs
@@ -181,6 +182,7 @@ HARD = {  # name -> does a row belong?
 }
 
 
+# %% ../../nbs/11_studies/11_card.ipynb #ac62feaa
 def hard_groups(
     rows: Sequence[dict],  # list of rows with `hardness`
 ) -> dict:  # name -> [figures of the pairs that belong, figures of the others]
@@ -381,6 +383,7 @@ def _start_of(config, facts):
     return f"other weights, {Path(config['init']).name}"
 
 
+# %% ../../nbs/11_studies/11_card.ipynb #d78095ff
 def _run_lines(number, facts):
     config = facts.get("config") or {}
     if "data" not in config or "pairs" not in facts:
@@ -458,11 +461,13 @@ def _unmatchable_line(
 COLUMNS = {"SR@10": 2, "AUC@10": 2, "median_px": 1, "no_answer": 2}  # figure -> digits
 
 
+# %% ../../nbs/11_studies/11_card.ipynb #ac04b2ee
 def _score_line(name, figures):
     columns = [_interval(figures[column], digits) for column, digits in COLUMNS.items()]
     return f"  {name:10}{figures['pairs']:6}" + "".join(f"{column:>20}" for column in columns)
 
 
+# %% ../../nbs/11_studies/11_card.ipynb #5eae27d5
 def _verdict_lines(kind, verdicts):
     names = [*CLASSES, "no answer"]
     lines = [f"  {'verdict, ' + kind:20}" + "".join(f"{name:>14}" for name in names)]
@@ -471,6 +476,7 @@ def _verdict_lines(kind, verdicts):
     return lines
 
 
+# %% ../../nbs/11_studies/11_card.ipynb #5a3f1852
 def scores_text(
     card: dict,  # of `score_weights`
 ) -> str:
@@ -516,6 +522,7 @@ LIMITS = (
 )
 
 
+# %% ../../nbs/11_studies/11_card.ipynb #0178fa2f
 def _difference(found, weights):
     "What a card was measured with that is another thing now, or None."
     if found.get("weights") != sha256_of(weights):
@@ -527,6 +534,7 @@ def _difference(found, weights):
     return None
 
 
+# %% ../../nbs/11_studies/11_card.ipynb #017ed3ee
 def card_of(
     path: str | Path | None = None,  # weights file; None: the packaged weights
     card: str | Path | None = None,  # card.json; None: the packaged one
@@ -578,6 +586,7 @@ def _scores_heading(found):
     )
 
 
+# %% ../../nbs/11_studies/11_card.ipynb #8f63c663
 def card_text(
     path: str | Path | None = None,  # weights file; None: the packaged weights
     card: str | Path | None = None,  # card.json; None: the packaged one

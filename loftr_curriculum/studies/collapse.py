@@ -237,6 +237,7 @@ def with_background(
 KINDS = ("healthy", "disorder", *SICK)
 
 
+# %% ../../nbs/11_studies/07_collapse.ipynb #4f212202
 def indices_by_kind(
     eyes: int,  # of the calibration range
     views: int,  # pairs of each eye

@@ -37,6 +37,7 @@ SYSTEMS = {
 }
 
 
+# %% ../../nbs/11_studies/15_curves.ipynb #a292c370
 def errors_of_pair(
     pair: LandmarkPair,
     matcher: object,  # as in `register`

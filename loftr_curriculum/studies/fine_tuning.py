@@ -149,6 +149,7 @@ KINDS = ("cf", "fa", "oct")  # pictures of a case
 TAKEN = ("cf", "fa")  # those that the new camera takes
 
 
+# %% ../../nbs/11_studies/12_fine_tuning.ipynb #1f13e986
 @dataclass(frozen=True)
 class Settings:
     "What is trained and measured; the defaults take about ten minutes on two cores."
@@ -269,6 +270,7 @@ def success_at_10(
 FIGURES = {"mean AUC": mean_auc, "SR@10": success_at_10}
 
 
+# %% ../../nbs/11_studies/12_fine_tuning.ipynb #806b8fde
 def change(
     before: np.ndarray,  # (N,) px
     after: np.ndarray,  # (N,) px, of the same pairs
@@ -323,6 +325,7 @@ def _told(errors):
 KEPT_FACTS = ("steps", "pairs", "seconds", "precision", "hardware")
 
 
+# %% ../../nbs/11_studies/12_fine_tuning.ipynb #e3c7143a
 def run_facts(
     config: TrainConfig,
     tuned: Matcher,  # the matcher that it gave
@@ -503,6 +506,7 @@ def _draw_domain(axes, result, domain, limit):
 TITLES = {"new": "new camera, held-out patients", "old": "old domain, report eyes"}
 
 
+# %% ../../nbs/11_studies/12_fine_tuning.ipynb #1c59e86f
 def draw_fine_tuning(
     result: dict,  # of `run_fine_tuning`
     limit: float = 40.0,  # px of the horizontal axis

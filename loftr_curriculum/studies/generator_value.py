@@ -70,6 +70,7 @@ from .study import key_of
 PACKAGE = "loftr_curriculum"
 
 
+# %% ../../nbs/11_studies/14_generator_value.ipynb #f20e3d82
 def repository_root() -> Path:
     "The clone that holds the current folder. Raises FileError where there is none."
     here = Path.cwd()
@@ -275,6 +276,7 @@ def epochs_of(
 OWN = ("out", "seed", "data.seed", "data.cache")
 
 
+# %% ../../nbs/11_studies/14_generator_value.ipynb #e1fdea7b
 def training_words(
     plan: Plan,
     seed: int,  # of the run
@@ -301,6 +303,7 @@ REGISTRATION = ("--long_side", "256", "--second_long_sides", "[256, 256]")
 KEPT_FACTS = ("steps", "kept_epoch", "seconds", "hardware", "torch", "precision")
 
 
+# %% ../../nbs/11_studies/14_generator_value.ipynb #f8e12305
 def score_of(
     judge: Path,  # folder of the version that registers
     weights: Path,  # of the run
@@ -339,6 +342,7 @@ def run_one(
 FIGURES = ("landmark_SR@10", "landmark_AUC@10", "landmark_AUC@20", "corner_AUC@10", "no_answer")
 
 
+# %% ../../nbs/11_studies/14_generator_value.ipynb #28d7e694
 def told(
     run: dict,  # of `run_one`
 ) -> str:

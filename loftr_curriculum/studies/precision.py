@@ -47,6 +47,7 @@ if TYPE_CHECKING:
 BINS = {"half": (0.45, 0.65), "level": (0.8, 1.25), "double": (1.55, 2.2), "near": (0.9, 1.1)}
 
 
+# %% ../../nbs/11_studies/06_precision.ipynb #c7d7d953
 @dataclass(frozen=True)
 class PrecisionConfig:
     "Which pairs are matched."
@@ -108,6 +109,7 @@ def draw_bin(
 STAGES = ("cells alone", "flow, shrunk", "flow, full", "their affine")
 
 
+# %% ../../nbs/11_studies/06_precision.ipynb #9d0d0017
 def _affine_through(matches):
     "The fixed points of all matches, carried by the affine fitted to them; inf where there is none."
     first = estimate_transform(matches.points0, matches.points1)
@@ -229,6 +231,7 @@ def measure_precision(
 DECIMALS = ("precision@1", "precision@3", "precision@5", "median_px")
 
 
+# %% ../../nbs/11_studies/06_precision.ipynb #5e7ac878
 def _line(name, stage, found):
     shares = "".join(f"{found[key]:13.3f}" for key in DECIMALS)
     counts = f"{found['matches']:10.0f}{found['fewest']:8d}{found['pairs@100']:11.2f}"

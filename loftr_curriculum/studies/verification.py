@@ -72,6 +72,7 @@ RIGHT_PX = 10.0  # px at 512 px: below, an answer is right
 STRANGERS = 2  # other eyes for every fixed image
 
 
+# %% ../../nbs/11_studies/09_verification.ipynb #c1762b2e
 def case_pairs(
     pairs: list,  # of RawPair, of one mode
 ) -> Iterator:  # of (kind, id, fixed, moving, RawPair or None where there is no right answer)
@@ -89,6 +90,7 @@ def case_pairs(
 BELIEVING = {"failed_probability": 0.0, "ok_probability": 0.0, "ok_vessel_side": 0.0, "check_mirrored": False}
 
 
+# %% ../../nbs/11_studies/09_verification.ipynb #afc18d8d
 def error_of(
     answer: Registration,
     pair: RawPair | None,  # the truth; None where there is no right answer
@@ -129,6 +131,7 @@ def answered(
     return kept
 
 
+# %% ../../nbs/11_studies/09_verification.ipynb #bb8761c9
 def is_right(
     rows: list,
 ) -> np.ndarray:  # (N,) bool
@@ -141,6 +144,7 @@ PRIOR = 0.2  # share of wrong answers among all answers for which the probabilit
 PENALTY = 0.3
 
 
+# %% ../../nbs/11_studies/09_verification.ipynb #2878e2ec
 def agreement_of(
     row: dict,  # from `collect`
 ) -> VesselAgreement:
@@ -149,6 +153,7 @@ def agreement_of(
     return VesselAgreement(**{name: row["evidence"][name] for name in names})
 
 
+# %% ../../nbs/11_studies/09_verification.ipynb #32a21def
 def numbers_table(
     rows: list,
 ) -> np.ndarray:  # (N, 6) in the order of `READS`
@@ -269,6 +274,7 @@ RATES = (0.1, 0.05, 0.02, 0.01, 0.005, 0.002, 0.001, 0.0005, 0.0002, 0.0001)
 TAIL = 0.1  # share of the wrong answers that the tail is fitted to
 
 
+# %% ../../nbs/11_studies/09_verification.ipynb #5bc74ed3
 def false_accept_table(
     probability: np.ndarray,  # (N,) of wrong answers
     pairs: int,  # all pairs without a right answer, with an answer or not
@@ -370,6 +376,7 @@ OTHERS = 2  # other eyes for every fixed image
 NO_EYES = 10  # of each mode: half noise, half shades
 
 
+# %% ../../nbs/11_studies/09_verification.ipynb #e2211269
 def no_eye(
     number: int,  # of the image
     size: tuple,  # (height, width)
@@ -390,6 +397,7 @@ def turned_over(
     return np.ascontiguousarray(image[:, ::-1])
 
 
+# %% ../../nbs/11_studies/09_verification.ipynb #b2a48979
 def fellow_pairs(
     mode: str,
     count: int,  # the first ones of `REPORTED`

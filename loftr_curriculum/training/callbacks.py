@@ -118,6 +118,7 @@ class PatientStopping(EarlyStopping):
 QUICK = replace(MATCHES_ALONE, turn_when_unsure=False, second_long_sides=(256,), retry_long_sides=())
 
 
+# %% ../../nbs/09_training/05_callbacks.ipynb #b9d8622a
 def pair_error(
     pair: LandmarkPair,  # a pair of `read_landmark_set`
     matcher: TwoStageMatcher,  # in evaluation mode
@@ -294,6 +295,7 @@ COLUMNS = (
 )
 
 
+# %% ../../nbs/09_training/05_callbacks.ipynb #cbff9af5
 def epoch_line(
     epoch: int | None,  # number, or None for the header
     metrics: Mapping[str, Any],  # dict of logged values

@@ -51,6 +51,7 @@ class CurriculumConfig:
             raise ValueError(f"{given}: expected 0 <= teach_until < wean_until")
 
 
+# %% ../../nbs/09_training/00_config.ipynb #02a6e995
 CURRICULA = {
     "v2.2": CurriculumConfig(),
     "v2.2-sketch": CurriculumConfig(vessel_loss_weight_scaler=5.0, teach_until=30, wean_until=80),
@@ -126,6 +127,7 @@ FROM_RANDOM = {"curriculum": "v2.2", "lr": 1e-3}  # what a field that is None be
 FROM_GIVEN = {"curriculum": "v2.1", "lr": 1e-4}  # the same where the weights are given
 
 
+# %% ../../nbs/09_training/00_config.ipynb #ae51346f
 @dataclass(frozen=True)
 class TrainConfig:
     """Everything that defines a training run. A checkpoint carries it.

@@ -30,6 +30,7 @@ from .config import CurriculumConfig
 PHASES = ("teaching", "weaning", "independence")
 
 
+# %% ../../nbs/09_training/01_curriculum.ipynb #300c332b
 def joints(
     curriculum: CurriculumConfig,
     epochs: int,  # epochs of the whole run
@@ -93,6 +94,7 @@ def wean_from(
 INDEX = "probe/collapse_index"  # as the recorder logs it: unguided, median of the probes
 
 
+# %% ../../nbs/09_training/01_curriculum.ipynb #87c69543
 class CurriculumScheduler(pl.Callback):
     "Sets `pl_module.guidance` at the start of an epoch and logs `sched/lambda` and `sched/loss_w`."
 

@@ -54,6 +54,7 @@ def weighted_mean(
 LOG_SMALL = -6.9  # log of the confidence under which a negative is left out of the sum
 
 
+# %% ../../nbs/09_training/03_losses.ipynb #1c16f47f
 def linked_cells(
     links: torch.Tensor,  # (B, N) the cell of the other image, or -1
 ) -> tuple:

@@ -139,6 +139,7 @@ MEANS = {
 }
 
 
+# %% ../../nbs/09_training/04_module.ipynb #9cbaf0eb
 class PL_LoFTR(pl.LightningModule):
     """Trains a matcher of either variant on batches of `PairDataModule`.
 
@@ -271,6 +272,7 @@ COLLAPSE = (
 )
 
 
+# %% ../../nbs/09_training/04_module.ipynb #8360c9f9
 def validate(
     module: PL_LoFTR,
     batch: PairBatch,

@@ -196,6 +196,7 @@ LOGGED = (
 )
 
 
+# %% ../../nbs/09_training/09_recorder.ipynb #cf5dba65
 def log_recording(
     recorder: MatchRecorder,
     trainer: pl.Trainer,

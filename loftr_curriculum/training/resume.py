@@ -47,6 +47,7 @@ from .module import PL_LoFTR
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)  # why a file cannot be written
 
 
+# %% ../../nbs/09_training/11_resume.ipynb #54c1a278
 def not_written(
     folder: RunFolder,
     error: Exception,  # OSError, or the RuntimeError of torch's writer
@@ -91,6 +92,7 @@ HELD = (
 )
 
 
+# %% ../../nbs/09_training/11_resume.ipynb #d9a3d45f
 def refuse_other_checkpoint(
     saved: dict[str, Any],  # dict, as read
     module: PL_LoFTR,  # PL_LoFTR that shall go on
@@ -113,6 +115,7 @@ MOMENT = 1.0  # seconds in which a repeated SIGTERM counts once
 SOON = 5.0  # seconds that a run waits for the next pairs when it was asked to stop
 
 
+# %% ../../nbs/09_training/11_resume.ipynb #6520f7ca
 @contextmanager
 def polite_stop(
     last: "LastCheckpoint",

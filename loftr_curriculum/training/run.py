@@ -147,6 +147,7 @@ def config_written(
 PLANNED = "planned_epochs"  # in config.json of a run that was made longer: its epochs before
 
 
+# %% ../../nbs/09_training/06_run.ipynb #d4ee593b
 def is_longer(
     config,  # TrainConfig
     written,  # dict of the configuration that the folder holds

@@ -28,6 +28,7 @@ from ..geometry import Grid, apply_transform
 CLOSE = 1.5  # cells of the coarser image within which a pair is no negative
 
 
+# %% ../../nbs/09_training/02_supervision.ipynb #05eb9671
 @dataclass(frozen=True)
 class Targets:
     "What the true map says about all cell pairs of a batch."
