@@ -15,20 +15,26 @@ import pytest
 
 from loftr_curriculum.data.pairs import Frame, GeneratedSource, cut_views, make_frame
 from loftr_curriculum.geometry import Motion, apply_transform, decompose, overlap
-from loftr_curriculum.retina.config import MODES, EyeConfig, seeds_of, split_mode
+from loftr_curriculum.retina.config import MODES, EyeConfig, eye_settings, seeds_of, split_mode
+from loftr_curriculum.retina.cover import draw_cover, paint_cover
 from loftr_curriculum.retina.jobs import run_jobs
 from loftr_curriculum.retina.modality import (
     ANATOMY_STREAM,
+    FIELD_STREAM,
     LESION_STREAM,
     MODALITIES,
+    PLANES,
+    USUAL,
     VIEW_STREAM,
+    WIDE_STREAM,
     check_table,
     modality,
     plane_index,
+    planes_for,
 )
 from loftr_curriculum.retina.randomise import randomise
 from loftr_curriculum.retina.synth import synthesise, world_for
-from loftr_curriculum.retina.tree import draw_anatomy, grow_vessels
+from loftr_curriculum.retina.tree import add_tortuosity, draw_anatomy, grow_vessels
 from loftr_curriculum.retina.world import WorldBank, half_of, make_world, planes_of
 
 LITTLE = EyeConfig(size=256)
@@ -256,7 +262,7 @@ def a_fifth_modality() -> dict:
         image, facts = modality("oct").renderer(*eye)
         return 255 - image, facts
 
-    negative = replace(modality("oct"), name="negative", stream=6, renderer=render_negative)
+    negative = replace(modality("oct"), name="negative", stream=10, renderer=render_negative)
     return {"negative": negative, **MODALITIES}
 
 
@@ -266,19 +272,19 @@ def test_a_fifth_modality_changes_nothing_of_the_others(seed):
     table = a_fifth_modality()
     check_table(table)
     four = make_world(seed, config)
-    five = make_world(seed, config, table, table=table)
-    assert list(five.images) == list(table)
-    for name in MODALITIES:
+    five = make_world(seed, config, ("negative", *USUAL), table=table)
+    assert list(five.images) == ["negative", *USUAL]
+    for name in USUAL:
         np.testing.assert_array_equal(five.images[name], four.images[name])
         assert five.facts[name] == four.facts[name]
     np.testing.assert_array_equal(five.vessels, four.vessels)
-    assert any(four.facts[name]["lesions"] for name in MODALITIES), "no lesion that could have changed"
+    assert any(four.facts[name]["lesions"] for name in USUAL), "no lesion that could have changed"
 
 
 def test_planes_are_found_by_name_wherever_they_stand():
     table = a_fifth_modality()
     names = ("vessels", *table)
-    world = make_world(7, LITTLE, table, table=table)
+    world = make_world(7, LITTLE, tuple(table), table=table)
     planes = planes_of(world, names)
     for name in table:
         image = world.images[name]
@@ -293,8 +299,9 @@ def test_planes_are_found_by_name_wherever_they_stand():
 def test_streams_of_chance_are_fixed_for_ever():
     """A change of one of these numbers changes every eye that was ever generated."""
     streams = {name: entry.stream for name, entry in MODALITIES.items()}
-    assert streams == {"cf": 1, "fa": 2, "oct": 3, "octa": 4}
+    assert streams == {"cf": 1, "fa": 2, "oct": 3, "octa": 4, "late": 6, "ir": 7, "faf": 8, "icga": 9}
     assert (ANATOMY_STREAM, LESION_STREAM, VIEW_STREAM) == (0, 5, 100)
+    assert (FIELD_STREAM, WIDE_STREAM) == (102, 103)
     check_table(MODALITIES)
     with pytest.raises(ValueError, match="stream 5 belongs to the eye itself"):
         check_table({"icg": replace(modality("fa"), stream=LESION_STREAM)})
@@ -307,7 +314,7 @@ def test_names_are_read_without_the_renderers():
         "print(*MODALITIES, *[m for m in ('cv2', 'torch', 'scipy') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert tuple(done.stdout.split()) == tuple(MODALITIES)
+    assert tuple(done.stdout.split()) == USUAL
 
 
 @pytest.mark.parametrize(
@@ -330,3 +337,84 @@ def test_names_of_before_still_answer(module, old, new):
     wanted = getattr(importlib.import_module(f"loftr_curriculum.retina.{place}"), name)
     with pytest.warns(DeprecationWarning, match=f"{module}.{old} is now .*{new}"):
         assert getattr(importlib.import_module(f"loftr_curriculum.retina.{module}"), old) is wanted
+
+
+WIDE = EyeConfig(size=256, fields=(20, 200))
+
+
+def test_every_eye_has_a_field_of_its_own():
+    fields = [WIDE.of_eye(seed).degrees for seed in range(300)]
+    assert min(fields) >= 20 and max(fields) <= 200 and len(set(fields)) == 300
+    below = np.mean(np.array(fields) < np.sqrt(20 * 200))
+    assert 0.4 < below < 0.6, "each doubling of the field is as likely as another"
+    for wrong in ((10, 200), (50, 20), (20, 220)):
+        with pytest.raises(ValueError, match="20..200"):
+            EyeConfig(fields=wrong)
+
+
+@pytest.mark.parametrize("field", (20, 60, 120, 200))
+def test_a_wide_eye_is_drawn_by_every_renderer(field):
+    world = make_world(5, EyeConfig(size=256, fields=(field, field)), tuple(MODALITIES))
+    assert list(world.images) == list(MODALITIES)
+    for name, image in world.images.items():
+        assert image.shape[:2] == (256, 256) and image.dtype == np.uint8
+        assert image.std() > 3, f"{name} shows nothing"
+    assert world.facts["degrees"] == pytest.approx(field, rel=1e-3)
+    again = make_world(5, EyeConfig(size=256, fields=(field, field)), ("ir",))
+    np.testing.assert_array_equal(again.images["ir"], world.images["ir"])
+
+
+def test_the_field_changes_the_scale_as_the_projection_says():
+    """Disc and fovea lie 4.76 mm apart at any field, measured along the retina."""
+    for field in (60, 120, 200):
+        eyes = [draw_anatomy(np.random.default_rng(k), EyeConfig(fields=(field, field))) for k in range(200)]
+        apart = [np.hypot(*(e.flat(e.fovea) - e.flat(e.disc))) / e.px_per_mm for e in eyes]
+        assert np.mean(apart) == pytest.approx(4.76, abs=0.1)
+
+
+def test_the_periphery_is_thin_and_straight():
+    anatomy, v = grow_vessels(np.random.default_rng(2), EyeConfig(fields=(190, 190)))
+    angle = anatomy.sphere.angle(v.points)
+    calibre = v.radius / anatomy.stretch(v.points)
+    assert calibre[angle > 70].mean() < 0.6 * calibre[angle < 20].mean()
+    ring = np.deg2rad(np.linspace(0, 360, 60, endpoint=False))
+    around = np.stack([np.cos(ring), np.sin(ring)], 1)
+    rings = [511.5 + radius * around for radius in (60, 460)]
+    moved = [add_tortuosity(points, anatomy, np.random.default_rng(1)) - points for points in rings]
+    near, far = (np.hypot(*(m - m.mean(0)).T).mean() for m in moved)
+    assert far < 0.8 * near
+
+
+def test_a_bank_holds_the_planes_of_its_modes(tmp_path):
+    planes = planes_for(("ir-fa", "cf-icga"))
+    assert planes == ("cf", "fa", "ir", "icga", "vessels") and planes_for(MODES) == PLANES
+    bank = WorldBank([3], WIDE, folder=tmp_path / "w", workers=1, progress=False, planes=planes)
+    full, half = bank[0]
+    assert full.shape == (5, 256, 256) and half.shape == (5, 128, 128)
+    pair = GeneratedSource(bank, ("cf-icga",)).draw(0, np.random.default_rng(0), (64, 64))
+    assert pair.mode == "cf-icga" and np.isfinite(pair.image1).all()
+    with pytest.raises(ValueError, match="planes"):
+        WorldBank([3], WIDE, folder=tmp_path / "w", workers=1, progress=False)
+
+
+def test_folders_of_flat_eyes_stay_as_they_were():
+    """A folder that was made before wide eyes came must be read as before."""
+    assert "fields" not in eye_settings(EyeConfig()) and eye_settings(WIDE)["fields"] == (20, 200)
+
+
+def test_covers_hide_and_say_where():
+    covers = [draw_cover(np.random.default_rng(k), "cf", (96, 96)) for k in range(60)]
+    grey = np.full((96, 96), 128, np.uint8)
+    for cover in filter(None, covers):
+        painted = paint_cover(grey, cover).astype(int)
+        untouched = (cover.keep == 255) & (cover.ink == 0)
+        assert (painted[untouched] == 128).all() and painted.min() >= 0
+    assert 0.4 < np.mean([c is not None for c in covers]) < 1
+
+
+def test_wide_cases_are_written(tmp_path):
+    eye = EyeConfig(fields=(120, 200))
+    synthesise(tmp_path / "s", 2, 0, 128, ("cf", "late"), eye, workers=1, progress=False)
+    facts = json.loads((tmp_path / "s" / "000000_G" / "000000_G.json").read_text())
+    assert 60 < facts["field_deg"] < 200 and facts["degrees"] >= 120
+    assert (tmp_path / "s" / "000001_G" / "000001_G_late.png").exists()

@@ -11,7 +11,7 @@ import re
 from dataclasses import dataclass, field
 
 from ..geometry import Motion
-from ..retina.config import MODES, SEEDS, EyeConfig
+from ..retina.config import SEEDS, WIDE_MODES, Amounts, EyeConfig, is_mode
 
 
 # %% ../../nbs/04_data/02_config.ipynb #1d72687f
@@ -27,7 +27,7 @@ class DataConfig:
     share_pairs: float = 1.0  # relative share of pairs from `pairs`, where it is given
     # relative share of generated eyes; None: 1 where nothing else is given, else 0
     share_generated: float | None = None
-    # fixed-moving, of cf-fa, cf-oct, oct-fa, cf-octa; equal shares
+    # fixed-moving, two of cf, fa, oct, octa, late, ir, faf, icga; equal shares
     modes: tuple[str, ...] = ("cf-fa", "cf-oct")
 
     # held-out patients
@@ -55,6 +55,10 @@ class DataConfig:
     near_share: float = 0.0  # share of training pairs that differ as little as a second pass's, 0..1
     # largest smooth residual of the moving view beyond its affine, rms px at 512, 0..6; 0: none
     deform: float = 0.0
+    photometry: Amounts = field(default_factory=Amounts)  # ranges of the photometric randomisation
+    padding: float = 0.0  # share of views with a broad black border on some of their sides, 0..1
+    # largest turn of a wide eye between two pictures, degrees, 0..30; 0: none. Takes the place of `deform`
+    gaze_deg: float = 0.0
 
     # epochs and batches
     pairs_per_epoch: int = 1000  # training pairs per epoch
@@ -67,6 +71,11 @@ class DataConfig:
     def __post_init__(self):
         check(self)
 
+    @property
+    def bends(self) -> bool:
+        "Is the true map of a generated pair more than a matrix?"
+        return self.deform > 0 or (self.gaze_deg > 0 and self.eye.fields is not None)
+
 
 # %% ../../nbs/04_data/02_config.ipynb #889937f7
 def _checks(
@@ -77,7 +86,8 @@ def _checks(
     start_size_fits = not c.grow_epochs or (64 <= c.start_size <= c.size and c.start_size % 32 == 0)
     reads_files = bool(c.triplets or c.pairs)
     return [
-        (c.modes and all(m in MODES for m in c.modes), f"modes must be of {', '.join(MODES)}, got {c.modes}"),
+        (c.modes and all(is_mode(m) for m in c.modes),
+         f"modes must be of {', '.join(WIDE_MODES)}, or any two modalities, got {c.modes}"),
         (c.size >= 64 and c.size % 32 == 0, f"size must be a multiple of 32 of at least 64 px, got {c.size}"),
         (0 <= c.val_share < 1, f"val_share must be in [0, 1), got {c.val_share}"),
         (min(shares) >= 0, f"shares must not be negative, got {shares}"),
@@ -85,6 +95,8 @@ def _checks(
         (min(c.worlds, c.val_worlds, c.pairs_per_epoch, c.val_pairs, c.batch_size) >= 1,
          "worlds, val_worlds, pairs_per_epoch, val_pairs and batch_size must be at least 1"),
         (0 <= c.deform <= 6, f"deform must be in 0..6 px, beyond that maps would fold, got {c.deform}"),
+        (0 <= c.padding <= 1, f"padding must be in 0..1, got {c.padding}"),
+        (0 <= c.gaze_deg <= 30, f"gaze_deg must be in 0..30 degrees, got {c.gaze_deg}"),
         (start_size_fits,
          f"start_size must be a multiple of 32 in 64..{c.size}, got {c.start_size}"),
         (c.grow_epochs >= 0, f"grow_epochs must not be negative, got {c.grow_epochs}"),

@@ -4,9 +4,6 @@
 
 # %% auto #0
 __all__ = [
-    "FEW",
-    "TILT",
-    "SPOTS",
     "STEPS",
     "pad_nodes",
     "PhotometryBatch",
@@ -57,18 +54,14 @@ import torch
 
 from ..geometry import invert
 from ..retina.modality import plane_index
-from ..retina.randomise import Photometry, enlarger, local_mean
+from ..retina.randomise import LAW, Photometry, enlarger, local_mean
 from .batch import PairBatch, TensorFields
-from .pairs import GeneratedSource, paint_stamp, view_from_level
+from .pairs import GeneratedSource, paint_over, view_from_level
 from .preprocess import FLOOR, WINDOW
-from .recipe import PairRecipe, Stamp, ViewRecipe, true_maps
+from .recipe import PairRecipe, ViewRecipe, true_maps
+
 
 # %% ../../nbs/04_data/05b_device.ipynb #a0236eb7
-FEW = 5  # nodes a side of the largest smooth field
-TILT = 16  # nodes a side of a weakness that comes from one side
-SPOTS = 40  # nodes a side of the spots
-
-
 def pad_nodes(
     nodes,  # (n, n) float32 with n <= side, or None
     side: int,  # of the result
@@ -132,7 +125,7 @@ def split_weakness(
     if view.weak is None:
         return None, None
     nodes = view.weak[0]
-    return (None, nodes) if len(nodes) > FEW else (nodes, None)
+    return (None, nodes) if len(nodes) > LAW.few_nodes else (nodes, None)
 
 
 # %% ../../nbs/04_data/05b_device.ipynb #12c269b6
@@ -147,24 +140,23 @@ def pack_photometry(
 
     return PhotometryBatch(
         **pack_numbers(views),
-        gain=nodes([view.gain for view in views], FEW),
+        gain=nodes([view.gain for view in views], LAW.few_nodes),
         gain_cells=torch.tensor([len(view.gain) for view in views]),
-        veil=nodes([view.veil[0] if view.veil else None for view in views], FEW),
-        patches=nodes(patches, FEW),
-        patch_cells=torch.tensor([FEW if plane is None else len(plane) for plane in patches]),
-        tilt=nodes(tilt, TILT),
-        spots=nodes([view.spots for view in views], SPOTS),
+        veil=nodes([view.veil[0] if view.veil else None for view in views], LAW.few_nodes),
+        patches=nodes(patches, LAW.few_nodes),
+        patch_cells=torch.tensor([LAW.few_nodes if plane is None else len(plane) for plane in patches]),
+        tilt=nodes(tilt, LAW.tilt_nodes),
+        spots=nodes([view.spots for view in views], LAW.spot_nodes),
     )
 
 
 # %% ../../nbs/04_data/05b_device.ipynb #03cd2cd0
 def ink_of(
-    stamp: Stamp,  # of a view
-    size,  # (height, width) of the view
-) -> np.ndarray:  # (2, H, W) uint8: what the stamp leaves of the view, 255 all of it, and what it adds
-    "A stamp without its view."
-    black = paint_stamp(np.zeros(size, np.uint8), stamp)
-    white = paint_stamp(np.full(size, 255, np.uint8), stamp)
+    view: ViewRecipe,  # with a cover or a stamp
+) -> np.ndarray:  # (2, H, W) uint8: what they leave of the view, 255 all of it, and what they add
+    "Lids, marks and stamp without the view."
+    black = paint_over(np.zeros(view.size, np.uint8), view)
+    white = paint_over(np.full(view.size, 255, np.uint8), view)
     return np.stack([white - black, black])
 
 
@@ -239,9 +231,9 @@ def pack_scans(
 def pack_ink(
     views: list[ViewRecipe],  # N views
 ) -> dict[str, torch.Tensor]:  # `ink` and `inked` of `RecipeBatch`
-    "The stamps of the views that have one."
-    inked = [k for k, view in enumerate(views) if view.stamp is not None]
-    planes = [ink_of(views[k].stamp, views[k].size) for k in inked]
+    "What is painted over the views that have a cover or a stamp."
+    inked = [k for k, view in enumerate(views) if view.stamp is not None or view.cover is not None]
+    planes = [ink_of(views[k]) for k in inked]
     empty = np.zeros((0, 2, *views[0].size), np.uint8)
     ink = np.stack(planes) if planes else empty
     return {"ink": torch.from_numpy(ink), "inked": torch.tensor(inked, dtype=torch.int64)}
@@ -258,7 +250,9 @@ def collate_recipes(
     return RecipeBatch(
         world=[recipe.world for recipe in recipes],
         seed=[recipe.seed for recipe in recipes],
-        plane=torch.tensor([plane_index(view.modality) for view in views]),
+        plane=torch.tensor(
+            [plane_index(view.modality, recipe.planes) for recipe in recipes for view in recipe.views]
+        ),
         fov=stack_arrays(view.fov for view in views),
         **pack_levels(views, recipes[0].frame_size),
         **pack_scans(views),
@@ -322,7 +316,7 @@ class DeviceBank:
     def where(
         self,
         world,  # (N,) int64
-        plane,  # (N,) int64, in the order of `PLANES`
+        plane,  # (N,) int64, in the order of the bank
         half,  # (N,) bool
     ) -> tuple:  # start and side (N,) int64 of each plane
         "Where planes begin in the flat bank, and how large they are."
@@ -363,7 +357,7 @@ def cut_batch(
     world = torch.tensor(recipes.world, device=recipes.back.device).repeat_interleave(2)
     at = view_pixels(recipes)
     scanned = at + torch.stack([recipes.jerk, torch.zeros_like(recipes.jerk)], 1)[..., None]
-    vessels = torch.full_like(recipes.plane, plane_index("vessels"))
+    vessels = torch.full_like(recipes.plane, plane_index("vessels", bank.bank.planes))
 
     def sample(plane, points):
         start, side = bank.where(world, plane, recipes.half)
@@ -404,7 +398,7 @@ def smoothers(
 ) -> Smoothers:
     "The matrices for one size of views."
     window = int(WINDOW * size) // 2 * 2 + 1
-    few = [np.pad(enlarger(n, size), ((0, 0), (0, FEW - n))) for n in range(2, FEW + 1)]
+    few = [np.pad(enlarger(n, size), ((0, 0), (0, LAW.few_nodes - n))) for n in range(2, LAW.few_nodes + 1)]
 
     def wide(column):
         return np.repeat(column, size, 1)
@@ -414,10 +408,10 @@ def smoothers(
 
     return Smoothers(
         few=torch.from_numpy(np.stack(few)),
-        tilt=torch.from_numpy(enlarger(TILT, size)),
-        spots=torch.from_numpy(enlarger(SPOTS, size)),
+        tilt=torch.from_numpy(enlarger(LAW.tilt_nodes, size)),
+        spots=torch.from_numpy(enlarger(LAW.spot_nodes, size)),
         mean=matrix(lambda column: local_mean(wide(column))[:, 0]),
-        soft=matrix(lambda column: cv2.blur(wide(column), (3, 3))[:, 0]),
+        soft=matrix(lambda column: cv2.blur(wide(column), (LAW.soft, LAW.soft))[:, 0]),
         window_rows=matrix(lambda column: cv2.stackBlur(wide(column), (1, window))[:, 0]),
         window_columns=matrix(lambda column: cv2.stackBlur(wide(column).T.copy(), (window, 1))[0]),
     )
@@ -545,8 +539,8 @@ def veil_batch(
     M: Smoothers,  # of the size of the views
 ) -> torch.Tensor:  # (N, S, S)
     "The views through haze."
-    three = torch.full_like(given.gain_cells, 3)
-    opaque = enlarge_few(given.veil, three, M).clamp(0, 0.85)
+    cells = torch.full_like(given.gain_cells, LAW.veil_nodes)
+    opaque = enlarge_few(given.veil, cells, M).clamp(0, LAW.opaque)
     return gray + opaque * (given.veil_level[:, None, None] - gray)
 
 
@@ -558,8 +552,8 @@ def noise_batch(
     M: Smoothers,  # of the size of the views
 ) -> torch.Tensor:  # (N, S, S)
     "Noise in proportion to the contrast that is left, within bounds."
-    contrast = (6 * gray.std((1, 2), correction=0, keepdim=True)).clamp(0.3, 1.2)
-    soft = 2 * both_ways(M.soft, grain, M.soft)
+    contrast = (LAW.noise_slope * gray.std((1, 2), correction=0, keepdim=True)).clamp(*LAW.noise_bounds)
+    soft = LAW.soft_gain * both_ways(M.soft, grain, M.soft)
     grain = torch.where(given.soft[:, None, None] > 0, soft, grain)
     return gray + given.noise[:, None, None] * contrast * grain
 

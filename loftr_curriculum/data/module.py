@@ -14,6 +14,7 @@ __all__ = [
     "TrainPairs",
     "ValPairs",
     "cache_folder",
+    "view_settings",
     "generated_source",
     "file_sources",
     "split_sources",
@@ -26,7 +27,6 @@ __all__ = [
 import hashlib
 import json
 import signal
-from dataclasses import asdict
 from pathlib import Path
 
 import cv2
@@ -36,15 +36,16 @@ import torch
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from ..geometry import NEAR, Motion, map_from_matrix, mild
-from ..retina.config import GENERATOR_VERSION, SEEDS, seeds_of
+from ..retina.config import GENERATOR_VERSION, SEEDS, eye_settings, seeds_of
 from ..retina.jobs import keep_memory
+from ..retina.modality import PLANES, planes_for
 from ..retina.world import WorldBank
 from .batch import collate_pairs
 from .config import DataConfig, held_out, shares_of
 from .device import DeviceViews, RecipeBatch, collate_recipes
 from .landmarks import PairTableSource
 from .pairs import GeneratedSource, PairSample
-from .recipe import map_grid
+from .recipe import ViewSettings, map_grid
 from .triplets import TripletSource
 
 
@@ -199,7 +200,7 @@ class TrainPairs(Dataset):
         if self.config.on_device:
             source, *how = self.chosen(g)
             return source.recipe(*how, grain=False)
-        return to_tensors(self.sample(g), self.config.deform > 0)
+        return to_tensors(self.sample(g), self.config.bends)
 
 
 # %% ../../nbs/04_data/06_module.ipynb #14302f63
@@ -233,33 +234,53 @@ class ValPairs(Dataset):
         return source.draw(index, rng, (self.config.size,) * 2, self.config.motion)
 
     def __getitem__(self, k):
-        return to_tensors(self.sample(k), self.config.deform > 0)
+        return to_tensors(self.sample(k), self.config.bends)
 
 
 # %% ../../nbs/04_data/06_module.ipynb #cfa1b42e
 def cache_folder(
-    config,  # DataConfig
-):  # Path, None where eyes stay in memory
+    config: DataConfig,
+) -> Path | None:  # None where eyes stay in memory
     "The folder of rendered eyes of one kind: another generator or another eye gets another folder."
     if not config.cache:
         return None
-    settings = json.dumps([GENERATOR_VERSION, asdict(config.eye)], sort_keys=True)
-    return (
-        Path(config.cache).expanduser()
-        / f"{config.eye.size}px-{hashlib.sha256(settings.encode()).hexdigest()[:10]}"
+    planes = planes_for(config.modes)
+    others = [] if planes == PLANES else [planes]
+    settings = json.dumps([GENERATOR_VERSION, eye_settings(config.eye), *others], sort_keys=True)
+    name = f"{config.eye.size}px-{hashlib.sha256(settings.encode()).hexdigest()[:10]}"
+    return Path(config.cache).expanduser() / name
+
+
+# %% ../../nbs/04_data/06_module.ipynb #241f5663
+def view_settings(
+    config: DataConfig,
+) -> ViewSettings:
+    "How views of generated eyes are drawn."
+    return ViewSettings(
+        strength=float(config.strength),
+        deform=float(config.deform),
+        amounts=config.photometry,
+        padding=config.padding,
+        gaze_deg=config.gaze_deg,
     )
 
 
 # %% ../../nbs/04_data/06_module.ipynb #e5204a04
 def generated_source(
-    config,  # DataConfig
-    split,  # "train" or "validation"
+    config: DataConfig,
+    split: str,  # "train" or "validation"
 ) -> GeneratedSource:
     "Generated eyes of one split; those that are not in the cache yet are rendered, with a progress bar."
     count = config.worlds if split == "train" else config.val_worlds
     folder = cache_folder(config)
-    bank = WorldBank(seeds_of(split, count), config.eye, folder=folder, workers=config.render_workers)
-    return GeneratedSource(bank, config.modes, config.strength, deform=config.deform)
+    bank = WorldBank(
+        seeds_of(split, count),
+        config.eye,
+        folder=folder,
+        workers=config.render_workers,
+        planes=planes_for(config.modes),
+    )
+    return GeneratedSource(bank, config.modes, settings=view_settings(config))
 
 
 # %% ../../nbs/04_data/06_module.ipynb #e5aa034e
@@ -332,8 +353,8 @@ class PairDataModule(L.LightningDataModule):
     A batch is a `PairBatch`: image0, image1 (B, 1, S, S) float32 in [-1, 1]; mask0, mask1 (B, S, S) float32
     vessel masks in [0, 1]; fov0, fov1 (B, S, S) bool; fixed_to_moving (B, 3, 3) float32, points of image 0 to
     points of image 1; mode, id lists of str.
-    With `config.deform` above 0 also map_0to1, map_1to0 (B, S/8, S/8, 2) float32: where the centres of the
-    8-px cells truly lie in the other image, px; fixed_to_moving is then the affine part.
+    With `config.deform` or `config.gaze_deg` above 0 also map_0to1, map_1to0 (B, S/8, S/8, 2) float32: where
+    the centres of the 8-px cells truly lie in the other image, px; fixed_to_moving is then the affine part.
     """
 
     def __init__(

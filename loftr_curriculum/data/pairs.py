@@ -17,6 +17,7 @@ __all__ = [
     "cut",
     "paint_stamp",
     "stamp",
+    "paint_over",
     "paint_view",
     "paint_vessels",
     "paint_pair",
@@ -40,9 +41,11 @@ import numpy as np
 from ..geometry import Motion, compose, invert, resize_matrix
 from ..io.deprecated import deprecated_names
 from ..retina.config import split_mode
+from ..retina.cover import paint_cover
 from ..retina.modality import plane_index
 from ..retina.randomise import apply_photometry
 from ..retina.scanner import paint_scan
+from ..retina.sphere import Sphere
 from ..retina.world import WorldBank
 from .preprocess import normalise
 from .recipe import (
@@ -144,8 +147,8 @@ SHRINKS = 0.72  # views with fewer pixels than this for one of the frame are cut
 
 def view_from_level(
     frame_to_view: np.ndarray,  # (3, 3)
-    frame_size,  # (height, width) of the frame
-    half_size,  # (height, width) of the half-size level
+    frame_size: tuple[int, int],  # (height, width) of the frame
+    half_size: tuple[int, int],  # (height, width) of the half-size level
 ) -> tuple[np.ndarray, bool]:  # level -> view (3, 3); is it the half-size level?
     "The level that a view is cut from, and how it leads to the view."
     half = bool(np.sqrt(abs(np.linalg.det(frame_to_view[:2, :2]))) < SHRINKS)
@@ -158,16 +161,20 @@ def view_from_level(
 def cut(
     plane: np.ndarray,  # (H, W) uint8
     half: np.ndarray,  # (H/2, W/2) uint8, the same at half the size
-    A: np.ndarray,  # (3, 3) frame -> view
-    size,  # (height, width) of the view
-    unbent=None,  # (H, W, 2) float32: where the view's pixels lay before it was bent; None = where they lie
+    frame_to_view: np.ndarray,  # (3, 3)
+    size: tuple[int, int],  # (height, width) of the view
+    unbent: np.ndarray | None = None,  # (H, W, 2) float32: where pixels lay before the view was bent
 ) -> np.ndarray:  # size, uint8, 0 outside the frame
-    "One view with one warp; from the half-size level where the view shrinks the frame below `SHRINKS`."
-    A, halved = view_from_level(A, plane.shape[:2], half.shape[:2])
+    """One view with one warp; from the half-size level where the view shrinks the frame below `SHRINKS`.
+
+    Convention: `frame_to_view` maps px of the frame to px of the view, before it was bent; the centre of the
+    top-left pixel is (0, 0).
+    """
+    level_to_view, halved = view_from_level(frame_to_view, plane.shape[:2], half.shape[:2])
     level = half if halved else plane
     if unbent is not None:
-        return cv2.remap(level, cv2.transform(unbent, invert(A)[:2]), None, cv2.INTER_LINEAR)
-    return cv2.warpAffine(level, A[:2], (size[1], size[0]), flags=cv2.INTER_LINEAR)
+        return cv2.remap(level, cv2.transform(unbent, invert(level_to_view)[:2]), None, cv2.INTER_LINEAR)
+    return cv2.warpAffine(level, level_to_view[:2], (size[1], size[0]), flags=cv2.INTER_LINEAR)
 
 
 # %% ../../nbs/04_data/03_pairs.ipynb #4e56a7c6
@@ -189,6 +196,17 @@ def stamp(
     return paint_stamp(gray, draw_stamp(rng, gray.shape))
 
 
+# %% ../../nbs/04_data/03_pairs.ipynb #af4b1655
+def paint_over(
+    pixels: np.ndarray,  # (H, W) uint8, changed in place where there is a stamp
+    view: ViewRecipe,  # of this size
+) -> np.ndarray:  # (H, W) uint8
+    "What lies before the eye, and what the camera writes."
+    if view.cover is not None:
+        pixels = paint_cover(pixels, view.cover)
+    return pixels if view.stamp is None else paint_stamp(pixels, view.stamp)
+
+
 # %% ../../nbs/04_data/03_pairs.ipynb #4e57a7c7
 def paint_view(
     plane: np.ndarray,  # (H, W) uint8, of the frame
@@ -199,9 +217,7 @@ def paint_view(
     pixels = cut(plane, half, view.frame_to_view, view.size, view.unbent)
     if view.scan is not None:
         pixels = paint_scan(pixels, view.scan)
-    if view.stamp is not None:
-        pixels = paint_stamp(pixels, view.stamp)
-    gray = pixels * np.float32(1 / 255)
+    gray = paint_over(pixels, view) * np.float32(1 / 255)
     if view.photometry is not None:
         gray = apply_photometry(gray, view.fov, view.photometry)
     return normalise(gray, view.fov)
@@ -249,7 +265,7 @@ def cut_views(
     strength: float = 1.0,  # photometric randomisation, 0 leaves the planes as they are
     mode: str = "cf-fa",  # names the two planes
     id: str = "",  # kept in the sample
-    field: tuple = FIELD,  # side of a view as a share of the frame's shorter side
+    field: tuple[float, float] = FIELD,  # side of a view as a share of the frame's shorter side
     optics: bool = True,  # draw fields of view, scan lines and stamps; False leaves the frame's own
     deform: float = 0.0,  # largest smooth residual of the moving view, rms px at 512; 0: the map is affine
 ) -> PairSample:
@@ -262,7 +278,7 @@ def cut_views(
 
 # %% ../../nbs/04_data/03_pairs.ipynb #4e60a7c0
 def draw_from_bank(
-    source,  # GeneratedSource whose eyes, modes and settings these are
+    source: "GeneratedSource",  # whose eyes, modes and settings these are
     index: int,  # any number >= 0
     rng: np.random.Generator,  # decides everything else
     size: tuple[int, int],  # (height, width)
@@ -273,9 +289,11 @@ def draw_from_bank(
     world = int(index) % len(source)
     mode = source.modes[rng.integers(len(source.modes))]
     side = source.bank.config.size
-    settings = replace(source.settings, grain=grain)
+    seed, planes = source.bank.seeds[world], source.bank.planes
+    sphere = Sphere.of(source.bank.config.of_eye(seed))
+    settings = replace(source.settings, grain=grain, sphere=sphere)
     recipe = draw_pair(rng, (side, side), size, motion, mode, settings)
-    return replace(recipe, id=f"eye{source.bank.seeds[world]}", world=world)
+    return replace(recipe, id=f"eye{seed}", world=world, planes=planes)
 
 
 # %% ../../nbs/04_data/03_pairs.ipynb #4e61a7c1
@@ -286,7 +304,7 @@ def frame_of_world(
 ) -> Frame:
     "The two planes of a mode, and the vessels."
     full, half = bank[world]
-    chosen = [plane_index(name) for name in (*split_mode(mode), "vessels")]
+    chosen = [plane_index(name, bank.planes) for name in (*split_mode(mode), "vessels")]
     return Frame(*(full[k] for k in chosen), tuple(half[k] for k in chosen))
 
 
@@ -297,14 +315,15 @@ class GeneratedSource:
     def __init__(
         self,
         bank: WorldBank,  # rendered eyes
-        modes=("cf-fa", "cf-oct"),  # drawn with equal chance
+        modes: tuple[str, ...] = ("cf-fa", "cf-oct"),  # drawn with equal chance
         strength: float = 1.0,  # photometric randomisation
-        field: tuple = FIELD,  # side of a view as a share of the world's side
+        field: tuple[float, float] = FIELD,  # side of a view as a share of the world's side
         deform: float = 0.0,  # largest residual of the moving view, rms px at 512; 0: none
+        settings: ViewSettings | None = None,  # all of it at once, instead of the three before
     ):
         self.bank = bank
         self.modes = tuple(modes)
-        self.settings = ViewSettings(float(strength), field, deform=float(deform))
+        self.settings = settings or ViewSettings(float(strength), field, deform=float(deform))
         if not self.modes:
             raise ValueError("expected at least one mode")
         for mode in self.modes:
@@ -353,7 +372,7 @@ def pairs_per_second(
 
 # %% ../../nbs/04_data/03_pairs.ipynb #4e65a7c5
 def cell_points(
-    size,  # (height, width) of an image
+    size: tuple[int, int],  # (height, width) of an image
 ) -> np.ndarray:  # (H/8, W/8, 2) float64, (x, y) in pixels
     "Deprecated: `map_grid(size).points()`."
     warnings.warn("cell_points is now Grid.points", DeprecationWarning, stacklevel=2)

@@ -4,6 +4,7 @@
 
 # %% auto #0
 __all__ = [
+    "LEAST_LEFT",
     "FULL",
     "MIXED",
     "FIELD",
@@ -11,11 +12,15 @@ __all__ = [
     "WAVES",
     "LENGTHS",
     "STRIDE",
+    "STEEPEST_GAZE",
     "STAMPED",
+    "COVERED",
     "centred_pixels",
     "draw_inset",
     "draw_notch",
     "draw_disc",
+    "draw_barrel",
+    "draw_padding",
     "draw_fov",
     "Stamp",
     "draw_text",
@@ -31,15 +36,21 @@ __all__ = [
     "map_grid",
     "draw_waves",
     "draw_residual",
+    "Gaze",
+    "draw_gaze",
     "to_fixed",
     "to_moving",
+    "is_wide",
+    "field_shares",
     "draw_views",
     "ViewSettings",
     "ViewRecipe",
     "PairRecipe",
     "true_maps",
     "draw_optics",
+    "draw_before",
     "draw_view",
+    "bend_view",
     "draw_pair",
 ]
 
@@ -62,10 +73,12 @@ from ..geometry import (
     overlap,
     random_transform,
 )
-from ..retina.config import split_mode
-from ..retina.modality import FieldShares, modality
+from ..retina.config import Amounts, split_mode
+from ..retina.cover import Cover, draw_cover
+from ..retina.modality import PLANES, WIDE_FIELD, WIDE_SHARES, FieldShares, modality
 from ..retina.randomise import Photometry, draw_photometry
 from ..retina.scanner import Scan, draw_scan
+from ..retina.sphere import Sphere
 
 
 # %% ../../nbs/04_data/02a_recipe.ipynb #4e07a7c7
@@ -122,6 +135,37 @@ def draw_disc(
     return inside
 
 
+# %% ../../nbs/04_data/02a_recipe.ipynb #f6102577
+def draw_barrel(
+    rng: np.random.Generator,  # source of chance
+    size: tuple[int, int],  # (height, width)
+) -> np.ndarray:  # size bool
+    "A rectangle with round sides: |x / a|^p + |y / b|^p < 1."
+    x, y, _ = centred_pixels(size)
+    a = size[1] * rng.uniform(0.44, 0.58)
+    b = size[0] * rng.uniform(0.38, 0.56)
+    p = rng.uniform(2.2, 6)
+    return np.abs(x / a) ** p + np.abs(y / b) ** p < 1
+
+
+# %% ../../nbs/04_data/02a_recipe.ipynb #3267a089
+LEAST_LEFT = 0.4  # share of a side that padding leaves at least
+
+
+def draw_padding(
+    rng: np.random.Generator,  # source of chance
+    size: tuple[int, int],  # (height, width)
+) -> np.ndarray:  # size bool, False in the border
+    "A broad border on each side with even chance, at times half of the view."
+    inside = np.ones(size, bool)
+    for axis, length in enumerate(size):
+        low, high = rng.uniform(0, 1 - LEAST_LEFT, 2) * (rng.random(2) < 0.5)
+        low, high = (low, high) if low + high <= 1 - LEAST_LEFT else (low / 2, high / 2)
+        at = np.arange(length) / length
+        inside &= np.expand_dims((at >= low) & (at < 1 - high), 1 - axis)
+    return inside
+
+
 # %% ../../nbs/04_data/02a_recipe.ipynb #4e11a7c1
 FULL = FieldShares(full=1, round=0, clipped=0, inset=0)
 MIXED = FieldShares(full=0.5, round=0.25, clipped=0.25, inset=0)
@@ -129,16 +173,18 @@ MIXED = FieldShares(full=0.5, round=0.25, clipped=0.25, inset=0)
 
 def draw_fov(
     rng: np.random.Generator,  # source of chance
-    size,  # (height, width)
+    size: tuple[int, int],  # (height, width)
     shares: FieldShares = MIXED,  # how often each shape is drawn
 ) -> np.ndarray:  # size bool
     "What the optics let through."
     size = tuple(size)
-    shape = FieldShares._fields[rng.choice(4, p=np.asarray(shares) / np.sum(shares))]
+    shape = FieldShares._fields[rng.choice(len(shares), p=np.asarray(shares) / np.sum(shares))]
     if shape == "full":
         return np.ones(size, bool)
     if shape == "inset":
         return draw_inset(rng, size)
+    if shape == "barrel":
+        return draw_barrel(rng, size)
     return draw_disc(rng, size, shape == "clipped")
 
 
@@ -213,7 +259,7 @@ def place_views(
     size,  # (height, width) of both views
     rng: np.random.Generator,  # source of chance
     field=FIELD,  # range of the side of a view
-) -> tuple[np.ndarray, np.ndarray]:  # A0, A1 (3, 3): frame -> view, with fixed_to_moving = A1 @ inv(A0)
+) -> tuple[np.ndarray, np.ndarray]:  # frame_to_fixed, frame_to_moving (3, 3)
     "Choose where in the frame the two views lie: as large as allowed, inside the frame as far as they fit."
     ratio = np.sqrt(abs(np.linalg.det(fixed_to_moving[:2, :2])))
     zoom = draw_zoom(rng, ratio, frame_size, size, field)
@@ -232,12 +278,12 @@ def place_views(
 # %% ../../nbs/04_data/02a_recipe.ipynb #4e22a7c2
 def frame_outline(
     frame_size,  # (height, width) of the frame
-    A: np.ndarray,  # (3, 3) frame -> view
+    frame_to_view: np.ndarray,  # (3, 3)
     size,  # (height, width) of the view
 ) -> np.ndarray:  # size uint8, 1 where the view shows the frame
     "The frame as a polygon of the view, less 2 px at its border."
     inwards = 2.0 * np.array([[1, 1], [-1, 1], [-1, -1], [1, -1]])
-    outline = apply_transform(A, corners(frame_size) + inwards)
+    outline = apply_transform(frame_to_view, corners(frame_size) + inwards)
     seen = np.zeros(size, np.uint8)
     cv2.fillConvexPoly(seen, np.round(outline * 16).astype(np.int32), 1, cv2.LINE_8, 4)
     return seen
@@ -247,11 +293,11 @@ def frame_outline(
 def bent_field(
     frame_fov,  # (H, W) uint8 or None: what the frame's image saw
     frame_size,  # (height, width) of the frame
-    A: np.ndarray,  # (3, 3) frame -> view
+    frame_to_view: np.ndarray,  # (3, 3)
     unbent: np.ndarray,  # (H, W, 2) float32: where the view's pixels lay before it was bent
 ) -> np.ndarray:  # (H, W) uint8, above 0 where the view shows what the frame saw
     "The field of the frame in a bent view."
-    at = cv2.transform(unbent, invert(A)[:2])
+    at = cv2.transform(unbent, invert(frame_to_view)[:2])
     if frame_fov is not None:
         return cv2.remap(frame_fov, at, None, cv2.INTER_NEAREST)
     h, w = frame_size
@@ -263,7 +309,7 @@ def view_fov(
     rng: np.random.Generator,  # source of chance
     frame_fov,  # (H, W) uint8 or None: what the frame's image saw
     frame_size,  # (height, width) of the frame
-    A: np.ndarray,  # (3, 3) frame -> view
+    frame_to_view: np.ndarray,  # (3, 3)
     size,  # (height, width) of the view
     shares: FieldShares,  # how often each shape of a field is drawn
     unbent=None,  # (H, W, 2) float32: where the view's pixels lay before it was bent; None: where they lie
@@ -271,11 +317,11 @@ def view_fov(
     "The field of view of a view: its optics, within what the frame holds."
     fov = draw_fov(rng, size, shares)
     if unbent is not None:
-        seen = bent_field(frame_fov, frame_size, A, unbent)
+        seen = bent_field(frame_fov, frame_size, frame_to_view, unbent)
     elif frame_fov is None:
-        seen = frame_outline(frame_size, A, size)
+        seen = frame_outline(frame_size, frame_to_view, size)
     else:
-        seen = cv2.warpAffine(frame_fov, A[:2], (size[1], size[0]), flags=cv2.INTER_NEAREST)
+        seen = cv2.warpAffine(frame_fov, frame_to_view[:2], (size[1], size[0]), flags=cv2.INTER_NEAREST)
     return fov & (seen > 0)
 
 
@@ -302,6 +348,17 @@ class Residual:
         "The displacement of points."
         waves = np.cos(points @ self.waves.T + self.phases) @ self.amplitude
         return waves - points @ self.affine[:2] - self.affine[2]
+
+    def bent(
+        self,
+        points: np.ndarray,  # (..., 2) where pixels lay before the view was bent
+        rounds: int = 10,  # of the fixed-point iteration
+    ) -> np.ndarray:  # (..., 2) pixels of the view
+        "The inverse."
+        q = points
+        for _ in range(rounds):
+            q = points - self.at(q)
+        return q
 
     def slope(self) -> float:
         "No two points are displaced more differently than this times their distance."
@@ -375,10 +432,74 @@ def draw_residual(
     return replace(raw, amplitude=factor * raw.amplitude, affine=factor * raw.affine)
 
 
+# %% ../../nbs/04_data/02a_recipe.ipynb #f658496b
+@dataclass(frozen=True)
+class Gaze:
+    """What a turn of a wide eye leaves beyond the affine; takes the place of a `Residual`.
+
+    Convention: points are pixels (x, y) of the bent view; `at` leads to where they lay before, `bent` back.
+    """
+
+    k: complex  # per pixel of the view
+    middle: np.ndarray  # (2,) pixel that stays
+
+    def at(
+        self,
+        points: np.ndarray,  # (..., 2) pixels of the view
+    ) -> np.ndarray:  # (..., 2) pixels
+        "The displacement of points: w / (1 + k w) - w."
+        return self._move(points, self.k) - points
+
+    def bent(
+        self,
+        points: np.ndarray,  # (..., 2) where pixels lay before the view was bent
+    ) -> np.ndarray:  # (..., 2) pixels of the view
+        "The inverse: w / (1 - k w)."
+        return self._move(points, -self.k)
+
+    def unbent(
+        self,
+        size: tuple[int, int],  # (height, width) of the view
+    ) -> np.ndarray:  # (H, W, 2) float32
+        "Every pixel plus its displacement."
+        y, x = (np.arange(n) for n in size)
+        points = np.stack(np.broadcast_arrays(x[None], y[:, None]), -1)
+        return self._move(points, self.k).astype(np.float32)
+
+    def _move(self, points: np.ndarray, k: complex) -> np.ndarray:
+        w = (points[..., 0] - self.middle[0]) + 1j * (points[..., 1] - self.middle[1])
+        w = w / (1 + k * w)
+        return np.stack([w.real, w.imag], -1) + self.middle
+
+
+# %% ../../nbs/04_data/02a_recipe.ipynb #1c577e96
+STEEPEST_GAZE = 0.35  # largest |k w| within a view: beyond, a view would be bent out of recognition
+
+
+def draw_gaze(
+    rng: np.random.Generator,  # source of chance
+    sphere: Sphere,  # of the eye in the frame
+    frame_to_view: np.ndarray,  # (3, 3)
+    size: tuple[int, int],  # (height, width) of the view
+    gaze_deg: float,  # largest turn, degrees at the centre of the eye
+) -> Gaze:
+    "A turn by up to that angle, any way; every area of directions as often as another."
+    turn = np.deg2rad(gaze_deg) * np.sqrt(rng.random())
+    a = np.tan(turn / 2) * np.exp(2j * np.pi * rng.random())
+    middle = centre(size)
+    at = apply_transform(invert(frame_to_view), middle[None])[0]
+    z0 = complex(*(at - sphere.middle)) / (2 * sphere.radius)
+    k = np.conj(a) / (1 + np.conj(a) * z0) / (2 * sphere.radius)
+    (p, q), (r, s) = frame_to_view[:2, :2]
+    k = k / (0.5 * complex(p + s, r - q))  # of the similarity that is nearest to the view's affine
+    most = STEEPEST_GAZE / (0.5 * np.hypot(*size))
+    return Gaze(complex(k * min(1.0, most / max(abs(k), 1e-12))), middle)
+
+
 # %% ../../nbs/04_data/02a_recipe.ipynb #4e32a7c2
 def to_fixed(
     fixed_to_moving: np.ndarray,  # (3, 3) the affine part
-    residual: Residual,  # of the moving view
+    residual: Residual | Gaze,  # of the moving view
     points: np.ndarray,  # (..., 2) pixels of the moving image
 ) -> np.ndarray:  # (..., 2) pixels of the fixed image
     "Where points of the moving image truly lie in the fixed one."
@@ -388,39 +509,64 @@ def to_fixed(
 # %% ../../nbs/04_data/02a_recipe.ipynb #4e33a7c3
 def to_moving(
     fixed_to_moving: np.ndarray,  # (3, 3) the affine part
-    residual: Residual,  # of the moving view
+    residual: Residual | Gaze,  # of the moving view
     points: np.ndarray,  # (..., 2) pixels of the fixed image
-    rounds: int = 10,  # of the fixed-point iteration
 ) -> np.ndarray:  # (..., 2) pixels of the moving image
     "Where points of the fixed image truly lie in the moving one."
-    straight = q = apply_transform(fixed_to_moving, points)
-    for _ in range(rounds):
-        q = straight - residual.at(q)
-    return q
+    return residual.bent(apply_transform(fixed_to_moving, points))
+
+
+# %% ../../nbs/04_data/02a_recipe.ipynb #4bd29086
+def is_wide(
+    sphere: Sphere | None,  # of the eye in its frame
+) -> bool:
+    "Does the frame span more than a camera sees?"
+    if sphere is None:
+        return False
+    return 2 * float(sphere.angle(np.array([-0.5, sphere.middle]))) > WIDE_FIELD
+
+
+# %% ../../nbs/04_data/02a_recipe.ipynb #cfbedc96
+def field_shares(
+    name: str,  # of a modality
+    sphere: Sphere | None = None,  # of the eye in its frame
+) -> FieldShares:
+    "How often its field has each shape: the modality's own, or those of a scanning laser with a wide field."
+    return WIDE_SHARES if is_wide(sphere) else modality(name).fields
 
 
 # %% ../../nbs/04_data/02a_recipe.ipynb #4e38a7c8
 def draw_views(
     rng: np.random.Generator,  # source of chance
-    frame_size,  # (height, width) of the frame
-    size,  # (height, width) of both views
+    frame_size: tuple[int, int],  # (height, width) of the frame
+    size: tuple[int, int],  # (height, width) of both views
     motion: Motion,  # range of relative motion
-    names,  # modality of the fixed and of the moving view
-    field=FIELD,  # range of the side of a view, as a share of the frame's shorter side
+    names: tuple[str, str],  # modality of the fixed and of the moving view
+    field: tuple[float, float] = FIELD,  # range of the side of a view, as a share of the frame's shorter side
     optics: bool = True,  # draw fields of view; False leaves the frame's own
-    frame_fovs=(None, None),  # (H, W) uint8 or None each: what the frame's images saw
-    unbent=(None, None),  # (H, W, 2) float32 or None each, as in `view_fov`
+    frame_fovs: tuple = (None, None),  # (H, W) uint8 or None each: what the frame's images saw
+    unbent: tuple = (None, None),  # (H, W, 2) float32 or None each, as in `view_fov`
+    padding: float = 0.0,  # share of the views with a broad border
+    sphere: Sphere | None = None,  # of a wide eye
 ) -> tuple[np.ndarray, tuple, list]:  # fixed_to_moving, frame -> view of both, fields of view of both
-    "Where two views lie and what they see."
-    shares = [modality(name).fields if optics else FULL for name in names]
+    """Where two views lie and what they see.
+
+    Convention: `fixed_to_moving` maps px of the fixed view to px of the moving one; a frame -> view matrix
+    maps px of the frame to px of a view.
+    """
+    shares = [field_shares(name, sphere) if optics else FULL for name in names]
     for _ in range(6):
         fixed_to_moving = random_transform(rng, size, size, motion)
-        A = place_views(fixed_to_moving, frame_size, size, rng, field)
-        fovs = [view_fov(rng, frame_fovs[k], frame_size, A[k], size, shares[k], unbent[k]) for k in (0, 1)]
+        places = place_views(fixed_to_moving, frame_size, size, rng, field)
+        fovs = [
+            view_fov(rng, frame_fovs[k], frame_size, places[k], size, shares[k], unbent[k]) for k in (0, 1)
+        ]
+        if padding > 0:
+            fovs = [fov & draw_padding(rng, size) if rng.random() < padding else fov for fov in fovs]
         shared = overlap(fixed_to_moving, size, size, *fovs)
         if shared >= motion.min_overlap and min(fov.mean() for fov in fovs) > 0.2:
             break
-    return fixed_to_moving, A, fovs
+    return fixed_to_moving, places, fovs
 
 
 # %% ../../nbs/04_data/02a_recipe.ipynb #4e40a7c0
@@ -434,6 +580,12 @@ class ViewSettings:
     deform: float = 0.0  # largest smooth residual of the moving view, rms px at 512; 0: the map is affine
     # draw the noise of every pixel, too; False draws the seed of a painter's own noise instead
     grain: bool = True
+    amounts: Amounts = Amounts()  # ranges of the photometric randomisation
+    padding: float = 0.0  # share of the views with a broad border
+    gaze_deg: float = (
+        0.0  # largest turn of a wide eye between two views, degrees; takes the place of `deform`
+    )
+    sphere: Sphere | None = None  # of a wide eye in its frame
 
 
 # %% ../../nbs/04_data/02a_recipe.ipynb #4e42a7c2
@@ -448,6 +600,7 @@ class ViewRecipe:
     scan: Scan | None  # what a scanner does to its rows
     stamp: Stamp | None  # text in a corner
     photometry: Photometry | None  # what happens to its pixels then
+    cover: Cover | None = None  # lids, lashes and marks before a wide field
 
     @property
     def size(self) -> tuple[int, int]:
@@ -463,12 +616,13 @@ class PairRecipe:
     fixed: ViewRecipe
     moving: ViewRecipe
     fixed_to_moving: np.ndarray  # (3, 3) float64, the affine part
-    residual: Residual | None  # of the moving view
+    residual: Residual | Gaze | None  # of the moving view
     frame_size: tuple[int, int]  # (height, width) of the frame that is cut
     mode: str  # 'fixed-moving', such as 'cf-fa'
     id: str = ""  # where the pair came from
     world: int | None = None  # number of the generated eye in its bank
     seed: int | None = None  # of the noise, where the painter draws it
+    planes: tuple[str, ...] = PLANES  # of the world, in the order of its stack
 
     @property
     def views(self) -> tuple[ViewRecipe, ViewRecipe]:
@@ -506,40 +660,83 @@ def draw_optics(
     return scan, draw_stamp(rng, size) if stamped else None
 
 
+# %% ../../nbs/04_data/02a_recipe.ipynb #39bffa93
+COVERED = 0.6  # share of the views of a wide field with a cover
+
+
+def draw_before(
+    rng: np.random.Generator,  # source of chance
+    name: str,  # of a modality
+    fov: np.ndarray,  # (H, W) bool
+) -> tuple[Cover | None, np.ndarray]:  # what lies before the view, and its field of view
+    "A cover for most views of a wide field; half of the fields end where it begins."
+    if rng.random() >= COVERED:
+        return None, fov
+    cover, excluded = draw_cover(rng, name, fov.shape), rng.random() < 0.5
+    if cover is None or not excluded:
+        return cover, fov
+    free = fov & (cover.keep > 128)
+    return cover, free if free.mean() > 0.2 else fov
+
+
 # %% ../../nbs/04_data/02a_recipe.ipynb #4e47a7c7
 def draw_view(
     rng: np.random.Generator,  # source of chance
     name: str,  # of a modality
     frame_to_view: np.ndarray,  # (3, 3)
     fov: np.ndarray,  # (H, W) bool
-    unbent,  # (H, W, 2) float32 or None
+    unbent: np.ndarray | None,  # (H, W, 2) float32
     settings: ViewSettings,  # strength, optics, grain
 ) -> ViewRecipe:
     "What happens to a view whose place and field are known."
     strength, size = settings.strength, fov.shape
     scan, stamp = draw_optics(rng, name, size, strength) if settings.optics else (None, None)
-    photometry = draw_photometry(rng, size, strength, grain=settings.grain) if strength > 0 else None
-    return ViewRecipe(name, frame_to_view, fov, unbent, scan, stamp, photometry)
+    photometry, cover = None, None
+    if strength > 0:
+        photometry = draw_photometry(rng, size, strength, grain=settings.grain, amounts=settings.amounts)
+    if settings.optics and is_wide(settings.sphere):
+        cover, fov = draw_before(rng, name, fov)
+    return ViewRecipe(name, frame_to_view, fov, unbent, scan, stamp, photometry, cover)
 
 
 # %% ../../nbs/04_data/02a_recipe.ipynb #4e48a7c8
+def bend_view(
+    rng: np.random.Generator,  # source of chance
+    frame_to_view: np.ndarray,  # (3, 3)
+    fov: np.ndarray,  # (H, W) bool
+    frame_size: tuple[int, int],  # (height, width) of the frame
+    frame_fov: np.ndarray | None,  # (H, W) uint8: what the frame's image saw
+    settings: ViewSettings,  # sphere and gaze_deg
+) -> tuple[Gaze, np.ndarray, np.ndarray]:  # the turn, where pixels lay before it, the field of view
+    "The moving view of a wide eye that has turned."
+    gaze = draw_gaze(rng, settings.sphere, frame_to_view, fov.shape, settings.gaze_deg)
+    unbent = gaze.unbent(fov.shape)
+    return gaze, unbent, fov & (bent_field(frame_fov, frame_size, frame_to_view, unbent) > 0)
+
+
+# %% ../../nbs/04_data/02a_recipe.ipynb #8b8b1d09
 def draw_pair(
     rng: np.random.Generator,  # source of chance
-    frame_size,  # (height, width) of the frame
+    frame_size: tuple[int, int],  # (height, width) of the frame
     size: tuple[int, int],  # (height, width) of both views
     motion: Motion,  # range of relative motion
     mode: str,  # 'fixed-moving', such as 'cf-fa'
     settings: ViewSettings = ViewSettings(),  # how the views are drawn
-    frame_fovs=(None, None),  # (H, W) uint8 or None each: what the frame's images saw
+    frame_fovs: tuple = (None, None),  # (H, W) uint8 or None each: what the frame's images saw
 ) -> PairRecipe:
     "The recipe of a pair. The residual has a random generator of its own: nothing else depends on it."
-    names = split_mode(mode)
-    deform = settings.deform
-    residual = draw_residual(rng.spawn(1)[0], size, deform) if deform > 0 else None
-    unbent = None, residual and residual.unbent(size)
-    fixed_to_moving, A, fovs = draw_views(
-        rng, frame_size, size, motion, names, settings.field, settings.optics, frame_fovs, unbent
-    )
-    views = [draw_view(rng, names[k], A[k], fovs[k], unbent[k], settings) for k in (0, 1)]
+    names, deform = split_mode(mode), settings.deform
+    turns = settings.sphere is not None and settings.gaze_deg > 0
+    own = rng.spawn(1)[0] if deform > 0 or turns else None
+    residual = draw_residual(own, size, deform) if deform > 0 and not turns else None
+    unbent = None if residual is None else residual.unbent(size)
+    fixed_to_moving, places, fovs = draw_views(
+        rng, frame_size, size, motion, names, settings.field, settings.optics, frame_fovs, (None, unbent),
+        settings.padding, settings.sphere,
+    )  # fmt: skip
+    if turns:
+        residual, unbent, fovs[1] = bend_view(own, places[1], fovs[1], frame_size, frame_fovs[1], settings)
+    fixed = draw_view(rng, names[0], places[0], fovs[0], None, settings)
+    moving = draw_view(rng, names[1], places[1], fovs[1], unbent, settings)
     seed = None if settings.grain else int(rng.integers(2**62))
-    return PairRecipe(*views, fixed_to_moving, residual, tuple(frame_size), mode, seed=seed)
+    return PairRecipe(fixed, moving, fixed_to_moving, residual, tuple(frame_size), mode, seed=seed)

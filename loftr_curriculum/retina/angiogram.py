@@ -7,6 +7,7 @@ __all__ = [
     "ANGIOGRAM_LESIONS",
     "ANGIOGRAM_VESSELS",
     "LAMINAR",
+    "LATE",
     "Phase",
     "AngiogramGround",
     "angiogram_macula",
@@ -14,11 +15,15 @@ __all__ = [
     "AngiogramDisc",
     "angiogram_disc",
     "angiogram_lesions",
+    "WideAngiogram",
+    "add_where",
+    "wide_angiogram",
     "hollow_veins",
     "angiogram_vessels",
     "AngiogramFinish",
     "angiogram_finish",
     "render_fa",
+    "render_late",
 ]
 
 # %% ../../nbs/03_retina/05b_angiogram.ipynb #06a26944
@@ -38,6 +43,7 @@ from .drawing import (
     to_bytes,
 )
 from .lesions import cover_vessels
+from .periphery import feature, limb
 from .render import (
     Shown,
     VesselStyle,
@@ -193,6 +199,63 @@ ANGIOGRAM_VESSELS = VesselStyle(
 LAMINAR = 0.3  # until this time the middle of veins is dark
 
 
+# %% ../../nbs/03_retina/05b_angiogram.ipynb #fd7863ea
+@dataclass(frozen=True)
+class WideAngiogram:
+    "Ranges of what the periphery adds."
+
+    lost: tuple = (0.3, 0.7)  # share of the light that regions without blood lose
+    tuft: tuple = (0.15, 0.9)  # brightness of leaks, late
+    scar_early: tuple = (-0.55, 0.1)  # brightness of scars
+    scar_late: tuple = (0.1, 0.65)
+    core: tuple = (-0.6, 0.2)  # brightness of their middle
+    choroid: tuple = (0.0, 0.18)  # brightness of the choroid
+    dim: tuple = (0.15, 0.7)  # how dark the tissue of a large field is
+
+
+# %% ../../nbs/03_retina/05b_angiogram.ipynb #1e16c7dd
+def add_where(
+    plane: np.ndarray,  # (half, half)
+    spot: np.ndarray | None,  # (half, half) float32 in 0..1
+    gain: float,  # added where positive; a share that is taken away where negative
+) -> np.ndarray:  # (half, half)
+    "The plane with what a feature of the eye adds or takes."
+    if spot is None:
+        return plane
+    return plane + gain * spot if gain > 0 else plane * (1 + gain * spot)
+
+
+# %% ../../nbs/03_retina/05b_angiogram.ipynb #7b4b7150
+def wide_angiogram(
+    rng: np.random.Generator,  # source of chance
+    canvas: Canvas,  # of the eye
+    plane: np.ndarray,  # (half, half), ground, disc and lesions
+    uncovered: np.ndarray,  # (half, half), what of the vessels can be seen
+    phase: Phase,  # of the angiogram
+    common: list,  # features that the eye itself has
+    style: WideAngiogram = WideAngiogram(),  # ranges
+) -> tuple[np.ndarray, np.ndarray]:  # plane and uncovered
+    "The periphery; both as they are where the eye is flat."
+    if canvas.anatomy.sphere is None:
+        return plane, uncovered
+    late = rng.uniform(*style.scar_late) * phase.wash
+    scar = rng.uniform(*style.scar_early) * (1 - phase.wash) + late
+    gains = {
+        "choroid": rng.uniform(*style.choroid) * (1 - 0.7 * phase.fill),
+        "dropout": -rng.uniform(*style.lost),
+        "laser": scar,
+        "laser_core": rng.uniform(*style.core),
+        "tuft": rng.uniform(*style.tuft) * (0.15 + 0.85 * phase.time),
+    }
+    plane = plane * rng.uniform(*style.dim)
+    for kind, gain in gains.items():
+        plane = add_where(plane, feature(common, kind), gain)
+    lost = feature(common, "dropout")
+    uncovered = uncovered if lost is None else uncovered * (1 - rng.uniform(0.4, 0.9) * lost)
+    light = limb(rng, canvas)
+    return plane * light, uncovered * light**0.6
+
+
 # %% ../../nbs/03_retina/05b_angiogram.ipynb #4d927cdb
 def hollow_veins(
     canvas: Canvas,  # of the eye
@@ -265,17 +328,28 @@ def render_fa(
     vessels: Vessels,  # arteries and veins
     config: EyeConfig,  # disease, gap
     common: list = (),  # lesions that the eye itself has
+    times: tuple[float, float] = (0, 1),  # range of the phase
 ) -> tuple[np.ndarray, dict]:  # (S, S) uint8, and what was drawn
     "A fluorescein angiogram, from the arterial phase (0) to the late phase (1)."
     canvas = Canvas(anatomy)
     style = AngiogramFinish()
-    phase = Phase(float(rng.uniform(0, 1)))
+    phase = Phase(float(rng.uniform(*times)))
     plane, tissue = angiogram_ground(rng, canvas, phase)
     plane = plane + angiogram_disc(rng, canvas, phase, tissue)
     plane, uncovered, seen = angiogram_lesions(rng, canvas, plane, phase, config, common)
+    plane, uncovered = wide_angiogram(rng, canvas, plane, uncovered, phase, common)
     plane = plane * lighting(rng, canvas.half, rng.uniform(*style.shade))
     plane = canvas.enlarge(plane.astype(np.float32))
     blood = angiogram_vessels(rng, canvas, vessels, phase, config)
     weak = contrast_left(rng, canvas, config.gap) * canvas.enlarge(uncovered)
     image = angiogram_finish(rng, canvas, plane, blood, weak, phase, style)
     return image, {"lesions": seen, "phase": round(phase.time, 3)}
+
+
+# %% ../../nbs/03_retina/05b_angiogram.ipynb #394a4774
+LATE = (0.6, 1.0)  # phases of a late angiogram
+
+
+def render_late(*eye) -> tuple[np.ndarray, dict]:  # (S, S) uint8, and what was drawn
+    "A late angiogram; takes what `render_fa` takes."
+    return render_fa(*eye, times=LATE)

@@ -6,6 +6,7 @@
 __all__ = [
     "PROJECTION_LESIONS",
     "PROJECTION_VESSELS",
+    "LEAST_LOOPS",
     "FLOW_LESIONS",
     "FLOW_VESSELS",
     "multiply_lesions",
@@ -18,10 +19,12 @@ __all__ = [
     "ProjectionFinish",
     "render_oct",
     "FlowGround",
+    "loops_left",
     "capillary_bed",
     "flow_density",
     "flow_disc",
     "FlowFinish",
+    "lose_flow",
     "render_octa",
 ]
 
@@ -33,6 +36,7 @@ import numpy as np
 from .config import EyeConfig
 from .drawing import Canvas, clouds, expose, fibres, lighting, mesh, speckle, to_bytes
 from .lesions import cover_vessels
+from .periphery import feature
 from .render import (
     Shown,
     VesselStyle,
@@ -223,6 +227,20 @@ class FlowGround:
     disc_edge: float = 8.0  # its softness, px at a world of 1024
 
 
+# %% ../../nbs/03_retina/05c_oct.ipynb #7439856b
+LEAST_LOOPS = 0.3  # share of the loops that are left in the narrowest field
+
+
+def loops_left(
+    canvas: Canvas,  # of the eye
+) -> float:  # 1 where the eye is flat or its field wide
+    "How many loops fit along the side of a narrow field, as a share of those of a flat world."
+    if canvas.anatomy.sphere is None:
+        return 1.0
+    flat = EyeConfig(size=canvas.size).px_per_mm
+    return float(np.clip(flat / canvas.mm, LEAST_LOOPS, 1))
+
+
 # %% ../../nbs/03_retina/05c_oct.ipynb #c8bfd007
 def capillary_bed(
     rng: np.random.Generator,  # source of chance
@@ -230,10 +248,12 @@ def capillary_bed(
     style: FlowGround = FlowGround(),  # ranges
 ) -> np.ndarray:  # (S, S) float32
     "Nets of three sizes, one over the other."
-    cells = rng.uniform(*style.cells)
+    cells = rng.uniform(*style.cells) * loops_left(canvas)
     finest = mesh(rng, canvas.size, cells, 1.8)
     fine = np.maximum(finest, canvas.enlarge(mesh(rng, canvas.half, 0.8 * cells, 1.6)))
-    coarse = canvas.enlarge(mesh(rng, canvas.half, rng.uniform(*style.coarse_cells), 2.5))
+    coarse = canvas.enlarge(
+        mesh(rng, canvas.half, rng.uniform(*style.coarse_cells) * loops_left(canvas), 2.5)
+    )
     return 0.75 * fine + 0.3 * coarse
 
 
@@ -289,6 +309,20 @@ class FlowFinish:
     grain: tuple = (0.4, 0.9)  # px of the speckle
 
 
+# %% ../../nbs/03_retina/05c_oct.ipynb #6ed567e0
+def lose_flow(
+    rng: np.random.Generator,  # source of chance
+    density: np.ndarray,  # (half, half), of capillaries
+    uncovered: np.ndarray,  # (half, half), what of the vessels can be seen
+    lost: np.ndarray | None,  # (half, half) float32 in 0..1, where a wide eye has lost vessels
+) -> tuple[np.ndarray, np.ndarray]:  # density and uncovered
+    "No flow where vessels are lost."
+    if lost is None:
+        return density, uncovered
+    gone = rng.uniform(0.5, 0.95) * lost
+    return density * (1 - gone), uncovered * (1 - 0.7 * gone)
+
+
 # %% ../../nbs/03_retina/05c_oct.ipynb #e31031d9
 def render_octa(
     rng: np.random.Generator,  # source of chance
@@ -304,8 +338,10 @@ def render_octa(
     density = flow_density(rng, canvas)
     density, uncovered, seen = multiply_lesions(rng, canvas, density, FLOW_LESIONS, config, common)
     density = flow_disc(rng, canvas, density)
+    density, uncovered = lose_flow(rng, density, uncovered, feature(common, "dropout"))
     light = canvas.enlarge(lighting(rng, canvas.half, rng.uniform(*style.shade)))
-    capillary = bed * canvas.enlarge(density.astype(np.float32)) * rng.uniform(*style.capillary)
+    brightness = rng.uniform(*style.capillary) / np.sqrt(loops_left(canvas))
+    capillary = bed * canvas.enlarge(density.astype(np.float32)) * brightness
     flow = vessels_left(rng, canvas, vessels, config, uncovered, FLOW_VESSELS) / 255
     image = np.maximum(capillary, flow * rng.uniform(*style.flow))
     image = image + 0.25 * capillary + rng.uniform(*style.floor)

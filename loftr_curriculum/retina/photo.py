@@ -28,6 +28,9 @@ __all__ = [
     "PhotoFinish",
     "vessel_reflex",
     "photo_column",
+    "WidePhoto",
+    "two_lasers",
+    "wide_photo",
     "photo_finish",
     "render_cf",
 ]
@@ -51,6 +54,7 @@ from .drawing import (
     to_bytes,
 )
 from .lesions import cover_vessels, lesions_shown
+from .periphery import feature, limb
 from .render import VesselStyle, blood_column, contrast_left, draw_visibility
 from .tree import Anatomy, Vessels
 
@@ -321,6 +325,67 @@ def photo_column(
     return np.maximum(column, canvas.enlarge(blood))
 
 
+# %% ../../nbs/03_retina/05a_photo.ipynb #baa9c7c0
+@dataclass(frozen=True)
+class WidePhoto:
+    "Ranges of a picture of two lasers."
+
+    widest_of_cameras: float = 110.0  # degrees from which on pictures are mostly of two lasers
+    lasers: tuple = (0.15, 0.8)  # share of pictures of two lasers below that field, and above
+    red_choroid: tuple = (0.2, 1.0)  # how visible the choroid is
+    green_choroid: tuple = (-0.12, 0.2)
+    patches: float = 0.24  # log amplitude of the patches of each laser
+    gain: tuple = (0.35, 0.9)  # factor on everything
+    blue: tuple = (0.0, 0.25)  # brightness of blue relative to green
+    ring: tuple = (0.2, 0.9)  # brightness of laser scars in green
+    core: tuple = (-0.7, 0.0)  # of their middle
+    lost: tuple = (-0.25, 0.05)  # of regions without blood
+    red_vessels: tuple = (0.1, 0.35)  # absorption of red relative to green
+
+
+# %% ../../nbs/03_retina/05a_photo.ipynb #2a4fd9df
+def two_lasers(
+    rng: np.random.Generator,  # source of chance
+    planes: list,  # three of (half, half): R, G, B
+    style: WidePhoto = WidePhoto(),  # ranges
+) -> list:  # the same in red and green
+    "Pseudo-colour: patches of red and green of their own, and hardly any blue."
+    half = len(planes[1])
+    red, green = (np.exp(style.patches * clouds(rng, half, rng.uniform(2, 6), 2)) for _ in range(2))
+    tone = 0.5 * (planes[0].mean() + planes[1].mean())
+    red = red * planes[0] * (tone / planes[0].mean())
+    green = green * planes[1] * (tone / planes[1].mean())
+    return [red, green, rng.uniform(*style.blue) * green]
+
+
+# %% ../../nbs/03_retina/05a_photo.ipynb #13bd3d4d
+def wide_photo(
+    rng: np.random.Generator,  # source of chance
+    canvas: Canvas,  # of the eye
+    photo: Photo,  # ground, disc and lesions
+    common: list,  # features that the eye itself has
+    style: WidePhoto = WidePhoto(),  # ranges
+) -> Photo:
+    "The periphery and the two lasers; as it is where the eye is flat."
+    sphere = canvas.anatomy.sphere
+    if sphere is None:
+        return photo
+    wide = sphere.angle(np.array([0.0, sphere.middle])) * 2 > style.widest_of_cameras
+    planes = photo.planes
+    if rng.random() < style.lasers[int(wide)]:
+        planes = two_lasers(rng, planes, style)
+    strands = feature(common, "choroid") - 0.25
+    red = 1 + rng.uniform(*style.red_choroid) * strands
+    green = 1 + rng.uniform(*style.green_choroid) * strands
+    for kind, gain in (("laser", style.ring), ("laser_core", style.core), ("dropout", style.lost)):
+        spot = feature(common, kind)
+        if spot is not None:
+            green = green * (1 + rng.uniform(*gain) * spot)
+    light = limb(rng, canvas) * rng.uniform(*style.gain)
+    planes = [plane * light * factor for plane, factor in zip(planes, (red, green, green))]
+    return Photo(planes, photo.shade, photo.choroid)
+
+
 # %% ../../nbs/03_retina/05a_photo.ipynb #53835c2a
 def photo_finish(
     rng: np.random.Generator,  # source of chance
@@ -355,7 +420,9 @@ def render_cf(
     photo = photo_ground(rng, canvas)
     photo = photo_disc(rng, canvas, photo)
     photo, blood, uncovered, seen = photo_lesions(rng, canvas, photo, config, common)
+    photo = wide_photo(rng, canvas, photo, common)
     planes = [canvas.enlarge(plane.astype(np.float32)) for plane in photo.planes]
     column = photo_column(rng, canvas, vessels, config, blood, uncovered)
-    image = photo_finish(rng, canvas, vessels, planes, column)
+    finish = PhotoFinish() if anatomy.sphere is None else PhotoFinish(red=WidePhoto().red_vessels)
+    image = photo_finish(rng, canvas, vessels, planes, column, finish)
     return image, {"lesions": seen, "choroid": round(float(photo.choroid), 3)}

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = [
+    "LAW",
     "SMOOTH",
     "STEPS",
     "LUCK",
-    "AMOUNTS",
+    "Law",
     "enlarger",
     "enlarge",
     "draw_field",
@@ -19,7 +20,6 @@ __all__ = [
     "Photometry",
     "Chance",
     "draw_steps",
-    "Amounts",
     "draw_blur",
     "draw_rim",
     "draw_veil",
@@ -43,6 +43,26 @@ import cv2
 import numpy as np
 
 from ..io.deprecated import deprecated_names
+from .config import Amounts
+
+
+# %% ../../nbs/03_retina/11_randomise.ipynb #5b82e340
+@dataclass(frozen=True)
+class Law:
+    "Numbers of both painters."
+
+    few_nodes: int = 5  # nodes a side of the finest smooth field
+    veil_nodes: int = 3  # of haze
+    tilt_nodes: int = 16  # of a weakness that comes from one side
+    spot_nodes: int = 40  # of the spots
+    opaque: float = 0.85  # share of the view that haze hides at most
+    noise_slope: float = 6.0  # noise that a unit of contrast bears
+    noise_bounds: tuple[float, float] = (0.3, 1.2)  # of that product
+    soft: int = 3  # px of the box that softens noise
+    soft_gain: float = 2.0  # which makes up for what that takes
+
+
+LAW = Law()
 
 # %% ../../nbs/03_retina/11_randomise.ipynb #b99a864d
 SMOOTH = 8  # grids with fewer nodes a side are enlarged by cubic, finer ones by linear interpolation
@@ -85,7 +105,7 @@ def draw_field(
 def draw_spots(
     rng: np.random.Generator,  # source of chance
     count: int,  # number of spots
-    grid: int = 40,  # nodes along each side
+    grid: int = LAW.spot_nodes,  # nodes along each side
 ) -> np.ndarray:  # (grid, grid) float32, spots of random sign, each in -1..1
     "Soft spots of random place, size and sign."
     at = (np.arange(grid, dtype=np.float32) + 0.5) / grid
@@ -101,7 +121,7 @@ def draw_spots(
 # %% ../../nbs/03_retina/11_randomise.ipynb #4e85419b
 def draw_tilt(
     rng: np.random.Generator,  # source of chance
-    cells: int = 16,  # nodes along each side
+    cells: int = LAW.tilt_nodes,  # nodes along each side
 ) -> np.ndarray:  # (cells, cells) in 0..1
     "A plane that rises from one side of the view to the other, most often downwards."
     downwards = rng.random() < 0.6
@@ -120,7 +140,7 @@ def draw_weakness(
 ) -> tuple[np.ndarray, float]:  # nodes that say where, clipped to 0..1 when used; contrast that goes, 0..0.95
     "One side of the view (16 nodes a side), or patches of it (3 to 5)."
     one_side = rng.random() < 0.6
-    nodes = draw_tilt(rng) if one_side else 0.5 + draw_field(rng, int(rng.integers(3, 6)))
+    nodes = draw_tilt(rng) if one_side else 0.5 + draw_field(rng, int(rng.integers(3, LAW.few_nodes + 1)))
     amount = min(0.95, rng.uniform(0.3, 0.9) * strength)
     return nodes.astype(np.float32), amount
 
@@ -207,37 +227,15 @@ def draw_steps(
     return taken
 
 
-# %% ../../nbs/03_retina/11_randomise.ipynb #e7602747
-@dataclass(frozen=True)
-class Amounts:
-    "Ranges (lowest, highest) at strength 1."
-
-    gamma: tuple = (-0.5, 0.5)  # logarithm of the exponent
-    blur: tuple = (0.3, 0.9)  # px in a view of 256: least; what the strength adds to 0.5 px at most
-    spots: float = 0.35  # amplitude at most
-    count: tuple = (1, 10)  # number of spots, the second excluded
-    gain: float = 0.22  # log amplitude of uneven light, before a factor of 0 to 1.5
-    gain_cells: tuple = (2, 6)  # its nodes along a side, the second excluded
-    rim: tuple = (0.0, 0.8)  # how dark the rim is
-    rim_shift: tuple = (-0.3, 0.3)  # where it is brightest; the view is -1..1
-    veil: tuple = (0.1, 0.5)  # how opaque haze is
-    veil_level: tuple = (0.2, 0.9)  # its grey value
-    noise: float = 0.032  # amplitude at most
-    quality: tuple = (20, 70)  # of JPEG, the second excluded
-    light: tuple = (-0.4, 0.2)  # logarithm of the factor at the end
-
-
 # %% ../../nbs/03_retina/11_randomise.ipynb #faa6a985
-AMOUNTS = Amounts()
-
-
 def draw_blur(
     rng: np.random.Generator,  # source of chance
     size,  # (height, width)
     strength: float,  # > 0
+    amounts: Amounts = Amounts(),  # ranges
 ) -> float:  # px
     "Blur in proportion to the side of the view."
-    least, more = AMOUNTS.blur
+    least, more = amounts.blur
     return rng.uniform(least, 0.5 + more * strength) * max(size) / 256
 
 
@@ -245,42 +243,46 @@ def draw_blur(
 def draw_rim(
     rng: np.random.Generator,  # source of chance
     strength: float,  # > 0
+    amounts: Amounts = Amounts(),  # ranges
 ) -> tuple[float, float, float]:  # x and y of the brightest place, and how dark the rim is
     "A rim that is darker than the middle."
-    x = rng.uniform(*AMOUNTS.rim_shift)
-    y = rng.uniform(*AMOUNTS.rim_shift)
-    return x, y, rng.uniform(*AMOUNTS.rim) * strength
+    x = rng.uniform(*amounts.rim_shift)
+    y = rng.uniform(*amounts.rim_shift)
+    return x, y, rng.uniform(*amounts.rim) * strength
 
 
 # %% ../../nbs/03_retina/11_randomise.ipynb #1e10bc5c
 def draw_veil(
     rng: np.random.Generator,  # source of chance
     strength: float,  # > 0
+    amounts: Amounts = Amounts(),  # ranges
 ) -> tuple[np.ndarray, float]:  # (3, 3) nodes of how opaque it is; its grey value
     "Haze of one grey value, thicker here than there."
-    opaque = np.float32(rng.uniform(*AMOUNTS.veil) * strength)
-    nodes = opaque + np.float32(0.2) * draw_field(rng, 3)
-    return nodes, rng.uniform(*AMOUNTS.veil_level)
+    opaque = np.float32(rng.uniform(*amounts.veil) * strength)
+    nodes = opaque + np.float32(0.2) * draw_field(rng, LAW.veil_nodes)
+    return nodes, rng.uniform(*amounts.veil_level)
 
 
 # %% ../../nbs/03_retina/11_randomise.ipynb #e9570ca3
 def draw_added_spots(
     rng: np.random.Generator,  # source of chance
     strength: float,  # > 0
+    amounts: Amounts = Amounts(),  # ranges
 ) -> np.ndarray:  # (40, 40) nodes
     "Spots as they are added to a view."
-    amplitude = np.float32(AMOUNTS.spots * strength * rng.uniform(0.3, 1))
-    return amplitude * draw_spots(rng, int(rng.integers(*AMOUNTS.count)))
+    amplitude = np.float32(amounts.spots * strength * rng.uniform(0.3, 1))
+    return amplitude * draw_spots(rng, int(rng.integers(*amounts.count)))
 
 
 # %% ../../nbs/03_retina/11_randomise.ipynb #7ed3f715
 def draw_gain(
     rng: np.random.Generator,  # source of chance
     strength: float,  # > 0
+    amounts: Amounts = Amounts(),  # ranges
 ) -> np.ndarray:  # (n, n) nodes of a logarithm
     "Light that changes slowly over the view."
-    amplitude = np.float32(AMOUNTS.gain * strength * rng.uniform(0, 1.5))
-    return amplitude * draw_field(rng, int(rng.integers(*AMOUNTS.gain_cells)))
+    amplitude = np.float32(amounts.gain * strength * rng.uniform(0, 1.5))
+    return amplitude * draw_field(rng, int(rng.integers(*amounts.gain_cells)))
 
 
 # %% ../../nbs/03_retina/11_randomise.ipynb #e971719e
@@ -290,22 +292,23 @@ def draw_photometry(
     strength: float = 1.0,  # > 0; 1 is the training default, 1.5 is harsh
     flip: float = 0.15,  # chance of a flipped polarity at strength 1
     grain: bool = True,  # draw the noise, too; False leaves it to whoever paints
+    amounts: Amounts = Amounts(),  # ranges
 ) -> Photometry:
     "Uneven light, gamma, spots of random sign, haze, weak regions, blur, noise and polarity, at random."
     s = float(strength)
     does = draw_steps(rng, s)
     flipped = does["flip"] and bool(rng.random() < flip / STEPS["flip"].share)
-    gamma = float(np.exp(rng.uniform(*AMOUNTS.gamma) * s)) if does["gamma"] else 0.0
-    blur = draw_blur(rng, size, s) if does["blur"] else 0.0
+    gamma = float(np.exp(rng.uniform(*amounts.gamma) * s)) if does["gamma"] else 0.0
+    blur = draw_blur(rng, size, s, amounts) if does["blur"] else 0.0
     weak = draw_weakness(rng, s) if does["weak"] else None
-    spots = draw_added_spots(rng, s) if does["spots"] else None
-    gain = draw_gain(rng, s)
-    rim = draw_rim(rng, s) if does["rim"] else None
-    veil = draw_veil(rng, s) if does["veil"] else None
+    spots = draw_added_spots(rng, s, amounts) if does["spots"] else None
+    gain = draw_gain(rng, s, amounts)
+    rim = draw_rim(rng, s, amounts) if does["rim"] else None
+    veil = draw_veil(rng, s, amounts) if does["veil"] else None
     plane = rng.standard_normal(size, dtype=np.float32) if does["noise"] and grain else None
-    noise = AMOUNTS.noise * s * rng.uniform(0, 1) ** 1.5 if does["noise"] else 0.0
-    quality = int(rng.integers(*AMOUNTS.quality)) if does["quality"] else 0
-    light = float(np.exp(rng.uniform(*AMOUNTS.light) * s))
+    noise = amounts.noise * s * rng.uniform(0, 1) ** 1.5 if does["noise"] else 0.0
+    quality = int(rng.integers(*amounts.quality)) if does["quality"] else 0
+    light = float(np.exp(rng.uniform(*amounts.light) * s))
     return Photometry(
         flip=flipped,
         gamma=gamma,
@@ -345,9 +348,10 @@ def add_noise(
     photometry: Photometry,  # with a `grain`
 ) -> np.ndarray:  # (H, W) float32
     "Noise in proportion to the contrast that is left, within bounds."
-    grain = 2 * cv2.blur(photometry.grain, (3, 3)) if photometry.soft else photometry.grain
+    box = (LAW.soft, LAW.soft)
+    grain = LAW.soft_gain * cv2.blur(photometry.grain, box) if photometry.soft else photometry.grain
     deviation = float(cv2.meanStdDev(gray)[1][0, 0])
-    contrast = np.clip(6 * deviation, 0.3, 1.2)
+    contrast = np.clip(LAW.noise_slope * deviation, *LAW.noise_bounds)
     return cv2.scaleAdd(grain, float(photometry.noise * contrast), gray)
 
 
@@ -368,7 +372,7 @@ def add_veil(
 ) -> np.ndarray:  # (H, W) float32
     "The view through haze; at most 85 % of it is hidden."
     nodes, level = veil
-    opaque = np.clip(enlarge(nodes, gray.shape), 0, 0.85)
+    opaque = np.clip(enlarge(nodes, gray.shape), 0, LAW.opaque)
     return gray + opaque * (np.float32(level) - gray)
 
 
@@ -408,11 +412,12 @@ def randomise(
     rng: np.random.Generator,  # source of chance
     strength: float = 1.0,  # 0 changes nothing, 1 is the training default, 1.5 is harsh
     flip: float = 0.15,  # chance of a flipped polarity at strength 1
+    amounts: Amounts = Amounts(),  # ranges
 ) -> np.ndarray:  # (H, W) float32 in 0..1
     "Draw and paint: every view looks different."
     if strength <= 0:
         return gray
-    return apply_photometry(gray, fov, draw_photometry(rng, gray.shape, strength, flip))
+    return apply_photometry(gray, fov, draw_photometry(rng, gray.shape, strength, flip, amounts=amounts))
 
 
 # %% ../../nbs/03_retina/11_randomise.ipynb #245255d2

@@ -4,9 +4,11 @@
 
 # %% auto #0
 __all__ = [
+    "SHARP",
     "MOVED",
     "downstream",
     "Visibility",
+    "visibility_in",
     "visibility",
     "weak_side",
     "contrast_left",
@@ -20,7 +22,7 @@ __all__ = [
 ]
 
 # %% ../../nbs/03_retina/05_render.ipynb #b98cb79b
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import cv2
 import numpy as np
@@ -59,6 +61,22 @@ class Visibility:
     uneven_regions: float = 0.22  # how weak regions are
 
 
+# %% ../../nbs/03_retina/05_render.ipynb #eef48d63
+SHARP = (0.45, 1.0)  # least and largest factor on the widths that matter
+
+
+def visibility_in(
+    anatomy: Anatomy,  # landmarks
+) -> Visibility:
+    "What is a wide vessel and what a twig by the scale of the picture; as usual where the eye is flat."
+    usual = Visibility()
+    if anatomy.sphere is None:
+        return usual
+    factor = float(np.clip(anatomy.px_per_mm * 1024 / anatomy.size / EyeConfig().px_per_mm, *SHARP))
+    widths = ("full_radius", "faint_radius", "twig_radius")
+    return replace(usual, **{name: factor * getattr(usual, name) for name in widths})
+
+
 # %% ../../nbs/03_retina/05_render.ipynb #6e32528a
 def visibility(
     rng: np.random.Generator,  # source of chance
@@ -67,10 +85,11 @@ def visibility(
     gap: float,  # 0 shows everything alike, 1 as real modalities do
     artery: float = 1.0,  # brightness of arteries relative to veins
     thin: float = 0.6,  # how much thin vessels fade: exponent on the radius
-    style: Visibility = Visibility(),  # what the amounts are
+    style: Visibility | None = None,  # what the amounts are; None: those that fit the eye
 ) -> np.ndarray:  # (N,) in 0..1
     "How strongly one modality shows each node: thin vessels fainter, some missing, whole regions weak."
     k = anatomy.size / 1024
+    style = style or visibility_in(anatomy)
     radius = vessels.radius
     shown = np.clip(radius / (style.full_radius * k), 0.05, 1) ** thin
     shown = shown * np.clip(radius / (style.faint_radius * k), 0.2, 1)

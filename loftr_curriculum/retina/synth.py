@@ -6,8 +6,11 @@
 __all__ = [
     "NARROWEST",
     "WIDEST",
+    "LEAST_PART",
+    "LARGEST_PART",
     "world_for",
     "draw_middle",
+    "draw_part",
     "draw_camera",
     "cut_picture",
     "draw_opening",
@@ -21,7 +24,7 @@ __all__ = [
 ]
 
 # %% ../../nbs/03_retina/10_synth.ipynb #e281bbb2
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import cv2
@@ -31,15 +34,24 @@ from ..geometry import apply_transform, centre
 from ..io.files import write_json
 from ..io.images import write_image
 from ..io.lock import only_run, remove_unfinished
-from .config import GENERATOR_VERSION, EyeConfig, seeds_of
+from .config import (
+    GENERATOR_VERSION,
+    EyeConfig,
+    degrees_of,
+    eye_settings,
+    plane_mm,
+    seeds_of,
+)
 from .jobs import run_jobs
-from .modality import MODALITIES, VIEW_STREAM, modality, random_stream
+from .modality import MODALITIES, USUAL, VIEW_STREAM, modality, random_stream
 from .scanner import scan_lines
 from .world import World, check_settings, make_world
 
 # %% ../../nbs/03_retina/10_synth.ipynb #8c3dd28e
 NARROWEST = 40  # degrees that a picture spans at least
 WIDEST = 60  # and at most
+LEAST_PART = 0.6  # share of the side of a wide eye that a picture of it shows at least
+LARGEST_PART = 0.95  # and at most
 
 
 # %% ../../nbs/03_retina/10_synth.ipynb #368fe544
@@ -48,6 +60,8 @@ def world_for(
     eye: EyeConfig = EyeConfig(),  # the eye wanted
 ) -> EyeConfig:  # the same in a world that holds the pictures without enlarging
     "Raises ValueError where the world is narrower than the narrowest view."
+    if eye.fields is not None:
+        return replace(eye, size=max(eye.size, int(np.ceil(size / LEAST_PART / 2)) * 2))
     if eye.field_deg < NARROWEST:
         raise ValueError(
             f"field_deg must be at least 40 degrees for pictures of 40 to 60, got {eye.field_deg}"
@@ -69,6 +83,19 @@ def draw_middle(
     return aim + rng.normal(0, 0.02 * facts["size"], 2)
 
 
+# %% ../../nbs/03_retina/10_synth.ipynb #9baf3dcf
+def draw_part(
+    rng: np.random.Generator,  # source of chance
+    config: EyeConfig,  # settings of the world
+) -> tuple[float, float]:  # share of the world's side that a picture shows, and the degrees that it spans
+    "How large a view is. Degrees are of visual angle; of a wide eye they are those at its centre."
+    if config.fields is None:
+        degrees = float(rng.uniform(NARROWEST, min(WIDEST, config.field_deg)))
+        return degrees / config.field_deg, degrees
+    part = float(rng.uniform(LEAST_PART, LARGEST_PART))
+    return part, degrees_of(part * plane_mm(config.degrees / 2))
+
+
 # %% ../../nbs/03_retina/10_synth.ipynb #ac794521
 def draw_camera(
     rng: np.random.Generator,  # source of chance
@@ -76,12 +103,12 @@ def draw_camera(
     config: EyeConfig,  # settings that it was made with
     size: int,  # side of the pictures, px
 ) -> tuple[np.ndarray, float]:  # (3, 3) world px -> px of the picture, and degrees that the picture spans
-    """A view of 40 to 60 degrees that lies within the world.
+    """A view of 40 to 60 degrees, or of most of a wide eye, that lies within the world.
 
     Convention: the matrix maps world px to px of the picture; a pixel's centre has integer coordinates.
     """
-    degrees = float(rng.uniform(NARROWEST, min(WIDEST, config.field_deg)))
-    zoom = size / (degrees / config.field_deg * config.size)
+    part, degrees = draw_part(rng, config)
+    zoom = size / (part * config.size)
     middle = draw_middle(rng, facts)
     room = 0.5 * size / zoom
     middle = np.clip(middle, room, config.size - 1 - room)
@@ -165,8 +192,9 @@ def photograph(
     config: EyeConfig,  # settings it was made with
     size: int,  # side of the pictures, px
 ) -> tuple[dict, dict]:  # name -> (size, size[, 3]) uint8, and the facts in px of the pictures
-    "One view of the world for all modalities: 40 to 60 degrees, centred near the macula or the disc."
+    "One view of the world for all modalities, centred near the macula or the disc."
     rng = random_stream(world.seed, VIEW_STREAM)
+    config = config.of_eye(world.seed)
     world_to_picture, degrees = draw_camera(rng, world.facts, config, size)
     opening = draw_opening(rng, size)
     pictures = {}
@@ -187,7 +215,7 @@ def case_name(
 
 # %% ../../nbs/03_retina/10_synth.ipynb #2bf4ee6b
 def case_file(
-    out,  # folder of all cases
+    out: str | Path,  # folder of all cases
     seed: int,  # of the eye
 ) -> Path:
     "The JSON of a case."
@@ -212,7 +240,7 @@ def check_request(
     cases: int,  # number of eyes
     seed: int,  # number of the first eye
     size: int,  # side of the pictures, px
-    modalities,  # names
+    modalities: tuple[str, ...],  # names
 ) -> None:
     "Raises ValueError for what cannot be made."
     if size < 64:
@@ -227,11 +255,11 @@ def check_request(
 
 # %% ../../nbs/03_retina/10_synth.ipynb #64cafa9e
 def synthesise(
-    out,  # folder to fill; made when missing
+    out: str | Path,  # folder to fill; made when missing
     cases: int = 100,  # number of eyes
     seed: int = 0,  # number of the first eye in the training range; case i is eye `seed + i`
     size: int = 512,  # side of the pictures, px
-    modalities=tuple(MODALITIES),  # renderings to write
+    modalities: tuple[str, ...] = USUAL,  # renderings to write
     eye: EyeConfig = EyeConfig(),  # what the eyes look like; its world grows where the pictures need it
     workers: int = 2,  # processes
     progress: bool = True,  # show a progress bar
@@ -252,7 +280,7 @@ def synthesise(
         "seed": seed,
         "size": size,
         "modalities": kinds,
-        "eye": asdict(config),
+        "eye": eye_settings(config),
     }
     with only_run(out):
         remove_unfinished(out, ("synth.json",))

@@ -10,11 +10,18 @@ __all__ = [
     "DISC_HEIGHT",
     "DISC_SHAPE",
     "FAZ_RADIUS",
+    "FOVEA_WITHIN",
     "ARTERIES",
     "VEINS",
+    "LEAST_RIM",
+    "ORA",
     "STEP",
+    "SPREAD",
+    "WIDE_LEAST",
+    "FED",
     "TWIG",
     "OCTAVES",
+    "WIDE_CALM",
     "Anatomy",
     "Spread",
     "draw_anatomy",
@@ -28,6 +35,9 @@ __all__ = [
     "draw_nasal_trunk",
     "draw_macular_trunk",
     "trunk_curves",
+    "rim_of",
+    "draw_long_trunk",
+    "long_trunks",
     "runs_into",
     "trunks",
     "unit",
@@ -36,9 +46,11 @@ __all__ = [
     "grow",
     "jittered",
     "around_fovea",
+    "thinned",
     "draw_attractors",
     "Stage",
     "stages_of",
+    "macular_share",
     "grow_stages",
     "flow_of",
     "branches_of",
@@ -48,6 +60,8 @@ __all__ = [
     "narrowing",
     "radii_of",
     "Vessels",
+    "beyond",
+    "need_beyond",
     "grow_system",
     "join",
     "smooth_field",
@@ -66,6 +80,7 @@ from scipy.spatial import cKDTree
 
 from ..io.deprecated import deprecated_names
 from .config import EyeConfig
+from .sphere import Sphere
 
 
 # %% ../../nbs/03_retina/01_tree.ipynb #fd4d92b8
@@ -80,6 +95,7 @@ class Anatomy:
     disc_axes: np.ndarray  # (2,) semi-axes of the disc, horizontal and vertical
     fovea: np.ndarray  # (2,) centre of the fovea
     faz_radius: float  # radius of the foveal avascular zone
+    sphere: Sphere | None = None  # of a wide eye
 
     @property
     def eye(self) -> str:
@@ -93,10 +109,20 @@ class Anatomy:
 
     def place(self, points) -> np.ndarray:
         "(N, 2) in disc-to-fovea lengths (x temporal along the disc-fovea line, y up) -> world px."
-        along = self.fovea - self.disc
+        disc, fovea = self.flat(self.disc), self.flat(self.fovea)
+        along = fovea - disc
         up = np.array([along[1], -along[0]]) * self.temporal
         points = np.asarray(points, float)
-        return self.disc + points[..., :1] * along + points[..., 1:] * up
+        placed = disc + points[..., :1] * along + points[..., 1:] * up
+        return placed if self.sphere is None else self.sphere.project(placed)
+
+    def flat(self, points: np.ndarray) -> np.ndarray:
+        "World px (..., 2) -> the same along the retina."
+        return points if self.sphere is None else self.sphere.unroll(points)
+
+    def stretch(self, points: np.ndarray) -> np.ndarray:
+        "By how much lengths at world px (..., 2) are longer than at the pole; 1 where the eye is flat."
+        return np.ones(np.shape(points)[:-1]) if self.sphere is None else self.sphere.stretch(points)
 
 
 # %% ../../nbs/03_retina/01_tree.ipynb #03e31346
@@ -120,6 +146,7 @@ REACH_IN_DISCS = Spread(2.65, 0.3, 2.0, 3.4)  # disc to fovea, in diameters of t
 DISC_HEIGHT = (1.4, 2.3)  # mm, least and most
 DISC_SHAPE = (0.88, 1.0)  # width of the disc relative to its height
 FAZ_RADIUS = Spread(0.32, 0.06, 0.2, 0.45)  # mm
+FOVEA_WITHIN = 0.35  # side of a narrow world of which the fovea may be 0.6 off the middle
 
 
 # %% ../../nbs/03_retina/01_tree.ipynb #8e06af2b
@@ -136,9 +163,14 @@ def draw_anatomy(
     height = np.clip(reach / REACH_IN_DISCS.draw(rng), least * mm, most * mm)
     disc_axes = height / 2 * np.array([rng.uniform(*DISC_SHAPE), 1.0])
     middle = size / 2 + rng.uniform(-0.06, 0.06, 2) * size
-    fovea = middle + np.array([temporal * reach * rng.uniform(0.1, 0.6), 0])
+    sphere = Sphere.of(config)
+    shift = reach if sphere is None else min(reach, FOVEA_WITHIN * size)
+    fovea = middle + np.array([temporal * shift * rng.uniform(0.1, 0.6), 0])
     disc = fovea - reach * np.array([temporal * np.cos(below), np.sin(below)])
-    return Anatomy(size, mm, temporal, disc, disc_axes, fovea, mm * FAZ_RADIUS.draw(rng))
+    faz_radius = mm * FAZ_RADIUS.draw(rng)
+    if sphere is not None:
+        fovea, disc = sphere.project(fovea), sphere.project(disc)
+    return Anatomy(size, mm, temporal, disc, disc_axes, fovea, faz_radius, sphere)
 
 
 # %% ../../nbs/03_retina/01_tree.ipynb #3f0e11a2
@@ -310,6 +342,59 @@ def trunk_curves(
     return out
 
 
+# %% ../../nbs/03_retina/01_tree.ipynb #1cfde719
+LEAST_RIM = 1.7  # disc-to-fovea lengths to the rim of the field, from which on trunks go on
+
+
+def rim_of(
+    anatomy: Anatomy,  # of a wide eye
+) -> float:  # disc-to-fovea lengths
+    "How far the rim of the field lies from the pole, along the retina."
+    sphere = anatomy.sphere
+    rim = sphere.unroll(np.array([0.0, sphere.middle]))
+    return float(
+        (sphere.middle - rim[0])
+        / np.hypot(*np.subtract(*anatomy.flat(np.stack([anatomy.fovea, anatomy.disc]))))
+    )
+
+
+# %% ../../nbs/03_retina/01_tree.ipynb #15c717b8
+def draw_long_trunk(
+    rng: np.random.Generator,  # source of chance
+    trunks: list[Trunk],  # that it may leave
+    angle: float,  # degrees above the way from disc to fovea
+    rim: float,  # disc-to-fovea lengths
+) -> Trunk:
+    "A vessel that leaves the trunk that points its way, and runs to the periphery."
+    tips = np.array([trunk.control[-1] for trunk in trunks])
+    way = np.deg2rad(angle)
+    off = np.abs(np.angle(np.exp(1j * (np.arctan2(tips[:, 1], tips[:, 0]) - way))))
+    off = np.where(np.hypot(*tips.T) < 0.65, np.inf, off)
+    leaves = int(off.argmin())
+    tip = rng.uniform(0.6, 1.0) * rim * np.array([np.cos(way), np.sin(way)])
+    start = tips[leaves]
+    bends = [start + share * (tip - start) + rng.normal(0, 0.03 * rim, 2) for share in (0.35, 0.7)]
+    return Trunk([*bends, tip], leaves, rng.uniform(0.75, 0.98))
+
+
+# %% ../../nbs/03_retina/01_tree.ipynb #9ed5ef7c
+def long_trunks(
+    rng: np.random.Generator,  # source of chance
+    anatomy: Anatomy,  # landmarks
+    trunks: list[Trunk],  # from `trunk_curves`
+) -> list[Trunk]:
+    "Large vessels of the periphery; none where the eye is flat or its field narrow."
+    if anatomy.sphere is None or rim_of(anatomy) < LEAST_RIM:
+        return []
+    rim, out = rim_of(anatomy), []
+    for side in (1, -1):
+        count = rng.integers(5, 9)
+        angles = np.linspace(10, 165, count) + rng.uniform(-12, 12, count)
+        for angle in angles:
+            out.append(draw_long_trunk(rng, trunks + out, side * angle, rim))
+    return out
+
+
 # %% ../../nbs/03_retina/01_tree.ipynb #5d1d4141
 def runs_into(
     line: np.ndarray,  # (m, 2) a curve that wants to join
@@ -333,7 +418,8 @@ def trunks(
     "The curves as chains of nodes; a branch starts at a node of the curve that it leaves."
     points, parent = np.zeros((0, 2)), np.zeros(0, np.int64)
     ranges = []  # first and last node of each trunk; of one that was left out, those of the trunk it leaves
-    for trunk in trunk_curves(rng, system):
+    curves = trunk_curves(rng, system)
+    for trunk in curves + long_trunks(rng, anatomy, curves):
         start = len(points)
         control = anatomy.place(trunk.control)
         if trunk.leaves < 0:
@@ -465,6 +551,20 @@ def around_fovea(
     return anatomy.fovea + np.stack([r * np.cos(angle), r * np.sin(angle)], 1)
 
 
+# %% ../../nbs/03_retina/01_tree.ipynb #5c2e2621
+ORA = 108.0  # degrees from the pole at the centre of the eye, where the retina ends
+
+
+def thinned(
+    rng: np.random.Generator,  # source of chance
+    anatomy: Anatomy,  # of a wide eye
+    points: np.ndarray,  # (n, 2) world px
+) -> np.ndarray:  # (n,) bool: points that stay
+    "The periphery of a wide eye has fewer vessels, and none beyond the ora serrata."
+    fewer = rng.uniform(0, 1, len(points)) < anatomy.stretch(points) ** -1.2
+    return fewer & (anatomy.sphere.angle(points) < ORA)
+
+
 # %% ../../nbs/03_retina/01_tree.ipynb #2a7cea3f
 def draw_attractors(
     anatomy: Anatomy,  # landmarks
@@ -479,6 +579,8 @@ def draw_attractors(
     points = jittered(rng, max(2, int(np.sqrt(count)))) * (size + 2 * border) - border
     if macular:
         points = np.r_[points, around_fovea(anatomy, rng, macular)]
+    if anatomy.sphere is not None:
+        points = points[thinned(rng, anatomy, points)]
     keep = np.hypot(*(points - anatomy.fovea).T) > anatomy.faz_radius * 1.25
     keep &= np.hypot(*((points - anatomy.disc) / (1.3 * anatomy.disc_axes)).T) > 1
     if avoid is not None and distance > 0:
@@ -513,6 +615,16 @@ def stages_of(
     )
 
 
+# %% ../../nbs/03_retina/01_tree.ipynb #ce039ba3
+def macular_share(
+    anatomy: Anatomy,  # landmarks
+) -> float:  # 0..1
+    "A macula that is small in its picture has room for fewer attractors."
+    if anatomy.sphere is None:
+        return 1.0
+    return min(1.0, (anatomy.reach / (0.236 * anatomy.size)) ** 2)
+
+
 # %% ../../nbs/03_retina/01_tree.ipynb #a2ea9717
 def grow_stages(
     anatomy: Anatomy,  # landmarks
@@ -525,15 +637,16 @@ def grow_stages(
     k = anatomy.size / 1024
     points, parent = trunks(anatomy, rng, system, STEP * k)
     stages = stages_of(system)
+    noise = 0.12 if anatomy.sphere is None else 0.07
     counts = [rng.integers(*stage.count) for stage in stages]
     before = []
     for stage, count in zip(stages, counts):
         before.append(len(points))
-        macular = int(stage.macular * config.density)
+        macular = int(stage.macular * config.density * macular_share(anatomy))
         places = draw_attractors(anatomy, rng, int(count * config.density), avoid, stage.gap * k, macular)
         inertia = rng.uniform(1.0, 1.5)
         points, parent = grow(
-            points, parent, places, rng, STEP * k, stage.kill * k, stage.influence * k, inertia, 0.12
+            points, parent, places, rng, STEP * k, stage.kill * k, stage.influence * k, inertia, noise
         )
     return points, parent, before
 
@@ -632,6 +745,10 @@ def narrowing(
 
 
 # %% ../../nbs/03_retina/01_tree.ipynb #e929947c
+SPREAD = 3.4  # px at a world of 1024 by which the optics of a wide field spread a trunk, added in squares
+WIDE_LEAST = 0.8  # finest calibre of a wide eye, as a share of that of a flat one
+
+
 def radii_of(
     rng: np.random.Generator,  # source of chance
     anatomy: Anatomy,  # landmarks
@@ -639,13 +756,18 @@ def radii_of(
     parent: np.ndarray,  # (n,) parents, each before its children
     flow: np.ndarray,  # (n,) end points downstream
     branch: np.ndarray,  # (n,) branch numbers
+    stretch: np.ndarray | float = 1.0,  # (n,) factor of a wide picture on lengths
 ) -> np.ndarray:  # (n,) px
     "The branching law, with the three widest trunks at their calibre and a finest calibre for each branch."
     exponent = rng.normal(*system.exponent)
     calibre = np.clip(rng.normal(*system.calibre), 100, 200) / 1000 * anatomy.px_per_mm
     full = np.sort(flow[parent < 0])[-3:].mean()
     least = rng.uniform(*system.least, branch.max() + 1)[branch] * (anatomy.size / 1024)
-    radius = np.clip(calibre / 2 * (flow / full) ** (1 / exponent), least, 0.54 * calibre)
+    if anatomy.sphere is not None:
+        least = WIDE_LEAST * least
+        calibre = np.hypot(calibre, SPREAD * anatomy.size / 1024)
+    law = calibre / 2 * (flow / full) ** (1 / exponent) * stretch
+    radius = np.clip(law, least, 0.54 * calibre)
     return narrowing(radius, parent)
 
 
@@ -659,6 +781,28 @@ class Vessels:
     radius: np.ndarray  # (N,) float64, world px
     artery: np.ndarray  # (N,) bool
     branch: np.ndarray  # (N,) int64, number of the branch
+
+
+# %% ../../nbs/03_retina/01_tree.ipynb #a2b00650
+def beyond(
+    anatomy: Anatomy,  # of a wide eye
+    points: np.ndarray,  # (n, 2) world px
+) -> np.ndarray:  # (n,) bool
+    "Which points lie well outside the picture."
+    border = 0.07 * anatomy.size
+    return ((points < -border) | (points > anatomy.size + border)).any(1)
+
+
+# %% ../../nbs/03_retina/01_tree.ipynb #87932f48
+FED = 9  # end points that a trunk feeds outside the picture, in a world of the flat scale
+
+
+def need_beyond(
+    anatomy: Anatomy,  # of a wide eye
+) -> float:
+    "What an end point outside the picture counts: a trunk's share, at the density of twigs in the picture."
+    flat = EyeConfig(size=anatomy.size).px_per_mm
+    return FED * max(1.0, anatomy.px_per_mm / flat) ** 1.3
 
 
 # %% ../../nbs/03_retina/01_tree.ipynb #abb80817
@@ -677,10 +821,14 @@ def grow_system(
     is_twig = np.arange(len(points)) >= before[-1]
     keep = worth_keeping(parent)
     points, parent, is_twig = points[keep], renumber(parent, keep), is_twig[keep]
-    flow = flow_of(parent, np.where(is_twig, TWIG, 1.0))
+    need = np.where(is_twig, TWIG, 1.0)
+    if anatomy.sphere is not None:
+        need = np.where(beyond(anatomy, points), need_beyond(anatomy), need)
+    flow = flow_of(parent, need)
     branch = branches_of(parent, flow)
     points = relax(points, parent, branch)
-    radius = radii_of(rng, anatomy, system, parent, flow, branch)
+    stretch = 1.0 if anatomy.sphere is None else anatomy.stretch(points)
+    radius = radii_of(rng, anatomy, system, parent, flow, branch, stretch)
     return Vessels(points, parent, radius, np.full(len(points), system.artery), branch)
 
 
@@ -729,6 +877,9 @@ def sample_field(
 OCTAVES = ((230, 14.0), (105, 7.0), (48, 3.0), (22, 1.2))  # wavelength and shift, px at a world of 1024
 
 
+WIDE_CALM = 0.7  # tortuosity of a wide eye at its pole; towards the rim vessels run straighter
+
+
 def add_tortuosity(
     points: np.ndarray,  # (N, 2) world px
     anatomy: Anatomy,  # the disc stays where it is
@@ -737,10 +888,11 @@ def add_tortuosity(
 ) -> np.ndarray:  # (N, 2) moved points
     "One smooth displacement in four octaves: the tortuosity that every modality shares."
     k, moved = anatomy.size / 1024, points.copy()
+    calm = 1.0 if anatomy.sphere is None else WIDE_CALM / anatomy.stretch(points)[:, None]
     for cell, shift in OCTAVES:
         grid = smooth_field(rng, anatomy.size, cell * k)
         field = sample_field(grid, np.r_[anatomy.disc[None], points], anatomy.size, cell * k)
-        moved += amount * shift * k * (field[1:] - field[:1])
+        moved += amount * shift * k * (field[1:] - field[:1]) * calm
     return moved
 
 

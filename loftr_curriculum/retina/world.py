@@ -5,6 +5,7 @@
 # %% auto #0
 __all__ = [
     "World",
+    "wide_field",
     "anatomy_facts",
     "one_system",
     "grow_eye",
@@ -23,7 +24,8 @@ __all__ = [
 
 # %% ../../nbs/03_retina/09_world.ipynb #7f2d21b5
 import json
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 import cv2
@@ -32,7 +34,7 @@ import numpy as np
 from ..io.deprecated import deprecated_names
 from ..io.files import atomic_path, read_json, write_json
 from ..io.lock import LOCK
-from .config import GENERATOR_VERSION, EyeConfig
+from .config import GENERATOR_VERSION, EyeConfig, eye_settings
 from .drawing import vessel_mask
 from .jobs import run_jobs
 from .lesions import common_lesions
@@ -42,8 +44,12 @@ from .modality import (
     LESION_STREAM,
     MODALITIES,
     PLANES,
+    USUAL,
+    WIDE_STREAM,
+    Modality,
     random_stream,
 )
+from .periphery import wide_features
 from .tree import Anatomy, Vessels, fellow_anatomy, grow_vessels, renumber
 
 
@@ -59,12 +65,23 @@ class World:
     systems: np.ndarray | None = None  # (2, S, S) uint8, arteries and veins alone, where they were asked for
 
 
+# %% ../../nbs/03_retina/09_world.ipynb #56458445
+def wide_field(
+    anatomy: Anatomy,  # of a wide eye
+) -> float:  # degrees at the centre of the eye
+    "The field of its picture."
+    edge = np.array([-0.5, anatomy.sphere.middle])
+    return 2 * float(anatomy.sphere.angle(edge))
+
+
 # %% ../../nbs/03_retina/09_world.ipynb #08da2609
 def anatomy_facts(
     anatomy: Anatomy,  # landmarks
 ) -> dict:  # of plain numbers, lengths in px of the world
     "The landmarks as they are written to JSON."
+    wide = {} if anatomy.sphere is None else {"degrees": round(wide_field(anatomy), 3)}
     return {
+        **wide,
         "eye": anatomy.eye,
         "size": anatomy.size,
         "px_per_mm": round(anatomy.px_per_mm, 4),
@@ -96,7 +113,7 @@ def grow_eye(
     seed: int,  # of the person
     config: EyeConfig,  # settings
     fellow: bool = False,  # the other eye
-) -> tuple:  # (Anatomy, Vessels)
+) -> tuple[Anatomy, Vessels]:
     "Landmarks and vessels of one eye of a person; fellow eyes share the landmarks, mirrored."
     anatomy, vessels = grow_vessels(random_stream(seed, ANATOMY_STREAM), config)
     if not fellow:
@@ -108,14 +125,18 @@ def grow_eye(
 def make_world(
     seed: int,  # one eye; the splits of `SEEDS` keep them apart
     config: EyeConfig = EyeConfig(),  # settings
-    modalities=tuple(MODALITIES),  # names of the renderings wanted; the others cost nothing
+    modalities: tuple[str, ...] = USUAL,  # names of the renderings wanted; the others cost nothing
     systems: bool = False,  # arteries and veins as masks of their own, too
-    table: dict = MODALITIES,  # of modalities; the order of the renderings is that of the table
+    table: dict[
+        str, Modality
+    ] = MODALITIES,  # of modalities; the order of the renderings is that of the table
     fellow: bool = False,  # the other eye of the same person
 ) -> World:  # the same for the same arguments
     "Grow and render one eye."
+    config = config.of_eye(seed)
     anatomy, vessels = grow_eye(seed, config, fellow)
     common = common_lesions(random_stream(seed, LESION_STREAM), anatomy, config)
+    common += wide_features(random_stream(seed, WIDE_STREAM), anatomy, config)
     facts = {"seed": int(seed), **anatomy_facts(anatomy)}
     images = {}
     for name, entry in table.items():
@@ -143,7 +164,7 @@ def plane_of(
 # %% ../../nbs/03_retina/09_world.ipynb #50de9ca9
 def planes_of(
     world: World,  # one eye with all its modalities
-    planes=PLANES,  # names of the planes, in the order of the stack
+    planes: tuple[str, ...] = PLANES,  # names of the planes, in the order of the stack
 ) -> np.ndarray:  # (len(planes), S, S) uint8
     "What training reads of a world: one grey plane for each name."
     return np.stack([plane_of(world, name) for name in planes])
@@ -173,7 +194,7 @@ def differences(
 
 # %% ../../nbs/03_retina/09_world.ipynb #98fff35b
 def check_settings(
-    path,  # JSON file that remembers the settings of a folder
+    path: str | Path,  # JSON file that remembers the settings of a folder
     settings: dict,  # settings wanted now
 ) -> None:
     "Write the settings into a new folder; raise ValueError where the folder was made with other ones."
@@ -196,7 +217,7 @@ def check_settings(
 
 # %% ../../nbs/03_retina/09_world.ipynb #e5411f28
 def world_file(
-    folder,  # of a bank
+    folder: str | Path,  # of a bank
     seed: int,  # of the eye
     level: str = "",  # '' for the full size, '_half' for the half-size level
 ) -> Path:
@@ -206,7 +227,7 @@ def world_file(
 
 # %% ../../nbs/03_retina/09_world.ipynb #4decb035
 def save_world(
-    folder,  # of a bank
+    folder: str | Path,  # of a bank
     seed: int,  # of the eye
     planes: np.ndarray,  # (C, S, S) uint8
 ) -> None:
@@ -219,9 +240,9 @@ def save_world(
 
 # %% ../../nbs/03_retina/09_world.ipynb #74c164d4
 def _render(job):
-    "A worker's job: (seed, config, folder) -> both levels, or None where they were written to the folder."
-    seed, config, folder = job
-    planes = planes_of(make_world(seed, config))
+    "A worker's job: (seed, config, folder, planes) -> both levels, or None where they are in the folder."
+    seed, config, folder, names = job
+    planes = planes_of(make_world(seed, config, names[:-1]), names)
     if folder is None:
         return planes, half_of(planes)
     save_world(folder, seed, planes)
@@ -232,10 +253,11 @@ def _render(job):
 def open_bank(
     folder: Path,  # of a bank; made when missing
     config: EyeConfig,  # settings of the generator
+    planes: tuple[str, ...] = PLANES,  # names of the planes, 'vessels' last
 ) -> None:
     "Raises ValueError for a folder made with other settings."
     folder.mkdir(parents=True, exist_ok=True)
-    settings = {"generator": GENERATOR_VERSION, "planes": list(PLANES), **asdict(config)}
+    settings = {"generator": GENERATOR_VERSION, "planes": list(planes), **eye_settings(config)}
     check_settings(folder / "bank.json", settings)
 
 
@@ -246,10 +268,11 @@ def render_missing(
     folder: Path | None,  # where worlds are kept; None keeps them in memory
     workers: int,  # processes
     title: str,  # of the progress bar; none where empty
+    planes: tuple[str, ...] = PLANES,  # names of the planes, 'vessels' last
 ) -> dict:  # seed -> both levels; empty where they were written to the folder
     "Render the eyes that are not there yet."
     missing = [s for s in seeds if folder is None or not world_file(folder, s).exists()]
-    jobs = [(s, config, folder) for s in missing]
+    jobs = [(s, config, folder, planes) for s in missing]
     made = list(run_jobs(_render, jobs, workers, title))
     return dict(zip(missing, made)) if folder is None else {}
 
@@ -260,22 +283,24 @@ class WorldBank:
 
     def __init__(
         self,
-        seeds,  # seeds of the eyes, one world each
+        seeds: Iterable[int],  # seeds of the eyes, one world each
         config: EyeConfig = EyeConfig(),  # settings of the generator
-        folder=None,  # cache on disk; None keeps the worlds in memory
+        folder: str | Path | None = None,  # cache on disk; None keeps the worlds in memory
         workers: int = 2,  # processes that render
         progress: bool = True,  # show a progress bar
+        planes: tuple[str, ...] = PLANES,  # names of the planes, 'vessels' last
     ):
         "Render what is missing; raises ValueError for a folder made with other settings."
         self.seeds = [int(s) for s in seeds]
         self.config = config
+        self.planes = tuple(planes)
         self.folder = None if folder is None else Path(folder)
         if not self.seeds:
             raise ValueError("a bank needs at least one seed")
         if self.folder is not None:
-            open_bank(self.folder, config)
+            open_bank(self.folder, config, self.planes)
         title = "rendering eyes" if progress else ""
-        self._planes = render_missing(self.seeds, config, self.folder, workers, title)
+        self._planes = render_missing(self.seeds, config, self.folder, workers, title, self.planes)
 
     def __len__(self) -> int:
         return len(self.seeds)
@@ -283,7 +308,7 @@ class WorldBank:
     def __getitem__(
         self,
         index: int,  # 0 .. len - 1
-    ) -> tuple[np.ndarray, np.ndarray]:  # (C, S, S) and (C, S/2, S/2) uint8, planes in the order of `PLANES`
+    ) -> tuple[np.ndarray, np.ndarray]:  # (C, S, S) and (C, S/2, S/2) uint8, in the order of `planes`
         "One world and its half-size level."
         seed = self.seeds[index]
         if seed not in self._planes:
