@@ -7,13 +7,21 @@ __all__ = [
     "HEAT",
     "ASKED",
     "headline",
+    "shown",
     "draw_lines",
+    "density_of_ends",
     "draw_density",
+    "shares_of_thirds",
     "draw_thirds",
+    "draw_probe_index",
+    "draw_median_index",
+    "dress_index",
     "draw_index",
     "draw_board",
     "strip_epochs",
+    "name_row",
     "draw_strip",
+    "draw_frame",
     "write_film",
     "first_of_kinds",
     "write_diagnosis",
@@ -62,8 +70,17 @@ def headline(
 
 
 # %% ../../nbs/08_report/02_collapse.ipynb #15d2bf8e
+def shown(
+    image: np.ndarray,  # (H, W) int8, as a probe holds it
+    fov: np.ndarray,  # (H, W) bool
+) -> np.ndarray:  # (H, W) uint8
+    "An image of a probe as a picture, black where the optics saw nothing."
+    return np.uint8(127.5 + image.astype(np.float32)) * fov
+
+
+# %% ../../nbs/08_report/02_collapse.ipynb #2a014f0e
 def draw_lines(
-    axes: Axes,  # matplotlib Axes
+    axes: Axes,
     recording: Recording,
     probe: int,  # number of the probe
     epoch: int,  # one of the recorded epochs
@@ -73,19 +90,15 @@ def draw_lines(
     "A probe with its match lines in one epoch."
     p, r = recording.probes[probe], recording.record(epoch)
     number = r.find(probe, guided)
-    canvas = plot_pair(
-        axes,
-        *(np.uint8(127.5 + i.astype(np.float32)) * f for i, f in ((p.image0, p.fov0), (p.image1, p.fov1))),
-        height=256,
-    )
+    canvas = plot_pair(axes, shown(p.image0, p.fov0), shown(p.image1, p.fov1), height=256)
     axes.set_title(title + headline(recording, probe, epoch, guided), fontsize=8)
     if number is None:
         return
     matches, agrees = r.lines(number)
     full = most_confident(matches.confidence)
     rest = np.setdiff1d(np.arange(len(matches)), full)
-    add_matches(canvas, matches.points0[rest], matches.points1[rest], agrees[rest], width=0.12)
-    add_matches(canvas, matches.points0[full], matches.points1[full], agrees[full], width=0.5)
+    for which, width in ((rest, 0.12), (full, 0.5)):
+        add_matches(canvas, matches.points0[which], matches.points1[which], agrees[which], width=width)
 
 
 # %% ../../nbs/08_report/02_collapse.ipynb #afaef479
@@ -93,16 +106,27 @@ HEAT = LinearSegmentedColormap.from_list("heat", [(1, 0, 0, 0), (1, 0.2, 0, 0.75
 
 
 # %% ../../nbs/08_report/02_collapse.ipynb #5a8e279f
+def density_of_ends(
+    ends: np.ndarray,  # (N, 2) end points, N >= 1
+    fov: np.ndarray,  # (H, W) bool field of view of the moving image
+) -> np.ndarray:  # (H, W)
+    "How many ends lie around every pixel, 1 where they are spread evenly over the field."
+    from scipy.ndimage import gaussian_filter
+
+    h, w = fov.shape
+    count = np.histogram2d(ends[:, 1], ends[:, 0], bins=(h, w), range=((-0.5, h - 0.5), (-0.5, w - 0.5)))[0]
+    return gaussian_filter(count, 0.03 * max(h, w)) / len(ends) * fov.sum()
+
+
+# %% ../../nbs/08_report/02_collapse.ipynb #961cb99e
 def draw_density(
-    axes: Axes,  # matplotlib Axes
+    axes: Axes,
     recording: Recording,
     probe: int,  # number of the probe
     epoch: int,  # one of the recorded epochs
-    guided: bool = False,
+    guided: bool = False,  # the guided pass
 ) -> None:
     "Density of the end points of the confident matches on the moving image."
-    from scipy.ndimage import gaussian_filter
-
     p, r = recording.probes[probe], recording.record(epoch)
     axes.imshow(p.image1.astype(np.float32) * p.fov1, cmap="gray", vmin=-127, vmax=127)
     axes.set_axis_off()
@@ -111,27 +135,35 @@ def draw_density(
     matches = r.lines(number)[0] if number is not None else ()
     if not len(matches):
         return
-    h, w = p.fov1.shape
     ends = matches.points1[most_confident(matches.confidence)]
-    count = np.histogram2d(ends[:, 1], ends[:, 0], bins=(h, w), range=((-0.5, h - 0.5), (-0.5, w - 0.5)))[0]
-    # 1 where the lines end evenly over the field
-    density = gaussian_filter(count, 0.03 * max(h, w)) / len(ends) * p.fov1.sum()
-    axes.imshow(density, cmap=HEAT, vmin=1, vmax=8, interpolation="bilinear")
+    axes.imshow(density_of_ends(ends, p.fov1), cmap=HEAT, vmin=1, vmax=8, interpolation="bilinear")
 
 
 # %% ../../nbs/08_report/02_collapse.ipynb #7e4960cf
-def draw_thirds(
-    axes: Axes,  # matplotlib Axes
+def shares_of_thirds(
     recording: Recording,
     probe: int,  # number of the probe
     epoch: int,  # one of the recorded epochs
-    guided: bool = False,
-) -> None:
-    "Share of the end points in each third, and the overlap's share of the area."
+    guided: bool,  # the guided pass
+) -> tuple[list[float], np.ndarray]:  # of the end points, (3,) of the area of the overlap
+    "Shares of the top, middle and lower third."
     p, r = recording.probes[probe], recording.record(epoch)
     number = r.find(probe, guided)
     ends = [0, 0, 0] if number is None else [r.figures[n][number] for n in ("top", "middle", "lower")]
-    area = thirds(np.empty((0, 2)), overlap_fields(p.fov0, p.fov1, p.fixed_to_moving).end, p.fov1)[1]
+    overlap = overlap_fields(p.fov0, p.fov1, p.fixed_to_moving).end
+    return ends, thirds(np.empty((0, 2)), overlap, p.fov1)[1]
+
+
+# %% ../../nbs/08_report/02_collapse.ipynb #8001b115
+def draw_thirds(
+    axes: Axes,
+    recording: Recording,
+    probe: int,  # number of the probe
+    epoch: int,  # one of the recorded epochs
+    guided: bool = False,  # the guided pass
+) -> None:
+    "Share of the end points in each third, and the overlap's share of the area."
+    ends, area = shares_of_thirds(recording, probe, epoch, guided)
     y = np.arange(3)
     axes.barh(y - 0.18, ends, 0.34, color="tab:red", label="end points")
     axes.barh(y + 0.18, area, 0.34, color="0.7", label="area of the overlap")
@@ -143,58 +175,67 @@ def draw_thirds(
 
 
 # %% ../../nbs/08_report/02_collapse.ipynb #99bae9f1
-def draw_index(
-    axes: Axes,  # matplotlib Axes
+def draw_probe_index(
+    axes: Axes,
     recording: Recording,
-    probe: int | None = None,  # number of a probe to pick out; None: the medians alone are thick
-    epoch: int | None = None,  # an epoch to mark
+    probe: int,  # number of the probe
+    picked: bool,  # draw it as the one that is meant?
 ) -> None:
-    "Collapse index against epoch with the phases shaded."
-    rows = summary(recording)
-    epochs = [r["epoch"] for r in rows]
-    shade_phases(axes, epochs, phase_of([r["lam"] for r in rows], [r["scaler"] for r in rows]))
-    for k in range(len(recording.probes)):
-        marks = [
-            (r.epoch, r.figures["collapse_index"][at])
-            for r in recording.records
-            if (at := r.find(k)) is not None
-        ]
-        if marks:
-            axes.plot(
-                *zip(*marks),
-                color="tab:red" if k == probe else "0.45",
-                lw=1 if k == probe else 0.4,
-                alpha=1 if k == probe else 0.6,
-                zorder=3 if k == probe else 2,
-                label=recording.probes[k].name if k == probe else None,
-            )
-    axes.plot(
-        epochs,
-        [r["collapse_index"] for r in rows],
-        color="k",
-        lw=1.8,
-        marker=".",
-        ms=4,
-        label="unguided, median",
-    )
-    if with_masks := summary(recording, guided=True):
-        axes.plot(
-            [r["epoch"] for r in with_masks],
-            [r["collapse_index"] for r in with_masks],
-            color="tab:blue",
-            lw=1.4,
-            ls="--",
-            label="guided, median",
-        )
-    axes.axhline(THRESHOLD, color="tab:red", lw=0.8, ls=":")
-    if epoch is not None:
-        axes.axvline(epoch, color="k", lw=0.8)
+    "The index of one probe against epoch."
+    numbers = [(r, r.find(probe)) for r in recording.records]
+    marks = [(r.epoch, r.figures["collapse_index"][at]) for r, at in numbers if at is not None]
+    if not marks:
+        return
+    if picked:
+        how = dict(color="tab:red", lw=1, alpha=1, zorder=3, label=recording.probes[probe].name)
+    else:
+        how = dict(color="0.45", lw=0.4, alpha=0.6, zorder=2)
+    axes.plot(*zip(*marks), **how)
+
+
+# %% ../../nbs/08_report/02_collapse.ipynb #95b52f39
+def draw_median_index(
+    axes: Axes,
+    rows: list[dict],  # of `summary`
+    **how: object,  # of `Axes.plot`
+) -> None:
+    "The median index over the probes against epoch."
+    axes.plot([row["epoch"] for row in rows], [row["collapse_index"] for row in rows], **how)
+
+
+# %% ../../nbs/08_report/02_collapse.ipynb #99a926d0
+def dress_index(
+    axes: Axes,
+) -> None:
+    "Limits, names and whole epochs."
     axes.set(ylim=(0, 1))
     axes.set_xlabel("epoch", fontsize=8)
     axes.set_ylabel("collapse index", fontsize=8)
     axes.tick_params(labelsize=8)
     axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True, steps=(1, 2, 5, 10)))
     axes.legend(fontsize=7, loc="upper right", bbox_to_anchor=(1, 0.93))
+
+
+# %% ../../nbs/08_report/02_collapse.ipynb #1de2c727
+def draw_index(
+    axes: Axes,
+    recording: Recording,
+    probe: int | None = None,  # number of a probe to pick out; None: the medians alone are thick
+    epoch: int | None = None,  # an epoch to mark
+) -> None:
+    "Collapse index against epoch with the phases shaded."
+    rows, with_masks = summary(recording), summary(recording, guided=True)
+    phases = phase_of([row["lam"] for row in rows], [row["scaler"] for row in rows])
+    shade_phases(axes, [row["epoch"] for row in rows], phases)
+    for k in range(len(recording.probes)):
+        draw_probe_index(axes, recording, k, k == probe)
+    draw_median_index(axes, rows, color="k", lw=1.8, marker=".", ms=4, label="unguided, median")
+    if with_masks:
+        draw_median_index(axes, with_masks, color="tab:blue", lw=1.4, ls="--", label="guided, median")
+    axes.axhline(THRESHOLD, color="tab:red", lw=0.8, ls=":")
+    if epoch is not None:
+        axes.axvline(epoch, color="k", lw=0.8)
+    dress_index(axes)
 
 
 # %% ../../nbs/08_report/02_collapse.ipynb #aacf9e86
@@ -207,9 +248,8 @@ def draw_board(
     "Lines, and the density of their end points, above; the index over the epochs and the thirds below."
     figure = new_figure(860, 540)
     grid = figure.add_gridspec(2, 2, height_ratios=(5, 4), width_ratios=(2, 1))
-    draw_lines(
-        figure.add_subplot(grid[0, 0]), recording, probe, epoch, guided, f"{recording.probes[probe].name}, "
-    )
+    title = f"{recording.probes[probe].name}, "
+    draw_lines(figure.add_subplot(grid[0, 0]), recording, probe, epoch, guided, title)
     draw_density(figure.add_subplot(grid[0, 1]), recording, probe, epoch, guided)
     draw_index(figure.add_subplot(grid[1, 0]), recording, probe, epoch)
     draw_thirds(figure.add_subplot(grid[1, 1]), recording, probe, epoch, guided)
@@ -237,34 +277,53 @@ def strip_epochs(
 
 
 # %% ../../nbs/08_report/02_collapse.ipynb #ffe14c88
+def name_row(
+    axes: Axes,  # the first of the row
+    name: str,
+    **how: object,  # of `Axes.text`
+) -> None:
+    "The name of a row of pictures, upright on its left."
+    left = dict(rotation=90, ha="right", va="center", transform=axes.transAxes)
+    axes.text(**{"x": -0.01, "y": 0.5, "s": name, "fontsize": 8, **left, **how})
+
+
+# %% ../../nbs/08_report/02_collapse.ipynb #dcc2ad56
 def draw_strip(
     recording: Recording,
     probes: Sequence[int],  # numbers of the probes, one row each
     asked: Sequence[int] = ASKED,  # epochs wanted
     guided: bool = False,  # the guided passes
-) -> Figure:  # Figure
+) -> Figure:
     "Match lines of a few epochs side by side."
     epochs = strip_epochs(recording.epochs, asked)
-    figure = new_figure(20 + 330 * max(1, len(epochs)), 24 + 184 * len(probes))
-    axes = figure.subplots(len(probes), max(1, len(epochs)), squeeze=False)
+    columns = max(1, len(epochs))
+    figure = new_figure(20 + 330 * columns, 24 + 184 * len(probes))
+    axes = figure.subplots(len(probes), columns, squeeze=False)
     for row, k in zip(axes, probes):
         for a, e in zip(row, epochs):
             draw_lines(a, recording, k, e, guided)
-        row[0].text(
-            -0.01,
-            0.5,
-            recording.probes[k].name,
-            rotation=90,
-            ha="right",
-            va="center",
-            fontsize=8,
-            transform=row[0].transAxes,
-        )
+        name_row(row[0], recording.probes[k].name)
     figure.tight_layout(pad=0.3)
     return figure
 
 
 # %% ../../nbs/08_report/02_collapse.ipynb #011937ae
+def draw_frame(
+    recording: Recording,
+    probe: int,  # number of the probe
+    epoch: int,  # one of the recorded epochs
+    guided: bool,  # the guided pass
+) -> Figure:
+    "Match lines above, the index below."
+    figure = new_figure(560, 400)
+    upper, lower = figure.subplots(2, 1, height_ratios=(3, 2))
+    draw_lines(upper, recording, probe, epoch, guided)
+    draw_index(lower, recording, probe, epoch)
+    figure.tight_layout(pad=0.4)
+    return figure
+
+
+# %% ../../nbs/08_report/02_collapse.ipynb #a7808374
 def write_film(
     path: str | Path,  # GIF file to write
     recording: Recording,
@@ -275,20 +334,12 @@ def write_film(
     "Match lines and index, one frame an epoch, as an animated GIF; ValueError where nothing is recorded."
     from PIL import Image
 
-    frames = []
-    for e in recording.epochs:
-        figure = new_figure(560, 400)
-        upper, lower = figure.subplots(2, 1, height_ratios=(3, 2))
-        draw_lines(upper, recording, probe, e, guided)
-        draw_index(lower, recording, probe, e)
-        figure.tight_layout(pad=0.4)
-        frames.append(Image.fromarray(figure_pixels(figure)).quantize(64))
-    if not frames:
+    if not recording.epochs:
         raise ValueError(f"{recording.folder}: nothing is recorded yet")
+    pictures = (figure_pixels(draw_frame(recording, probe, epoch, guided)) for epoch in recording.epochs)
+    first, *rest = [Image.fromarray(picture).quantize(64) for picture in pictures]
     with atomic_path(path) as temporary:
-        frames[0].save(
-            temporary, save_all=True, append_images=frames[1:], duration=int(1000 * seconds), loop=0
-        )
+        first.save(temporary, save_all=True, append_images=rest, duration=int(1000 * seconds), loop=0)
 
 
 # %% ../../nbs/08_report/02_collapse.ipynb #010d6f45
@@ -303,20 +354,16 @@ def first_of_kinds(
 def write_diagnosis(
     out: str | Path,  # folder
     recording: Recording,
-) -> list:  # of the files written
+) -> list[Path]:  # those that were written
     """Write `collapse.png` and `matches.png`.
 
     The first shows the index over the epochs.
     The second shows lines of the first probe of every kind in a few epochs.
     """
-    out = Path(out)
+    index, matches = Path(out) / "collapse.png", Path(out) / "matches.png"
     figure = new_figure(900, 420)
     draw_index(figure.add_subplot(), recording)
     figure.tight_layout()
-    pictures = {
-        out / "collapse.png": figure,
-        out / "matches.png": draw_strip(recording, first_of_kinds(recording)),
-    }
-    for path, picture in pictures.items():
-        save_figure(path, picture)
-    return list(pictures)
+    save_figure(index, figure)
+    save_figure(matches, draw_strip(recording, first_of_kinds(recording)))
+    return [index, matches]

@@ -7,10 +7,13 @@ __all__ = [
     "FILES",
     "BENT",
     "MILLIMETRES",
+    "agreement_text",
     "draw_matches",
     "draw_checkerboard",
     "outputs_of",
     "remove_earlier",
+    "write_map",
+    "record_of",
     "write_registration",
 ]
 
@@ -39,55 +42,54 @@ from .plots import (
 
 
 # %% ../../nbs/08_report/01_registration.ipynb #15e7d553
+def _shorten(text, most):  # to so many letters
+    return text if len(text) <= most else text[: max(0, most - 3)] + "..."
+
+
+# %% ../../nbs/08_report/01_registration.ipynb #c4a4b713
+def agreement_text(
+    result: Registration,
+) -> str:
+    "The verdict, and how many matches agree with the map where there is one."
+    matches = result.matches
+    if result.moving_to_fixed is None:
+        return f"{result.verdict}: {len(matches)} matches"
+    return f"{result.verdict}: {matches.inliers.sum()} of {len(matches)} matches agree"
+
+
+# %% ../../nbs/08_report/01_registration.ipynb #f51371fe
 def draw_matches(
     result: Registration,
     fixed: np.ndarray,  # (H0, W0[, 3]) image
     moving: np.ndarray,  # (H1, W1[, 3]) image
     height: int = 420,  # px of both images
-) -> Figure:  # Figure
+) -> Figure:
     "The match lines of a registration under its verdict."
     width = sum(round(i.shape[1] * height / i.shape[0]) for i in (fixed, moving)) + 8
-    figure = new_figure(width, height + 40)
-    axes = figure.add_axes([0, 0, 1, height / (height + 40)])
-    add_matches(
-        plot_pair(axes, fixed, moving, height),
-        result.matches.points0,
-        result.matches.points1,
-        result.matches.inliers,
-    )
-    agree = "" if result.moving_to_fixed is None else f"{result.matches.inliers.sum()} of "
-    said = f"{result.verdict}: {agree}{len(result.matches)} matches" + (" agree" if agree else "")
-    figure.text(6 / width, 1 - 14 / (height + 40), said, fontsize=9, va="center")
-    figure.text(
-        6 / width,
-        1 - 30 / (height + 40),
-        _shorten("; ".join(result.reasons), width // 6),
-        fontsize=7,
-        va="center",
-        color="0.35",
-    )
+    whole = height + 40
+    figure = new_figure(width, whole)
+    canvas = plot_pair(figure.add_axes([0, 0, 1, height / whole]), fixed, moving, height)
+    matches = result.matches
+    add_matches(canvas, matches.points0, matches.points1, matches.inliers)
+    left, reasons = 6 / width, _shorten("; ".join(result.reasons), width // 6)
+    figure.text(left, 1 - 14 / whole, agreement_text(result), fontsize=9, va="center")
+    figure.text(left, 1 - 30 / whole, reasons, fontsize=7, va="center", color="0.35")
     return figure
-
-
-# %% ../../nbs/08_report/01_registration.ipynb #d9bc59f4
-def _shorten(text, most):
-    return text if len(text) <= most else text[: max(0, most - 3)] + "..."
 
 
 # %% ../../nbs/08_report/01_registration.ipynb #bd06eb4b
 def draw_checkerboard(
-    result: Registration,  # Registration with a transform
+    result: Registration,  # with a map
     fixed: np.ndarray,  # (H0, W0[, 3]) image
     moving: np.ndarray,  # (H1, W1[, 3]) image
     long_side: int = 1024,  # px
 ) -> np.ndarray:  # (h, w, 3) uint8
     "The checkerboard of a registration, with the fixed image where the moving one saw nothing."
     size = fit_size(result.fixed_size, min(long_side, max(result.fixed_size)))
-    seen = warp_to_fixed(np.ones(moving.shape[:2], bool), result.point_map, result.fixed_size, "nearest")
-    return checkerboard(
-        *(resize_image(for_display(i, max(i.shape[:2])), size) for i in (fixed, result.warped)),
-        seen=resize_image(seen, size),
-    )
+    everything = np.ones(moving.shape[:2], bool)
+    seen = warp_to_fixed(everything, result.point_map, result.fixed_size, "nearest")
+    both = [resize_image(for_display(i, max(i.shape[:2])), size) for i in (fixed, result.warped)]
+    return checkerboard(*both, seen=resize_image(seen, size))
 
 
 # %% ../../nbs/08_report/01_registration.ipynb #24ca99a6
@@ -118,12 +120,46 @@ def remove_earlier(
 
 
 # %% ../../nbs/08_report/01_registration.ipynb #65f8d968
+def write_map(
+    result: Registration,  # with a map
+    fixed: np.ndarray,  # (H0, W0[, 3]) image
+    moving: np.ndarray,  # (H1, W1[, 3]) image
+    out: Path,  # folder
+) -> list[Path]:  # those that were written
+    "The map for ITK, the warped image and the checkerboard."
+    _, itk, warped, board, _, bent, millimetres = outputs_of(out)
+    written = save_itk_files(itk, bent, millimetres, result.point_map, result.fixed_size, result.facts)
+    write_image(warped, storable(result.warped))
+    write_image(board, draw_checkerboard(result, fixed, moving))
+    return [*written, warped, board]
+
+
+# %% ../../nbs/08_report/01_registration.ipynb #af3f3892
+def record_of(
+    result: Registration,
+    written: list[Path],  # the other files of the folder
+) -> TransformRecord:
+    "What transform.json says."
+    return TransformRecord(
+        result.moving_to_fixed,
+        fixed_size=result.fixed_size,
+        moving_size=result.moving_size,
+        verdict=str(result.verdict),
+        reasons=result.reasons,
+        point_map=result.point_map,
+        evidence=dict(result.evidence.to_dict()),
+        facts=result.facts,
+        files=tuple(path.name for path in written),
+    )
+
+
+# %% ../../nbs/08_report/01_registration.ipynb #09730513
 def write_registration(
     result: Registration,
     fixed: str | Path | np.ndarray,  # file path or (H0, W0[, 3]) array: the fixed image
     moving: str | Path | np.ndarray,  # file path or (H1, W1[, 3]) array: the moving image
     out_dir: str | Path,  # folder, made where it is missing
-) -> list:  # the paths written
+) -> list[Path]:  # those that were written
     """Write transform.json, transform.tfm (ITK), warped.png, checkerboard.png and matches.png.
 
     Where the map bends, transform_bent.tfm holds the whole map and transform.tfm its affine. Where both
@@ -136,29 +172,10 @@ def write_registration(
     refuse_to_overwrite(outputs_of(out), [p for p in (fixed, moving) if isinstance(p, (str, Path))])
     fixed, moving = open_image(fixed, "fixed"), open_image(moving, "moving")
     out.mkdir(parents=True, exist_ok=True)
-    transform, itk, warped, board, matches, bent, millimetres = outputs_of(out)
+    transform, matches = out / FILES[0], out / FILES[-1]
     remove_earlier(transform)
-    written = []
     save_figure(matches, draw_matches(result, fixed, moving))
-    if result.moving_to_fixed is not None:
-        itk_files = itk, bent, millimetres
-        written = save_itk_files(*itk_files, result.point_map, result.fixed_size, result.facts)
-        write_image(warped, storable(result.warped))
-        write_image(board, draw_checkerboard(result, fixed, moving))
-        written += [warped, board]
+    written = [] if result.moving_to_fixed is None else write_map(result, fixed, moving, out)
     written.append(matches)
-    save_transform(
-        transform,
-        TransformRecord(
-            result.moving_to_fixed,
-            fixed_size=result.fixed_size,
-            moving_size=result.moving_size,
-            verdict=str(result.verdict),
-            reasons=result.reasons,
-            point_map=result.point_map,
-            evidence=dict(result.evidence.to_dict()),
-            facts=result.facts,
-            files=tuple(path.name for path in written),
-        ),
-    )
+    save_transform(transform, record_of(result, written))
     return [transform, *written]
