@@ -26,7 +26,10 @@ __all__ = [
     "vessel_share",
     "CollapseFigures",
     "symptoms",
+    "proven_right",
     "collapse_index",
+    "carrying_matches",
+    "figures_of",
     "collapse_figures",
 ]
 
@@ -325,18 +328,28 @@ def symptoms(
     fixed_to_moving: np.ndarray | None,  # (3, 3) or None
 ) -> np.ndarray:  # (5,) in [0, 1]: starts, ends, many to one, thirds, shrinking
     "The five symptoms against one choice of fields."
-    return np.array(
-        [
-            1 - coverage(points0, fields.start),
-            1 - min(coverage(points1, fields.end), entropy(points1, fields.end)),
-            many_to_one(points0, points1, fields.scale),
-            thirds_excess(points1, fields.end, fov1),
-            1 - min(1.0, spread(points0, points1, fixed_to_moving, fields.scale)),
-        ]
-    )
+    starts = coverage(points0, fields.start)
+    ends = min(coverage(points1, fields.end), entropy(points1, fields.end))
+    together = many_to_one(points0, points1, fields.scale)
+    unfair = thirds_excess(points1, fields.end, fov1)
+    wide = min(1.0, spread(points0, points1, fixed_to_moving, fields.scale))
+    return np.array([1 - starts, 1 - ends, together, unfair, 1 - wide])
 
 
 # %% ../../nbs/07_evaluation/01_collapse.ipynb #b549d986
+def proven_right(
+    points0: np.ndarray,  # (N, 2) start points
+    points1: np.ndarray,  # (N, 2) end points
+    fields: Fields,  # under the map
+    fixed_to_moving: np.ndarray,  # (3, 3)
+    size0: tuple[int, int],  # (height, width) of the fixed image
+) -> float:  # in [0, 1]
+    "Share of the matches that agree with a map, times how much of the overlap all matches cover."
+    agree = agreeing(fixed_to_moving, points0, points1, size0).mean()
+    return agree * min(coverage(points0, fields.start), coverage(points1, fields.end))
+
+
+# %% ../../nbs/07_evaluation/01_collapse.ipynb #9d684ffd
 def collapse_index(
     points0: np.ndarray,  # (N, 2) start points, pixels of the fixed image
     points1: np.ndarray,  # (N, 2) end points, pixels of the moving image
@@ -354,16 +367,54 @@ def collapse_index(
     worst = symptoms(points0, points1, overlap_fields(fov0, fov1), fov1, None)
     right = 0.0
     if fixed_to_moving is not None:
-        f = overlap_fields(fov0, fov1, fixed_to_moving)
-        worst = np.minimum(worst, symptoms(points0, points1, f, fov1, fixed_to_moving))
-        agree = agreeing(fixed_to_moving, points0, points1, np.shape(fov0)).mean()
-        covered = min(coverage(points0, f.start), coverage(points1, f.end))
-        right = agree * covered
+        fields = overlap_fields(fov0, fov1, fixed_to_moving)
+        worst = np.minimum(worst, symptoms(points0, points1, fields, fov1, fixed_to_moving))
+        right = proven_right(points0, points1, fields, fixed_to_moving, np.shape(fov0))
     two_worst = np.sort(worst)[-2:]
     return float(two_worst.mean() * (1 - right))
 
 
 # %% ../../nbs/07_evaluation/01_collapse.ipynb #c432096f
+def carrying_matches(
+    points0: np.ndarray,  # (N, 2) start points
+    points1: np.ndarray,  # (N, 2) end points
+    confidence: np.ndarray | None,  # (N,) in (0, 1]; all alike when None
+) -> tuple[np.ndarray, np.ndarray, float]:  # (n, 2), (n, 2), mean confidence of all N, nan without any
+    "The matches that carry the confidence, and what it is on average."
+    if confidence is None:
+        return points0, points1, np.nan
+    mean = float(np.mean(confidence)) if len(points0) else 0.0
+    carrying = most_confident(confidence)
+    return points0[carrying], points1[carrying], mean
+
+
+# %% ../../nbs/07_evaluation/01_collapse.ipynb #b1f32a8d
+def figures_of(
+    total: int,  # matches, before those that carry the confidence were chosen
+    points0: np.ndarray,  # (n, 2) start points
+    points1: np.ndarray,  # (n, 2) end points
+    fields: Fields,
+    fov1: np.ndarray,  # (H1, W1) bool
+    fixed_to_moving: np.ndarray | None,  # (3, 3), None where none is known or believed
+) -> dict[str, float]:  # of `CollapseFigures`: those that need no mask and no index
+    "Counts, coverage, thirds and spread of the matches."
+    top, middle, lower = map(float, thirds(points1, fields.end, fov1)[0])
+    return {
+        "matches": total,
+        "carrying": len(points0),
+        "coverage0": coverage(points0, fields.start),
+        "coverage1": coverage(points1, fields.end),
+        "entropy": entropy(points1, fields.end),
+        "many_to_one": many_to_one(points0, points1, fields.scale),
+        "top": top,
+        "middle": middle,
+        "lower": lower,
+        "thirds_excess": thirds_excess(points1, fields.end, fov1),
+        "spread": spread(points0, points1, fixed_to_moving, fields.scale),
+    }
+
+
+# %% ../../nbs/07_evaluation/01_collapse.ipynb #bf9dd979
 def collapse_figures(
     points0: np.ndarray,  # (N, 2) start points, pixels of the fixed image
     points1: np.ndarray,  # (N, 2) end points, pixels of the moving image
@@ -377,37 +428,22 @@ def collapse_figures(
 
     The images are about 256 to 512 px long: the radius of `many_to_one` is a coarse cell of 8 px.
     """
-    fov0 = np.asarray(fov0, bool)
-    fov1 = np.asarray(fov1, bool)
-    points0 = np.asarray(points0, float).reshape(-1, 2)
-    points1 = np.asarray(points1, float).reshape(-1, 2)
+    fov0, fov1 = np.asarray(fov0, bool), np.asarray(fov1, bool)
+    points0, points1 = np.asarray(points0, float).reshape(-1, 2), np.asarray(points1, float).reshape(-1, 2)
+    total = len(points0)
     if fixed_to_moving is None:
         fixed_to_moving = believed_transform(points0, points1, fov0, fov1.shape, confidence)
-    total = len(points0)
-    mean_confidence = np.nan
-    if confidence is not None:
-        mean_confidence = float(np.mean(confidence)) if total else 0.0
-        carrying = most_confident(confidence)
-        points0 = points0[carrying]
-        points1 = points1[carrying]
-    n = len(points0)
-    f = overlap_fields(fov0, fov1, fixed_to_moving)
-    agree = float(agreeing(fixed_to_moving, points0, points1, fov0.shape).mean()) if n else 0.0
-    on_vessels = (np.nan, np.nan) if mask0 is None else vessel_share(points0, mask0, f.start)
+    points0, points1, mean = carrying_matches(points0, points1, confidence)
+    fields = overlap_fields(fov0, fov1, fixed_to_moving)
+    agree = agreeing(fixed_to_moving, points0, points1, fov0.shape)
+    share, gain = (np.nan, np.nan) if mask0 is None else vessel_share(points0, mask0, fields.start)
     return CollapseFigures(
-        total,
-        n,
-        coverage(points0, f.start),
-        coverage(points1, f.end),
-        entropy(points1, f.end),
-        many_to_one(points0, points1, f.scale),
-        *map(float, thirds(points1, f.end, fov1)[0]),
-        thirds_excess(points1, f.end, fov1),
-        spread(points0, points1, fixed_to_moving, f.scale),
-        mean_confidence,
-        agree,
-        *on_vessels,
-        collapse_index(points0, points1, fov0, fov1, fixed_to_moving),
+        **figures_of(total, points0, points1, fields, fov1, fixed_to_moving),
+        confidence=mean,
+        inlier_ratio=float(agree.mean()) if len(points0) else 0.0,
+        vessel_share=share,
+        vessel_gain=gain,
+        collapse_index=collapse_index(points0, points1, fov0, fov1, fixed_to_moving),
     )
 
 
