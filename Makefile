@@ -11,6 +11,8 @@ BIN     := $(VENV)/bin
 STAMP   := $(VENV)/.setup-done
 # JupyterLab and Playwright, which only tests/test_browser.py needs
 BROWSER := $(VENV)/.browser-done
+# Sphinx, which only `make docs` needs
+SITE    := $(VENV)/.docs-done
 # The first of these that is Python 3.11 or newer makes the environment; `make setup PYTHON=...` names another one.
 PYTHONS := $(or $(PYTHON),python3 python3.13 python3.12 python3.11 python)
 # Notebooks tested side by side: one a core, at most four (each loads torch).
@@ -19,7 +21,7 @@ WORKERS ?= $(shell n=$(CORES); echo $$((n > 4 ? 4 : n)))
 # nbdev-test forks: with more than one thread each, torch's workers fight for the cores. IN_TEST would silence nbdev-export.
 QUIET   := env -u IN_TEST OMP_NUM_THREADS=1 MPLBACKEND=agg
 
-.PHONY: help setup demo test test-full lint nbtest pytest instep prepare readme train-weights
+.PHONY: help setup demo test test-full lint nbtest pytest instep prepare readme docs train-weights
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -43,6 +45,10 @@ $(STAMP): settings.ini setup.py pyproject.toml constraints.txt
 
 $(BROWSER): $(STAMP)
 	"$(BIN)/python" -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev,browser]'
+	@touch "$@"
+
+$(SITE): $(STAMP)
+	"$(BIN)/python" -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev,docs]'
 	@touch "$@"
 
 # Flags of the demonstration, such as DEMO_FLAGS=--quick (no training) or DEMO_FLAGS='--epochs 16'
@@ -88,5 +94,8 @@ prepare: setup ## before a commit: lay out and clean the notebooks, export the p
 	$(QUIET) $(BIN)/python tools/export.py
 	$(QUIET) $(BIN)/python tools/readme.py
 
-readme: setup ## README.md from nbs/index.ipynb
+readme: setup ## README.md and README.zh-CN.md from their notebooks, the model card from the weights
 	$(QUIET) $(BIN)/python tools/readme.py
+
+docs: $(SITE) ## the site in _docs/html: guides, reference, gallery; a link that leads nowhere stops it
+	$(QUIET) $(BIN)/python tools/docs.py _docs

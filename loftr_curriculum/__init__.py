@@ -1,3 +1,3 @@
 """Cross-modal retinal image registration with a LoFTR-style matcher, taught by a dual-engine vessel curriculum."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

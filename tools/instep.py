@@ -90,7 +90,7 @@ def main() -> int:
         return 1
     notebooks = sum(name.endswith(".ipynb") for name in after)
     new = [name for name in git_files("--others") if name.startswith(("nbs/", "loftr_curriculum/"))]
-    print(f"In step: {notebooks} notebooks, their modules and README.md.")
+    print(f"In step: {notebooks} notebooks, their modules, both READMEs and the model card.")
     if new:
         print("Not committed yet:", *new, sep="\n  ")
     return 0
