@@ -143,7 +143,7 @@ def real_probes(
 def stack_probes(
     probes: Sequence[Probe],  # sequence of Probe of equal shapes
     name: str,  # field of a probe that holds an array
-    device: torch.device | str,  # torch device
+    device: torch.device | str,
     scale: float | None = None,  # divide by it; None: as it is stored
 ) -> torch.Tensor:  # (B, ...)
     "One field of several probes as a tensor."
@@ -178,7 +178,7 @@ def match_equal(
 # %% ../../nbs/07_evaluation/08_probes.ipynb #023bff04
 def match_probes(
     matcher: TwoStageMatcher,  # Matcher, in eval mode
-    probes: Sequence[Probe],  # sequence of Probe
+    probes: Sequence[Probe],
     guidance: Guidance = UNGUIDED,  # masks are handed over where it asks for them
     batch: int = 8,  # probes in one pass
 ) -> list:  # of Matches, in the order of the probes

@@ -195,9 +195,7 @@ MOST = 500  # matches of one pass that are kept
 
 
 # %% ../../nbs/07_evaluation/07_recording.ipynb #920d3531
-def kept_matches(
-    entry: Entry,
-) -> dict[str, np.ndarray]:  # columns of n <= MOST matches
+def kept_matches(entry: Entry) -> dict[str, np.ndarray]:  # columns of n <= MOST matches
     "The matches of a pass as they are stored, evenly picked where there are many."
     matches, n = entry.matches, len(entry.matches)
     pick = np.linspace(0, n - 1, min(n, MOST)).astype(int)
@@ -219,9 +217,7 @@ NO_MATCHES = {  # columns without a match
 
 
 # %% ../../nbs/07_evaluation/07_recording.ipynb #e16a8c05
-def columns_of_matches(
-    entries: Sequence[Entry],
-) -> dict[str, np.ndarray]:
+def columns_of_matches(entries: Sequence[Entry]) -> dict[str, np.ndarray]:
     "The kept matches of all passes, one after the other."
     kept = [kept_matches(entry) for entry in entries]
     number = np.arange(len(entries), dtype=np.int16)
@@ -466,9 +462,7 @@ def number_text(
 
 
 # %% ../../nbs/07_evaluation/07_recording.ipynb #0c5899d4
-def table(
-    recording: Recording,
-) -> str:
+def table(recording: Recording) -> str:
     "The table of a run: unguided medians, and the index of every kind of probe and of the guided passes."
     others = other_indices(recording)
     specs = {name: f"{max(len(name), 6)}.2f" for name in others}

@@ -76,10 +76,7 @@ Answers = Mapping[str, PointMap | ArrayLike | None]  # of pairs by their names; 
 
 
 # %% ../../nbs/07_evaluation/02_sets.ipynb #111e7101
-def warn_of_strangers(
-    pairs: Sequence[LandmarkPair],
-    predictions: Answers,
-) -> None:
+def warn_of_strangers(pairs: Sequence[LandmarkPair], predictions: Answers) -> None:
     "A warning that names answers to pairs that are not in the set."
     strange = sorted(set(predictions) - {pair.id for pair in pairs})
     if not strange:
@@ -110,10 +107,7 @@ def set_errors(
 
 
 # %% ../../nbs/07_evaluation/02_sets.ipynb #574b0d6a
-def rounded(
-    value: float | None,
-    digits: int = 2,
-) -> float | None:
+def rounded(value: float | None, digits: int = 2) -> float | None:
     "A figure as it is printed; None where it is not known or not finite."
     return None if value is None or not np.isfinite(value) else round(float(value), digits)
 

@@ -218,9 +218,7 @@ def read_backward(values: dict) -> Backward:
 
 
 # %% ../../nbs/01_geometry/04_bent.ipynb #5e0af868
-def affine_of(
-    point_map: PointMap,
-) -> np.ndarray:  # (3, 3)
+def affine_of(point_map: PointMap) -> np.ndarray:  # (3, 3)
     """The matrix of a map, or of the affine that it passes into.
 
     Convention: source points to destination points.

@@ -154,7 +154,7 @@ class LayerRecorder:
     def maps(
         self,
         layers: nn.ModuleList,  # layers that answer over the same image
-        grid: Grid,  # Grid of the tokens of that image
+        grid: Grid,  # of the tokens of that image
     ) -> tuple:
         "Maps (layers, Q, h, w), and which tokens are inside the field of view (h, w)."
         maps = np.stack([self.weights[layer].reshape(-1, *grid.shape) for layer in layers])

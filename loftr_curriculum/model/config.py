@@ -114,9 +114,7 @@ class MatcherConfig:
 
 
 # %% ../../nbs/05_model/00_config.ipynb #0b655e1d
-def check_variant(
-    config: "MatcherConfig",
-) -> None:
+def check_variant(config: "MatcherConfig") -> None:
     "Raises ValueError for an unknown variant, and for a choice that the variant does not have."
     if config.variant not in VARIANTS:
         raise ValueError(f"variant {config.variant!r}: expected {' or '.join(VARIANTS)}")
@@ -128,9 +126,7 @@ def check_variant(
 
 
 # %% ../../nbs/05_model/00_config.ipynb #5fc7692b
-def check_sizes(
-    config: "MatcherConfig",
-) -> None:
+def check_sizes(config: "MatcherConfig") -> None:
     "Raises ValueError for numbers that cannot work."
     if config.attention not in ("softmax", "linear"):
         raise ValueError(f"attention {config.attention!r}: expected softmax or linear")

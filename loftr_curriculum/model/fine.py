@@ -424,8 +424,8 @@ def move_by_flow(
     stage: FlowStage,
     result: CoarseResult,
     cells: CellMatches,
-    view0: ScaledView,  # ScaledView of the fixed images
-    view1: ScaledView,  # ScaledView of the moving images
+    view0: ScaledView,  # of the fixed images
+    view1: ScaledView,  # of the moving images
 ) -> tuple:
     "Points of image 0 and of image 1, (M, 2) each, pixels of the whole views."
     centres0, centres1 = points_of_cells(result, cells)
@@ -447,8 +447,8 @@ def refine_at_both_sizes(
     result: CoarseResult,
     k: int,  # which pair of the batch
     first: torch.Tensor,  # (3, 3) consensus, pixels of the small views
-    view0: ScaledView,  # ScaledView of the fixed images
-    view1: ScaledView,  # ScaledView of the moving images
+    view0: ScaledView,  # of the fixed images
+    view1: ScaledView,  # of the moving images
 ) -> tuple:
     """An answer (1, 3, 3) in pixels of the whole views, and the flow (1, 2, h, w) that it leaves.
 

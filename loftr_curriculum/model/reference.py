@@ -70,9 +70,7 @@ class GuidedAttention(nn.Module):
 
 
 # %% ../../nbs/05_model/09_reference.ipynb #a821485c
-def seen_at_points(
-    view: BatchView,
-) -> torch.Tensor:
+def seen_at_points(view: BatchView) -> torch.Tensor:
     "Which cells stand for a pixel inside the field of view, (B, ceil(H / 8) * ceil(W / 8)) bool."
     return view.field.bool()[:, ::COARSE, ::COARSE].flatten(1)
 
@@ -261,7 +259,7 @@ def window_errors(
     result: CoarseResult,
     links: torch.Tensor,  # (B, N) cell of the other image, or -1
     truth: torch.Tensor,  # (B, N, 2) where the centres truly lie in the other image
-    generator: torch.Generator,  # torch.Generator that draws the links
+    generator: torch.Generator,  # that draws the links
     back: bool = False,  # follow cells of image 1 into image 0?
 ) -> tuple:
     "Squared distances in window radii, the heat map's deviation, and the `(pair, cell)` drawn; each (M,)."
@@ -276,7 +274,7 @@ def window_terms(
     stage: WindowStage,
     result: CoarseResult,
     targets: CellTruth,  # the truth, with the fields of `training.supervision.Targets`
-    generator: torch.Generator,  # torch.Generator that draws the links
+    generator: torch.Generator,  # that draws the links
 ) -> FineTerms:
     "What every drawn link costs, followed forward and backward."
     ahead = window_errors(stage, result, targets.forward, targets.points1, generator)

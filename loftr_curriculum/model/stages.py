@@ -166,7 +166,7 @@ class CoarseResult:
 # %% ../../nbs/05_model/05_stages.ipynb #af94e883
 def seen_map(
     seen: torch.Tensor,  # (B, N) bool
-    grid: Grid,  # Grid of N cells
+    grid: Grid,  # of N cells
 ) -> torch.Tensor:
     "Which cells are inside the field of view, as a map (B, 1, rows, columns)."
     return seen.unflatten(1, grid.shape)[:, None]
@@ -220,10 +220,7 @@ def matched_cells(
 
 
 # %% ../../nbs/05_model/05_stages.ipynb #abc34bc8
-def points_of_cells(
-    result: CoarseResult,
-    cells: CellMatches,
-) -> tuple:
+def points_of_cells(result: CoarseResult, cells: CellMatches) -> tuple:
     "The points that matched cells of image 0 and of image 1 stand for, (M, 2) each, pixels."
     device = cells.pair.device
     return result.grid0.centres(device)[cells.cell0], result.grid1.centres(device)[cells.cell1]
@@ -370,8 +367,8 @@ class TwoStageMatcher(nn.Module, Pretrained):
 
     def compare(
         self,
-        view0: BatchView,  # BatchView of the fixed images
-        view1: BatchView,  # BatchView of the moving images
+        view0: BatchView,  # of the fixed images
+        view1: BatchView,  # of the moving images
         guidance: Guidance,
     ) -> CoarseResult:
         "`forward` of two views."

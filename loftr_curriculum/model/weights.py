@@ -55,9 +55,7 @@ from .config import PUBLISHED, REFERENCE, VARIANTS, MatcherConfig
 
 
 # %% ../../nbs/05_model/08_weights.ipynb #8279c011
-def make_matcher(
-    config: MatcherConfig,
-) -> nn.Module:
+def make_matcher(config: MatcherConfig) -> nn.Module:
     "A matcher of the variant that is asked for, with random weights; nothing is downloaded."
     module, name = VARIANTS[config.variant].network.split(":")
     return getattr(import_module(module), name)(config)
@@ -193,7 +191,7 @@ class Pretrained:
     def from_pretrained(
         cls,
         source: str | Path,  # folder, or `owner/model` on the Hub
-        device: torch.device | str = "cpu",  # torch device
+        device: torch.device | str = "cpu",
     ) -> "Pretrained":
         """A matcher in evaluation mode; no code of the source is executed.
 
@@ -375,7 +373,7 @@ def is_of_kind(
 
 # %% ../../nbs/05_model/08_weights.ipynb #c017a4dd
 def config_from(
-    values: dict,  # dict of a MatcherConfig, as a file has it
+    values: dict,  # of a MatcherConfig, as a file has it
     path: str | Path,  # of the file, for the error
 ) -> MatcherConfig:
     "The configuration; FileError where a value cannot be."
@@ -452,9 +450,7 @@ def _file_of(path):
 
 
 # %% ../../nbs/05_model/08_weights.ipynb #e0ba0107
-def refuse_device(
-    device: torch.device | str,  # name of a torch device
-) -> None:
+def refuse_device(device: torch.device | str) -> None:
     "ValueError where nothing can be computed there."
     try:
         torch.zeros(1, device=device).add(1).cpu()
@@ -468,7 +464,7 @@ def refuse_device(
 # %% ../../nbs/05_model/08_weights.ipynb #a58a5266
 def load_matcher(
     path: str | Path | None = None,  # weights file, or a name of PUBLISHED; None: "shipped"
-    device: torch.device | str = "cpu",  # torch device
+    device: torch.device | str = "cpu",
     published: MatcherConfig = REFERENCE,  # configuration of a published file, which carries none
 ) -> nn.Module:
     """A matcher in evaluation mode; `matcher.facts` holds what was stored with it. Downloads nothing.
@@ -522,7 +518,7 @@ def find_published(
 def load_reference(
     source: str | Path,  # one of PUBLISHED, or a file
     download: bool = False,  # fetch a named checkpoint where torch's cache does not hold it?
-    device: torch.device | str = "cpu",  # torch device
+    device: torch.device | str = "cpu",
     temp_bug_fix: bool | None = None,  # positions that the weights know; None: by the name, False for a file
 ) -> nn.Module:
     "A `ReferenceMatcher` in evaluation mode. Raises FileNotFoundError or ValueError, naming the file."

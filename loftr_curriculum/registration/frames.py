@@ -227,9 +227,7 @@ def mirror_map(
 
 
 # %% ../../nbs/06_registration/03_frames.ipynb #d0472ec7
-def mirrored_frame(
-    frame: Frame,
-) -> Frame:
+def mirrored_frame(frame: Frame) -> Frame:
     "The frame of the image with its columns reversed."
 
     def flip(plane):

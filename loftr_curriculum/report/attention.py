@@ -45,9 +45,7 @@ class AttentionPanel:
 
 
 # %% ../../nbs/08_report/03_attention.ipynb #7177416d
-def check_panel(
-    panel: AttentionPanel,
-) -> None:
+def check_panel(panel: AttentionPanel) -> None:
     "ValueError where the map has not one value for every cell of the image."
     height, width = panel.image.shape
     cells = -(-height // panel.cell), -(-width // panel.cell)
@@ -59,10 +57,7 @@ def check_panel(
 
 
 # %% ../../nbs/08_report/03_attention.ipynb #0b1026ac
-def draw_map(
-    axes: Axes,
-    panel: AttentionPanel,
-) -> None:
+def draw_map(axes: Axes, panel: AttentionPanel) -> None:
     "The map as squares, each over its own pixels."
     rows, columns = panel.weights.shape
     extent = (-0.5, columns * panel.cell - 0.5, rows * panel.cell - 0.5, -0.5)
@@ -71,10 +66,7 @@ def draw_map(
 
 
 # %% ../../nbs/08_report/03_attention.ipynb #45e0a108
-def draw_attention(
-    axes: Axes,
-    panel: AttentionPanel,
-) -> None:
+def draw_attention(axes: Axes, panel: AttentionPanel) -> None:
     "The image in grey, the map on it as squares, a cross on the token that asks, a ring around the answer."
     check_panel(panel)
     height, width = panel.image.shape

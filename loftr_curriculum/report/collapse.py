@@ -204,9 +204,7 @@ def draw_median_index(
 
 
 # %% ../../nbs/08_report/02_collapse.ipynb #99a926d0
-def dress_index(
-    axes: Axes,
-) -> None:
+def dress_index(axes: Axes) -> None:
     "Limits, names and whole epochs."
     axes.set(ylim=(0, 1))
     axes.set_xlabel("epoch", fontsize=8)
@@ -244,7 +242,7 @@ def draw_board(
     probe: int,  # number of the probe
     epoch: int,  # one of the recorded epochs
     guided: bool = False,  # the guided pass
-) -> Figure:  # Figure
+) -> Figure:
     "Lines, and the density of their end points, above; the index over the epochs and the thirds below."
     figure = new_figure(860, 540)
     grid = figure.add_gridspec(2, 2, height_ratios=(5, 4), width_ratios=(2, 1))
@@ -343,9 +341,7 @@ def write_film(
 
 
 # %% ../../nbs/08_report/02_collapse.ipynb #010d6f45
-def first_of_kinds(
-    recording: Recording,
-) -> list:  # of numbers of probes
+def first_of_kinds(recording: Recording) -> list:  # of numbers of probes
     "The first probe of every kind."
     return [next(k for k, p in enumerate(recording.probes) if p.kind == kind) for kind in recording.kinds]
 

@@ -71,7 +71,7 @@ def save_figure(
 
 # %% ../../nbs/08_report/00_plots.ipynb #952f4da7
 def figure_pixels(
-    figure: Figure,  # Figure with an Agg canvas
+    figure: Figure,  # with an Agg canvas
 ) -> np.ndarray:  # (H, W, 3) uint8 RGB
     "The figure as an image, for loggers."
     canvas = figure.canvas if isinstance(figure.canvas, FigureCanvasAgg) else FigureCanvasAgg(figure)
@@ -258,7 +258,7 @@ def shade_phases(
 
 # %% ../../nbs/08_report/00_plots.ipynb #fde6a7da
 def plot_curriculum(
-    axes: Axes,  # matplotlib Axes
+    axes: Axes,
     epochs: ArrayLike,  # (N,) ascending
     lam: ArrayLike,  # (N,) sched/lambda
     scaler: ArrayLike,  # (N,) sched/loss_w

@@ -47,9 +47,7 @@ def _shorten(text, most):  # to so many letters
 
 
 # %% ../../nbs/08_report/01_registration.ipynb #c4a4b713
-def agreement_text(
-    result: Registration,
-) -> str:
+def agreement_text(result: Registration) -> str:
     "The verdict, and how many matches agree with the map where there is one."
     matches = result.matches
     if result.moving_to_fixed is None:

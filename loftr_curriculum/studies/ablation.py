@@ -144,9 +144,7 @@ class Settings:
 
 
 # %% ../../nbs/11_studies/13_ablation.ipynb #29253595
-def check(
-    settings: Settings,
-) -> None:
+def check(settings: Settings) -> None:
     "Raises ValueError where these settings make no comparison."
     for arm in settings.arms:
         find_curriculum(arm)
@@ -241,7 +239,7 @@ RULE = (
 
 # %% ../../nbs/11_studies/13_ablation.ipynb #0a69ccf4
 def final(
-    run: dict,  # dict of `one_run`
+    run: dict,  # of `one_run`
     kind: str,  # "generated", "pseudo-real" or "real"
     figure: str,  # name in PASS_FIGURES
 ) -> float:
@@ -416,9 +414,7 @@ class EndsWithCommand(pl.Callback):
 
 
 # %% ../../nbs/11_studies/13_ablation.ipynb #8825c71f
-def recorders_of(
-    job: Job,
-) -> list:  # of callbacks
+def recorders_of(job: Job) -> list:  # of callbacks
     "What looks at the probes of a run after every epoch, real pairs by a recorder of their own."
 
     def known_pairs(val_pairs):
@@ -471,9 +467,7 @@ def found_by(
 
 
 # %% ../../nbs/11_studies/13_ablation.ipynb #f9534fd6
-def one_run(
-    job: Job,
-) -> dict:
+def one_run(job: Job) -> dict:
     "Train, look, score; what was found, from its file where it was found before."
     known = begun(job.result, {"arm": job.arm, "seed": job.seed, "strength": job.strength})
     if known:
@@ -536,9 +530,9 @@ def _run_in_words(
 
 # %% ../../nbs/11_studies/13_ablation.ipynb #42249797
 def do_runs(
-    jobs: list[Job],  # list of Job
+    jobs: list[Job],
     workers: int,  # processes
-    say: Callable[[str], None],  # function of one line of text
+    say: Callable[[str], None],
 ) -> Iterator[dict]:  # generator of dicts of `one_run`, in order
     "Eyes and probes first, then the runs, with the time that is left."
     todo = [not job.result.is_file() for job in jobs]
@@ -682,7 +676,7 @@ MEASURES = {  # name -> (kind of pairs or "landmarks", figure, +1 where more is 
 
 # %% ../../nbs/11_studies/13_ablation.ipynb #a4932c0c
 def value(
-    run: dict,  # dict of `one_run`
+    run: dict,  # of `one_run`
     measure: str,  # name in MEASURES
 ) -> float:  # nan where it is not known
     "What a run came to."
@@ -852,7 +846,7 @@ def collapsed_in_words(
 
 # %% ../../nbs/11_studies/13_ablation.ipynb #23c39c70
 def first_fall(
-    run: dict,  # dict of `one_run`
+    run: dict,  # of `one_run`
 ) -> int:
     "The first epoch whose lambda is below the first one's; the number of epochs where there was none."
     for epoch, lam in zip(run["epochs"], run["lam"]):

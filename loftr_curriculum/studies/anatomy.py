@@ -276,9 +276,7 @@ AROUND = ((1, 0), (-1, 0), (0, 1), (0, -1), (1, 1), (1, -1), (-1, 1), (-1, -1))
 
 
 # %% ../../nbs/11_studies/01_anatomy.ipynb #71479c24
-def neighbours(
-    pixel: tuple[int, int],
-) -> list[tuple[int, int]]:
+def neighbours(pixel: tuple[int, int]) -> list[tuple[int, int]]:
     "The eight pixels around one, those at its sides first."
     return [(pixel[0] + dx, pixel[1] + dy) for dx, dy in AROUND]
 

@@ -81,9 +81,7 @@ def sees(
 
 
 # %% ../../nbs/11_studies/10_bending.ipynb #7d2ff1a2
-def bent_pair(
-    sample: PairSample,
-) -> BentPair:
+def bent_pair(sample: PairSample) -> BentPair:
     "The pictures of a sample and its true points."
     height, width = sample.image0.shape
     x, y = (np.arange(length // COARSE) * COARSE + (COARSE - 1) / 2 for length in (width, height))
@@ -128,9 +126,7 @@ def median_distance(
 
 
 # %% ../../nbs/11_studies/10_bending.ipynb #4a198336
-def residual_of(
-    pair: BentPair,
-) -> float:  # px of the moving image, root mean square
+def residual_of(pair: BentPair) -> float:  # px of the moving image, root mean square
     "What the best affine through the true points leaves."
     design = np.c_[np.ones(len(pair.fixed_points)), pair.fixed_points]
     coefficients = np.linalg.lstsq(design, pair.moving_points, rcond=None)[0]

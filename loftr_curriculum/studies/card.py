@@ -53,7 +53,13 @@ from tqdm.auto import tqdm
 
 from ..data.landmarks import LandmarkPair, read_landmark_set
 from ..data.preprocess import estimate_fov, to_gray
-from ..data.pseudo_real import PSEUDO_REAL_VERSION, SPECIFICATION, RawPair, pseudo_real_pairs
+from ..data.pseudo_real import (
+    PSEUDO_REAL_VERSION,
+    SPECIFICATION,
+    PseudoReal,
+    RawPair,
+    pseudo_real_pairs,
+)
 from ..evaluation.metrics import at_512, auc, landmark_error, success_rate
 from ..geometry import decompose, overlap
 from ..io.files import FileError, read_bytes, read_json, write_json
@@ -109,9 +115,9 @@ def figures_of(
 
 # %% ../../nbs/11_studies/11_card.ipynb #60f98a61
 def judged(
-    pair: RawPair | LandmarkPair,  # RawPair or LandmarkPair
+    pair: RawPair | LandmarkPair,
     matcher: object,  # as in `registration.register`
-    config: RegistrationConfig | None = None,  # RegistrationConfig
+    config: RegistrationConfig | None = None,
 ) -> dict:  # error (px at 512 px, None for no answer), verdict, seconds
     "Register a pair and compare with its landmarks."
     start = time.perf_counter()
@@ -126,9 +132,7 @@ def judged(
 
 
 # %% ../../nbs/11_studies/11_card.ipynb #563705af
-def hardness(
-    pair: RawPair,
-) -> dict:  # angle_deg, scale, shift, shared
+def hardness(pair: RawPair) -> dict:  # angle_deg, scale, shift, shared
     """How far the two images of a pair are from each other.
 
     `angle_deg` in [0, 180], `scale` in moving px per fixed px, `shift` as a share of the side, `shared` as a
@@ -147,7 +151,7 @@ def hardness(
 
 # %% ../../nbs/11_studies/11_card.ipynb #1743867f
 def errors_of(
-    rows: Iterable[dict],  # iterable of rows as from `judged`
+    rows: Iterable[dict],  # rows as from `judged`
 ) -> np.ndarray:  # (N,) px at 512 px, inf for no answer
     "The errors of rows."
     return np.array([np.inf if r["error"] is None else r["error"] for r in rows], float)
@@ -159,7 +163,7 @@ CLASSES = {"under 10 px": (0, 10), "10 to 20": (10, 20), "over 20 px": (20, np.i
 
 # %% ../../nbs/11_studies/11_card.ipynb #d6785633
 def verdict_table(
-    rows: Iterable[dict],  # iterable of rows as from `judged`
+    rows: Iterable[dict],  # rows as from `judged`
 ) -> dict:  # verdict -> class of error -> number of pairs
     "What was said beside what was true."
     rows = list(rows)
@@ -184,7 +188,7 @@ HARD = {  # name -> does a row belong?
 
 # %% ../../nbs/11_studies/11_card.ipynb #ac62feaa
 def hard_groups(
-    rows: Sequence[dict],  # list of rows with `hardness`
+    rows: Sequence[dict],  # rows with `hardness`
 ) -> dict:  # name -> [figures of the pairs that belong, figures of the others]
     "What each kind of difficulty costs."
     errors = errors_of(rows)
@@ -203,14 +207,14 @@ def sha256_of(
 # %% ../../nbs/11_studies/11_card.ipynb #aff7432a
 def judge_list(
     matcher: object,  # as in `registration.register`
-    rows: dict[str, dict],  # dict of rows by pair that are known already; it is filled
+    rows: dict[str, dict],  # rows by pair that are known already; it is filled
     limit: int | None = None,  # pairs of each mode, the first ones; None: all
     folder: str | Path | None = None,  # where the pairs are kept, or will be; None: make them afresh
     keep: Callable[[], None] = lambda: None,  # called after every new row
     workers: int = 2,  # processes that make pairs
     progress: bool = True,  # show a progress bar
-    config: RegistrationConfig | None = None,  # RegistrationConfig
-    spec: str = SPECIFICATION,  # another one is another list
+    config: RegistrationConfig | None = None,
+    spec: PseudoReal = SPECIFICATION,  # another one is another list
 ) -> None:
     "Register the pairs of the pseudo-real list that have no row yet."
     count = min(limit or spec.per_mode, spec.per_mode)
@@ -240,7 +244,7 @@ def _settings(**more):
 
 # %% ../../nbs/11_studies/11_card.ipynb #aeb49c2d
 def summary(
-    rows: dict[str, dict],  # dict of rows by pair
+    rows: dict[str, dict],  # rows by pair
 ) -> dict:  # scores per mode and over all, verdicts, hard pairs, median seconds
     "What the rows of a list say."
     by_mode = {m: [r for i, r in rows.items() if i.startswith(f"{m}_")] for m in MODES}
@@ -294,7 +298,7 @@ def score_weights(
     device: str = "cpu",  # torch device
     workers: int = 2,  # processes that make pairs
     progress: bool = True,  # show a progress bar
-    spec: str = SPECIFICATION,  # another one is another list, and its card none of the package
+    spec: PseudoReal = SPECIFICATION,  # another one is another list, and its card none of the package
 ) -> dict:  # what was written
     """Measure a card.
 
@@ -558,9 +562,7 @@ def card_of(
 
 
 # %% ../../nbs/11_studies/11_card.ipynb #55974de5
-def describe_matcher(
-    matcher: "TwoStageMatcher",  # Matcher or ReferenceMatcher
-) -> str:
+def describe_matcher(matcher: "TwoStageMatcher") -> str:
     "Architecture and size in a line."
     config = matcher.config
     count = sum(p.numel() for p in matcher.parameters())
@@ -613,7 +615,7 @@ def card_text(
 
 # %% ../../nbs/11_studies/11_card.ipynb #4f946790
 def worst(
-    rows: dict[str, dict],  # dict of rows by pair
+    rows: dict[str, dict],  # rows by pair
     count: int = 3,  # pairs, of different modes as far as there are any
 ) -> list:  # of ids
     "The worst answers."
@@ -635,7 +637,7 @@ def worst(
 # %% ../../nbs/11_studies/11_card.ipynb #ca28b420
 def why(
     name: str,  # of a pair
-    rows: dict[str, dict],  # dict of rows by pair
+    rows: dict[str, dict],  # rows by pair
 ) -> str:
     "One sentence about a failure: what was asked, and what such pairs cost."
     row = rows[name]
@@ -669,7 +671,7 @@ def curve(
     device: str = "cpu",  # torch device
     workers: int = 2,  # processes that make pairs
     progress: bool = True,  # show a progress bar
-    spec: str = SPECIFICATION,  # another one is another list
+    spec: PseudoReal = SPECIFICATION,  # another one is another list
 ) -> dict:  # what was written
     "Score weights that saw different numbers of training pairs on the same pairs."
     from ..model.weights import load_matcher

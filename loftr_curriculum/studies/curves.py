@@ -78,7 +78,7 @@ def figures_of_set(
 def draw_curves(
     result: dict,  # from `measure_curves`
     most: float = 25.0,  # px of the horizontal axis
-) -> Figure:  # Figure
+) -> Figure:
     "A panel for every set: the share of its pairs under each error."
     figure = new_figure(330 * len(result["sets"]), 260, 80)
     panels = figure.subplots(1, len(result["sets"]), squeeze=False)[0]

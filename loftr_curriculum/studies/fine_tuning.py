@@ -232,7 +232,7 @@ def data_of(
 
 # %% ../../nbs/11_studies/12_fine_tuning.ipynb #6d284ea6
 def tests_of(
-    data: DataConfig,  # DataConfig of `data_of`
+    data: DataConfig,  # of `data_of`
 ) -> dict:  # "new" and "old" -> ValPairs
     "The pairs on which every matcher is measured."
     return {
@@ -243,7 +243,7 @@ def tests_of(
 
 # %% ../../nbs/11_studies/12_fine_tuning.ipynb #eca93621
 def errors_of(
-    matcher: Matcher,  # Matcher in evaluation mode
+    matcher: Matcher,  # in evaluation mode
     pairs: ValPairs,
     batch: int = 8,  # pairs at once
 ) -> tuple:  # errors (N,) px at 512 px, inf for no answer; names of the eyes (N,)
@@ -510,7 +510,7 @@ TITLES = {"new": "new camera, held-out patients", "old": "old domain, report eye
 def draw_fine_tuning(
     result: dict,  # of `run_fine_tuning`
     limit: float = 40.0,  # px of the horizontal axis
-) -> Figure:  # Figure
+) -> Figure:
     "The share of the pairs under each error, for both domains."
     figure = new_figure(720, 300, 80)
     for axes, (domain, title) in zip(figure.subplots(1, 2, sharey=True), TITLES.items()):

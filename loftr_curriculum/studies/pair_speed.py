@@ -20,7 +20,7 @@ from ..retina.world import run_jobs
 
 # %% ../../nbs/11_studies/02_pair_speed.ipynb #4dcd8bd4
 def worlds_per_minute(
-    config: DataConfig,  # DataConfig with a `cache` in which no training eye has been rendered
+    config: DataConfig,  # with a `cache` in which no training eye has been rendered
 ) -> float:
     """Training eyes rendered per minute by `config.render_workers` processes.
 
@@ -42,7 +42,7 @@ def _draw_block(job):
 
 # %% ../../nbs/11_studies/02_pair_speed.ipynb #30fa10df
 def draws_per_second(
-    config: DataConfig,  # DataConfig whose eyes are in the cache
+    config: DataConfig,  # whose eyes are in the cache
     processes: int = 2,  # at the same time
     blocks: int = 5,  # measurements
     count: int = 150,  # pairs in a block and process, after 20 to warm up
@@ -65,7 +65,7 @@ def _seconds_of(data, stream, batches, device):
 
 # %% ../../nbs/11_studies/02_pair_speed.ipynb #db8922fc
 def loaded_per_second(
-    config: DataConfig,  # DataConfig whose eyes are in the cache
+    config: DataConfig,  # whose eyes are in the cache
     blocks: int = 5,  # measurements
     batches: int = 20,  # in a block
     warm: int = 6,  # batches that come before the first

@@ -120,9 +120,7 @@ def _affine_through(matches):
 
 
 # %% ../../nbs/11_studies/06_precision.ipynb #9f7cbdaa
-def tensors_of(
-    sample: PairSample,
-) -> tuple:  # two images (1, 1, H, W), two fields of view (1, H, W)
+def tensors_of(sample: PairSample) -> tuple:  # two images (1, 1, H, W), two fields of view (1, H, W)
     "A pair as a batch of one."
     import torch
 
@@ -204,9 +202,7 @@ def figures(
 
 
 # %% ../../nbs/11_studies/06_precision.ipynb #3aed1714
-def source_of(
-    config: PrecisionConfig,
-) -> GeneratedSource:
+def source_of(config: PrecisionConfig) -> GeneratedSource:
     "Eyes of the seeds for reports."
     seeds = seeds_of("report", max(4, config.pairs))
     bank = WorldBank(seeds, config.eye, workers=1, progress=False)

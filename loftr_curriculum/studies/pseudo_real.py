@@ -51,9 +51,7 @@ def score_system(
 
 
 # %% ../../nbs/11_studies/16_pseudo_real.ipynb #a4c3e3ac
-def figure_text(
-    value: float | int | None,
-) -> str:
+def figure_text(value: float | int | None) -> str:
     "A figure as a cell of the table."
     if value is None:
         return "-"

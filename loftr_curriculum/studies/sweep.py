@@ -68,9 +68,7 @@ class SweepConfig:
 
 
 # %% ../../nbs/11_studies/05_sweep.ipynb #5967487e
-def mild_motion(
-    rng: np.random.Generator,
-) -> dict[str, float]:
+def mild_motion(rng: np.random.Generator) -> dict[str, float]:
     "Degrees, ratio and share of the side of a motion that is mild in all three."
     return dict(rotation=rng.uniform(-5, 5), scale=np.exp(rng.uniform(-0.05, 0.05)), shift=0.05)
 
@@ -80,7 +78,7 @@ def swept_transform(
     axis: str,  # rotation, scale or shift
     value: float,  # degrees, ratio or share of the side
     side: int,  # px a side of both images
-    rng: np.random.Generator,  # np.random.Generator: the mild rest, the same draws for every axis and value
+    rng: np.random.Generator,  # the mild rest, the same draws for every axis and value
 ) -> np.ndarray:
     "A similarity `fixed_to_moving` (3, 3) that has exactly `value` on the axis."
     sign = rng.choice([-1, 1])

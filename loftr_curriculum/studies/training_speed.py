@@ -73,10 +73,7 @@ def _now(module):
 
 
 # %% ../../nbs/11_studies/03_training_speed.ipynb #348f531d
-def timed_trainer(
-    config: TrainConfig,
-    clock: StepClock,
-) -> pl.Trainer:
+def timed_trainer(config: TrainConfig, clock: StepClock) -> pl.Trainer:
     "One epoch as `train` goes through it, without validation and checkpoints."
     return pl.Trainer(
         max_epochs=1,
@@ -121,7 +118,7 @@ def waiting_share(
 
 # %% ../../nbs/11_studies/03_training_speed.ipynb #c2c7d201
 def rates_of(
-    config: TrainConfig,  # TrainConfig whose data have an empty cache
+    config: TrainConfig,  # whose data have an empty cache
     processes: int,  # that draw
     blocks: int,  # measurements of each rate
     count: int,  # pairs in a block and process of the bare draw
@@ -141,7 +138,7 @@ def rates_of(
 
 # %% ../../nbs/11_studies/03_training_speed.ipynb #bee727cf
 def trainings_of(
-    config: TrainConfig,  # TrainConfig whose eyes are in the cache
+    config: TrainConfig,  # whose eyes are in the cache
     processes: int,  # that load
     steps: int,  # training steps that are timed
 ) -> dict:

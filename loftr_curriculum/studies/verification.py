@@ -132,9 +132,7 @@ def answered(
 
 
 # %% ../../nbs/11_studies/09_verification.ipynb #bb8761c9
-def is_right(
-    rows: list,
-) -> np.ndarray:  # (N,) bool
+def is_right(rows: list) -> np.ndarray:  # (N,) bool
     "Which answers are right."
     return np.array([row["error"] is not None and row["error"] < RIGHT_PX for row in rows], bool)
 
@@ -154,9 +152,7 @@ def agreement_of(
 
 
 # %% ../../nbs/11_studies/09_verification.ipynb #32a21def
-def numbers_table(
-    rows: list,
-) -> np.ndarray:  # (N, 6) in the order of `READS`
+def numbers_table(rows: list) -> np.ndarray:  # (N, 6) in the order of `READS`
     "What the curve reads of every row."
     numbers = [numbers_of(agreement_of(row)) for row in rows]
     return np.array([[n[name] for name in READS] for n in numbers])
@@ -185,10 +181,7 @@ def fit_curve(
 
 
 # %% ../../nbs/11_studies/09_verification.ipynb #98a4ec53
-def probabilities(
-    rows: list,
-    curve: Curve,
-) -> np.ndarray:  # (N,)
+def probabilities(rows: list, curve: Curve) -> np.ndarray:  # (N,)
     "What the curve says of every row."
     return np.array([probability_of(agreement_of(row), curve) for row in rows])
 

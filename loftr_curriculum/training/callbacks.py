@@ -194,10 +194,7 @@ def spell(
 
 
 # %% ../../nbs/09_training/05_callbacks.ipynb #814de199
-def say(
-    trainer: pl.Trainer,
-    line: str,  # text
-) -> None:
+def say(trainer: pl.Trainer, line: str) -> None:
     "Print above the progress bar where there is one; once, also where there are many processes."
     if not trainer.is_global_zero:
         return
@@ -251,7 +248,7 @@ class Progress(pl.Callback):
 
     def left(
         self,
-        trainer: pl.Trainer,  # Trainer in training
+        trainer: pl.Trainer,  # in training
     ) -> float | None:  # seconds; None before enough is measured
         "What the rest of the run takes at the pace of this session."
         if self.steps < self.enough:

@@ -93,9 +93,7 @@ def find_curriculum(
 
 
 # %% ../../nbs/09_training/00_config.ipynb #4504d3b9
-def check_choices(
-    config: "TrainConfig",
-) -> None:
+def check_choices(config: "TrainConfig") -> None:
     "Raises ValueError for a word that is none of its choices, and for choices that exclude each other."
     find_curriculum(config.curriculum)
     if config.precision not in ("auto", "32", "bf16"):
@@ -108,9 +106,7 @@ def check_choices(
 
 
 # %% ../../nbs/09_training/00_config.ipynb #61043c82
-def check_numbers(
-    config: "TrainConfig",
-) -> None:
+def check_numbers(config: "TrainConfig") -> None:
     "Raises ValueError for a number out of range."
     for name in ("epochs", "collapse_patience"):
         if getattr(config, name) < 1:

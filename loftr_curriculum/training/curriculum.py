@@ -142,7 +142,7 @@ class CurriculumScheduler(pl.Callback):
 # %% ../../nbs/09_training/01_curriculum.ipynb #00362a95
 def end_teaching_when_calm(
     scheduler: CurriculumScheduler,
-    trainer: pl.Trainer,  # Trainer at the end of an epoch that was recorded
+    trainer: pl.Trainer,  # at the end of an epoch that was recorded
 ) -> None:
     """Count recordings without collapse; after enough of them weaning begins with the next epoch.
 

@@ -164,11 +164,11 @@ def vessel_weights(
 # %% ../../nbs/09_training/03_losses.ipynb #cf14f081
 def matching_loss(
     matcher: TwoStageMatcher,  # the matcher that made the result; its fine stage brings its terms
-    result: CoarseResult,  # CoarseResult of the guided forward pass
+    result: CoarseResult,  # of the guided forward pass
     targets: Targets,
     mask0: torch.Tensor,  # (B, H0, W0) soft vessel mask in [0, 1]
     mask1: torch.Tensor,  # (B, H1, W1)
-    generator: torch.Generator,  # torch.Generator for what the fine stage draws
+    generator: torch.Generator,  # for what the fine stage draws
     guidance: Guidance = UNGUIDED,  # Engine 2 acts through vessel_loss_weight_scaler
 ) -> Loss:
     "Weighted coarse and fine loss; finite also for a batch without any true link."

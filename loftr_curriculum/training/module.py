@@ -49,7 +49,7 @@ from .supervision import cell_frame, supervise
 
 # %% ../../nbs/09_training/04_module.ipynb #9d89a3d0
 def quick_error(
-    matches: Matches,  # Matches of one pair
+    matches: Matches,  # of one pair
     fov0: np.ndarray,  # (H, W) bool
     fixed_to_moving: np.ndarray,  # (3, 3) true map
     size1: tuple[int, int],  # (height, width) of the moving image
@@ -72,9 +72,7 @@ def mean_auc(
 
 
 # %% ../../nbs/09_training/04_module.ipynb #01dcb353
-def first_matcher(
-    config: TrainConfig,
-) -> TwoStageMatcher:
+def first_matcher(config: TrainConfig) -> TwoStageMatcher:
     """What a run starts from: random weights, or those of `init` with the configuration that they carry.
 
     Raises ValueError where `config.matcher` asks for another one."""
@@ -94,8 +92,8 @@ def first_matcher(
 
 # %% ../../nbs/09_training/04_module.ipynb #c3dd6a3a
 def check_same_matcher(
-    has: MatcherConfig,  # MatcherConfig of the weights
-    want: MatcherConfig,  # MatcherConfig that the run asks for
+    has: MatcherConfig,  # of the weights
+    want: MatcherConfig,  # that the run asks for
     init: str | None,  # where the weights come from
 ) -> None:
     "Raises ValueError where a field was asked for that is neither the default nor what the weights have."
@@ -224,10 +222,7 @@ def forward_batch(
 
 
 # %% ../../nbs/09_training/04_module.ipynb #09cfa2bb
-def training_step(
-    module: PL_LoFTR,
-    batch: PairBatch,
-) -> torch.Tensor:
+def training_step(module: PL_LoFTR, batch: PairBatch) -> torch.Tensor:
     "The weighted loss of a batch under the module's guidance."
     batch = with_masks(batch, module.config.phases.mask)
     result = forward_batch(module.matcher, batch, module.guidance)
@@ -250,7 +245,7 @@ def training_step(
 # %% ../../nbs/09_training/04_module.ipynb #f4c127bd
 def log_loss(
     module: PL_LoFTR,
-    loss: Loss,  # Loss of a step
+    loss: Loss,  # of a step
     pairs: int,  # pairs of the batch
 ) -> None:
     "The loss of this step for the progress bar, and its parts into the means of the epoch."
@@ -273,11 +268,7 @@ COLLAPSE = (
 
 
 # %% ../../nbs/09_training/04_module.ipynb #8360c9f9
-def validate(
-    module: PL_LoFTR,
-    batch: PairBatch,
-    guidance: Guidance,
-) -> tuple:
+def validate(module: PL_LoFTR, batch: PairBatch, guidance: Guidance) -> tuple:
     "Corner errors (B,) at 512 px, and the mean collapse figures of the batch."
     shown = with_masks(batch, module.config.phases.mask)
     found = module.matcher.match(

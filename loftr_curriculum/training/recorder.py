@@ -57,19 +57,13 @@ from .module import PL_LoFTR
 class ProbeSources:
     "The probe pairs that a configuration names."
 
-    def __init__(
-        self,
-        config: TrainConfig,
-    ):
+    def __init__(self, config: TrainConfig):
         self.config = config
         self.real = []
         if config.probe_real and config.record_every:
             self.real = real_probes(config.probe_real, config.data.size)
 
-    def __call__(
-        self,
-        val_pairs: ValPairs,
-    ) -> list:  # of Probe
+    def __call__(self, val_pairs: ValPairs) -> list:  # of Probe
         "Validation pairs first, then pseudo-real and real ones."
         config = self.config
         pseudo = []
@@ -145,7 +139,7 @@ def measure_probes(
     recorder: MatchRecorder,
     trainer: pl.Trainer,
     module: PL_LoFTR,
-    guidance: Guidance,  # Guidance of this pass
+    guidance: Guidance,  # of this pass
 ) -> list:
     "Matches and figures of every probe, in the precision in which the run validates."
     probes = recorder.recording.probes
@@ -197,12 +191,7 @@ LOGGED = (
 
 
 # %% ../../nbs/09_training/09_recorder.ipynb #cf5dba65
-def log_recording(
-    recorder: MatchRecorder,
-    trainer: pl.Trainer,
-    module: PL_LoFTR,
-    epoch: int,
-) -> None:
+def log_recording(recorder: MatchRecorder, trainer: pl.Trainer, module: PL_LoFTR, epoch: int) -> None:
     "Scalars to all loggers; picture and share of time to those that show pictures."
     log_scalars(recorder.recording, module, epoch)
     for logger in trainer.loggers:
@@ -211,11 +200,7 @@ def log_recording(
 
 
 # %% ../../nbs/09_training/09_recorder.ipynb #ee43f162
-def log_scalars(
-    recording: Recording,
-    module: PL_LoFTR,
-    epoch: int,
-) -> None:
+def log_scalars(recording: Recording, module: PL_LoFTR, epoch: int) -> None:
     "Medians over all probes, over the guided passes, and over each kind where there are several."
     groups = {"probe": {}, "probe_guided": {"guided": True}}
     if len(recording.kinds) > 1:

@@ -95,7 +95,7 @@ HELD = (
 # %% ../../nbs/09_training/11_resume.ipynb #d9a3d45f
 def refuse_other_checkpoint(
     saved: dict[str, Any],  # dict, as read
-    module: PL_LoFTR,  # PL_LoFTR that shall go on
+    module: PL_LoFTR,  # that shall go on
     path: str | Path,  # of the checkpoint, for the error
 ) -> None:
     "FileError where a run cannot go on from it."
@@ -117,9 +117,7 @@ SOON = 5.0  # seconds that a run waits for the next pairs when it was asked to s
 
 # %% ../../nbs/09_training/11_resume.ipynb #6520f7ca
 @contextmanager
-def polite_stop(
-    last: "LastCheckpoint",
-) -> Iterator[None]:
+def polite_stop(last: "LastCheckpoint") -> Iterator[None]:
     """Inside, the first Ctrl-C, SIGTERM or SIGHUP asks `last` to stop the run; a second one interrupts it.
 
     Does nothing outside the main thread, where Python allows no handlers."""
@@ -170,7 +168,7 @@ def no_process_left() -> Iterator[None]:
 
 # %% ../../nbs/09_training/11_resume.ipynb #b1f00c10
 def end_loaders(
-    strangers: set,  # set of processes that stay
+    strangers: set,  # of processes that stay
 ) -> None:
     "Ends the loaders of a run that stops; nothing outside the main thread."
     if not heeded() or not hasattr(signal, "SIGCHLD"):
@@ -295,11 +293,7 @@ class LastCheckpoint(Checkpoint):
 
 
 # %% ../../nbs/09_training/11_resume.ipynb #df789e5e
-def begin_epoch_again(
-    callbacks: Sequence[pl.Callback],  # list
-    trainer: pl.Trainer,
-    module: PL_LoFTR,
-) -> None:
+def begin_epoch_again(callbacks: Sequence[pl.Callback], trainer: pl.Trainer, module: PL_LoFTR) -> None:
     "Tell callbacks and module that an epoch has started, which Lightning does not where it goes on in one."
     for callback in callbacks:
         callback.on_train_epoch_start(trainer, module)
@@ -308,7 +302,7 @@ def begin_epoch_again(
 
 # %% ../../nbs/09_training/11_resume.ipynb #e83aa1c8
 def skip_taken_batches(
-    trainer: pl.Trainer,  # Trainer that goes on in the middle of an epoch
+    trainer: pl.Trainer,  # that goes on in the middle of an epoch
 ) -> None:
     "The loader begins behind the batches that the epoch has used."
     taken = trainer.fit_loop.batch_idx + 1

@@ -108,7 +108,7 @@ FILES = ("init", "data.triplets", "data.pairs")
 
 # %% ../../nbs/09_training/06_run.ipynb #4448c328
 def what_counts(
-    config: dict,  # dict of a TrainConfig
+    config: dict,  # of a TrainConfig
 ) -> dict:
     "What has to be the same where a run goes on, as a flat dict."
     flat = {k: v for k, v in config.items() if k != "data"}
@@ -183,9 +183,7 @@ def planned_phases(
 
 
 # %% ../../nbs/09_training/06_run.ipynb #de38adc5
-def claim_folder(
-    config: TrainConfig,
-) -> RunFolder:
+def claim_folder(config: TrainConfig) -> RunFolder:
     """Makes the folder of a run and writes its configuration.
 
     Raises ValueError, naming what differs, where the folder holds another run."""
@@ -223,9 +221,7 @@ def computes_bf16() -> bool:
 
 
 # %% ../../nbs/09_training/06_run.ipynb #39ea5719
-def precision_of(
-    config: TrainConfig,
-) -> str:
+def precision_of(config: TrainConfig) -> str:
     "Lightning's name for the precision."
     if config.precision == "auto":
         return "bf16-mixed" if computes_bf16() else "32-true"
@@ -283,9 +279,7 @@ def recorder_of(
 
 
 # %% ../../nbs/09_training/06_run.ipynb #7ff56229
-def loggers_of(
-    folder: RunFolder,
-) -> list:
+def loggers_of(folder: RunFolder) -> list:
     "CSV and TensorBoard logs of the next session."
     session = f"session_{len(folder.sessions()):02d}"
     return [
@@ -297,7 +291,7 @@ def loggers_of(
 # %% ../../nbs/09_training/06_run.ipynb #60878594
 def facts_of(
     config: TrainConfig,
-    trainer: pl.Trainer,  # Trainer after the run
+    trainer: pl.Trainer,  # after the run
     epoch: int,  # whose weights are kept
 ) -> dict:
     "What a weights file says about its training; `before` holds the facts of the weights it started from."
@@ -320,9 +314,7 @@ def facts_of(
 
 
 # %% ../../nbs/09_training/06_run.ipynb #13efbc38
-def config_to_tell(
-    config: TrainConfig,
-) -> dict:
+def config_to_tell(config: TrainConfig) -> dict:
     "The configuration without folders of the machine, as plain values."
     data = replace(config.data, cache=None)
     told = replace(config, out="", val_real=None, probe_real=None, data=data)
@@ -330,9 +322,7 @@ def config_to_tell(
 
 
 # %% ../../nbs/09_training/06_run.ipynb #0c557bd4
-def seconds_of(
-    trainer: pl.Trainer,
-) -> float:
+def seconds_of(trainer: pl.Trainer) -> float:
     "Seconds of training over all sessions."
     watches = [c for c in trainer.callbacks if isinstance(c, Stopwatch)]
     return watches[0].seconds if watches else 0.0
@@ -384,7 +374,7 @@ def module_of(
 def trainer_of(
     config: TrainConfig,
     folder: RunFolder,
-    callbacks: Sequence[pl.Callback],  # list
+    callbacks: Sequence[pl.Callback],
     progress: bool,  # show a progress bar?
 ) -> pl.Trainer:
     "Lightning's trainer for this run."
@@ -425,12 +415,7 @@ def how_it_ended(
 
 
 # %% ../../nbs/09_training/06_run.ipynb #8099ee29
-def fit(
-    trainer: pl.Trainer,
-    module: PL_LoFTR,
-    data: PairDataModule,
-    last: LastCheckpoint,
-) -> None:
+def fit(trainer: pl.Trainer, module: PL_LoFTR, data: PairDataModule, last: LastCheckpoint) -> None:
     "Train from the last checkpoint where there is one; the first interruption stops politely."
     start = last.path if last.path.is_file() else None
     try:
@@ -447,7 +432,7 @@ def fit(
 def keep_weights(
     config: TrainConfig,
     folder: RunFolder,
-    trainer: pl.Trainer,  # Trainer after the run
+    trainer: pl.Trainer,  # after the run
 ) -> None:
     "Writes the weights file of the run: those of the best epoch, or of the last one."
     best = config.keep == "best" and folder.best.is_file()
@@ -459,7 +444,7 @@ def keep_weights(
 @contextmanager
 def own_folder(
     config: TrainConfig,
-    module: PL_LoFTR,  # PL_LoFTR that the last checkpoint is for
+    module: PL_LoFTR,  # that the last checkpoint is for
 ) -> Iterator[RunFolder]:
     """Inside, no other run works in the folder; yields its RunFolder.
 

@@ -51,7 +51,7 @@ class Targets:
 # %% ../../nbs/09_training/02_supervision.ipynb #d229d1a7
 def link_cells(
     points: torch.Tensor,  # (B, N, 2) where the centres truly lie in the other image, pixels
-    grid: Grid,  # Grid of the other image
+    grid: Grid,  # of the other image
     seen_from: torch.Tensor,  # (B, N) bool
     seen_to: torch.Tensor,  # (B, len(grid)) bool
 ) -> torch.Tensor:
@@ -64,7 +64,7 @@ def link_cells(
 # %% ../../nbs/09_training/02_supervision.ipynb #f0f2ca24
 def close_cells(
     points: torch.Tensor,  # (B, N, 2) where the centres truly lie in the other image, pixels
-    grid: Grid,  # Grid of the other image
+    grid: Grid,  # of the other image
 ) -> tuple:
     "Pair of the batch, centre and cell that lie within `CLOSE` of each other, (M,) each."
     stride = grid.stride
@@ -79,7 +79,7 @@ def close_cells(
 # %% ../../nbs/09_training/02_supervision.ipynb #593a5a5e
 def true_points(
     matrix: torch.Tensor,  # (B, 3, 3) true map, or its affine part, pixels
-    grid: Grid,  # Grid whose centres are mapped
+    grid: Grid,  # whose centres are mapped
     points: torch.Tensor | None,  # (B, rows, columns, 2) where they truly lie; None: by the matrix
 ) -> torch.Tensor:
     """Where the centres of the cells truly lie in the other image, (B, len(grid), 2).
@@ -98,8 +98,8 @@ def true_points(
 @torch.no_grad()
 def supervise(
     fixed_to_moving: torch.Tensor,  # (B, 3, 3) true map from image 0 to image 1, pixels
-    grid0: Grid,  # Grid of the coarse cells of image 0
-    grid1: Grid,  # Grid of the coarse cells of image 1
+    grid0: Grid,  # of the coarse cells of image 0
+    grid1: Grid,  # of the coarse cells of image 1
     seen0: torch.Tensor,  # (B, L) bool: cells of image 0 inside the field of view
     seen1: torch.Tensor,  # (B, S) bool
     map_0to1: torch.Tensor | None = None,  # (B, *grid0.shape, 2) image 0 to image 1; None: by the matrix
@@ -143,7 +143,7 @@ class Truth:
 # %% ../../nbs/09_training/02_supervision.ipynb #f1d223a5
 def move_map(
     points: torch.Tensor | None,  # (B, rows, columns, 2) where the centres truly lie in the other image
-    grid: Grid,  # Grid of the image that is mapped
+    grid: Grid,  # of the image that is mapped
     matrix: torch.Tensor,  # (B, 3, 3) true map, or its affine part
 ) -> torch.Tensor | None:
     """The same of the points that the cells stand for; the matrix carries it over the pixels between them.
@@ -159,8 +159,8 @@ def move_map(
 # %% ../../nbs/09_training/02_supervision.ipynb #09f4b23b
 def cell_frame(
     batch: PairBatch,
-    grid0: Grid,  # Grid of the coarse cells of image 0
-    grid1: Grid,  # Grid of the coarse cells of image 1, with the same offset
+    grid0: Grid,  # of the coarse cells of image 0
+    grid1: Grid,  # of the coarse cells of image 1, with the same offset
 ) -> Truth:
     "The truth and the masks of a batch in the frame in which cells stand for their centres."
     fixed_to_moving, shift = batch.fixed_to_moving, grid0.to_centre
