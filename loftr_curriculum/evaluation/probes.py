@@ -30,7 +30,7 @@ from ..data.preprocess import Prepared, prepare, to_gray
 from ..data.pseudo_real import PseudoReal, pseudo_real_pair
 from ..geometry import fit_affine, invert, map_from_matrix, resize_image
 from ..io.images import read_image
-from ..model.config import UNGUIDED, Guidance
+from ..model.config import UNGUIDED, Guidance, Matches
 from ..model.stages import TwoStageMatcher
 from ..registration.table import read_batch
 from ..retina.config import MODES, EyeConfig
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 def validation_probes(
     pairs: "ValPairs",
     count: int,  # how many, the first ones
-) -> list:  # of Probe
+) -> list[Probe]:
     "The first validation pairs."
     probes = []
     for k in range(min(count, len(pairs))):
@@ -127,7 +127,7 @@ def _truth(pair):
 def real_probes(
     source: str | Path,  # folder with `images` and `landmarks`, or a CSV file with columns id, fixed, moving
     size: int,  # px of the long side of both images
-) -> list:  # of Probe
+) -> list[Probe]:
     "Real pairs that the user names; raises FileError that lists everything missing."
     if Path(source).is_dir():
         named = [(p.id, p.fixed, p.moving, _truth(p)) for p in read_landmark_set(source)]
@@ -158,7 +158,7 @@ def match_equal(
     matcher: TwoStageMatcher,  # Matcher, in eval mode
     probes: Sequence[Probe],  # sequence of Probe of equal shapes
     guidance: Guidance,  # masks are handed over where it asks for them
-) -> list:  # of Matches
+) -> list[Matches]:
     "One pass of the matcher over probes of equal shapes."
     device = next(matcher.parameters()).device
     masks = ()
@@ -181,7 +181,7 @@ def match_probes(
     probes: Sequence[Probe],
     guidance: Guidance = UNGUIDED,  # masks are handed over where it asks for them
     batch: int = 8,  # probes in one pass
-) -> list:  # of Matches, in the order of the probes
+) -> list[Matches]:  # in the order of the probes
     "What the matcher says to every probe."
     groups = {}
     for k, p in enumerate(probes):

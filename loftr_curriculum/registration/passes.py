@@ -78,9 +78,9 @@ def stack_planes(
 # %% ../../nbs/06_registration/04_passes.ipynb #cb775fd4
 def match_views(
     matcher: object,  # with `match(image0, image1, fov0, fov1, mask0, mask1, guidance) -> list[Matches]`
-    requests: list,  # of PassRequest, with views of the same shapes
+    requests: list[PassRequest],  # with views of the same shapes
     guidance: Guidance = UNGUIDED,  # needs masks in the views where its lambda is above 0
-) -> list:  # of Matches, in pixels of the views
+) -> list[Matches]:  # in pixels of the views
     "The matches of every request, from one call of the matcher. ValueError for a matcher in training mode."
     import torch
 

@@ -99,7 +99,7 @@ MILLIMETRES = "transform_mm.tfm"  # only where both images state their spacing
 # %% ../../nbs/08_report/01_registration.ipynb #a53ee490
 def outputs_of(
     out_dir: str | Path,  # folder
-) -> list:  # of Path
+) -> list[Path]:
     "The files that a registration writes."
     return [Path(out_dir) / name for name in (*FILES, BENT, MILLIMETRES)]
 

@@ -77,6 +77,7 @@ from ..evaluation.collapse import THRESHOLD
 from ..evaluation.metrics import auc
 from ..evaluation.probes import estimated_probe, match_probes, real_probes, validation_probes
 from ..evaluation.recording import (
+    Probe,
     Recording,
     measure,
     probes_file,
@@ -216,7 +217,7 @@ def config_of(
 def pseudo_probes(
     settings: Settings,
     first: int = 0,  # number of the first pair of each mode
-) -> list:  # of Probe
+) -> list[Probe]:
     "Pseudo-real pairs in the small, with the motion of training."
     s = settings
     spec = replace(

@@ -343,7 +343,7 @@ def score_real(
 # %% ../../nbs/11_studies/11_card.ipynb #e2c1daad
 def runs_of(
     facts: dict,  # of a weights file
-) -> list:  # of dict
+) -> list[dict]:
     "The facts of every run behind the weights, the first one first."
     before = facts.get("before")
     return [*(runs_of(before) if before else []), facts]

@@ -90,7 +90,7 @@ def draw_bin(
     source: GeneratedSource,
     name: str,  # one of BINS
     config: PrecisionConfig,
-) -> list:  # of PairSample
+) -> list[PairSample]:
     "Pairs whose scale ratio lies in a bin, always the same ones."
     motion = _motion_of(name, config)
     number = list(BINS).index(name)

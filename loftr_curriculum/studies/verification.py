@@ -74,7 +74,7 @@ STRANGERS = 2  # other eyes for every fixed image
 
 # %% ../../nbs/11_studies/09_verification.ipynb #c1762b2e
 def case_pairs(
-    pairs: list,  # of RawPair, of one mode
+    pairs: list[RawPair],  # of one mode
 ) -> Iterator:  # of (kind, id, fixed, moving, RawPair or None where there is no right answer)
     "Every pair as it is, with other eyes, and mirrored."
     for k, pair in enumerate(pairs):
@@ -104,7 +104,7 @@ def error_of(
 
 # %% ../../nbs/11_studies/09_verification.ipynb #2ec5f374
 def collect(
-    pairs: Iterable,  # of RawPair, of one mode
+    pairs: Iterable[RawPair],  # of one mode
     matcher: object | None = None,  # as in `register`
     config: RegistrationConfig = RegistrationConfig(),
 ) -> list:  # of dicts: kind, id, error, verdict and evidence
@@ -394,15 +394,15 @@ def turned_over(
 def fellow_pairs(
     mode: str,
     count: int,  # the first ones of `REPORTED`
-) -> list:  # of RawPair
+) -> list[RawPair]:
     "Pairs of the other eyes of the same persons."
     return [pseudo_real_pair(mode, number, REPORTED, fellow=True) for number in range(count)]
 
 
 # %% ../../nbs/11_studies/09_verification.ipynb #f9e089f3
 def unmatchable(
-    pairs: list,  # of RawPair, of one mode of `REPORTED`
-    fellows: list,  # of RawPair, of the other eyes of the same persons
+    pairs: list[RawPair],  # of one mode of `REPORTED`
+    fellows: list[RawPair],  # of the other eyes of the same persons
 ) -> Iterator:  # of (kind, id, fixed, moving)
     "The pairs of one mode of the list, always the same ones."
     for k, (pair, fellow) in enumerate(zip(pairs, fellows)):

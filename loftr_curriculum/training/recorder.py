@@ -63,7 +63,7 @@ class ProbeSources:
         if config.probe_real and config.record_every:
             self.real = real_probes(config.probe_real, config.data.size)
 
-    def __call__(self, val_pairs: ValPairs) -> list:  # of Probe
+    def __call__(self, val_pairs: ValPairs) -> list[Probe]:
         "Validation pairs first, then pseudo-real and real ones."
         config = self.config
         pseudo = []
