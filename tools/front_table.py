@@ -10,7 +10,7 @@ from pathlib import Path
 
 CARD = Path("loftr_curriculum/weights/card.json")  # `study card`, `study unmatchable`
 SIFT = Path("nbs/10_baselines/sift_pseudo_real.json")  # `study pseudo-real`
-SPEED = Path("nbs/11_studies/benchmark.json")  # `study benchmark`
+SPEED = Path("nbs/11_studies/speed.json")  # `study speed`
 
 WORDS = {
     "en": {

@@ -69,10 +69,22 @@ STUDIES = {
         "studies.training_speed.measure_speed",
         "studies.training_speed.speed_table",
     ),
-    "benchmark": Study(
+    "speed": Study(
         "time and memory beside kornia's LoFTR",
+        "studies.speed.run_speed",
+        "studies.speed.speed_table",
+        resumes=True,
+    ),
+    "benchmark": Study(
+        "all systems on the same pairs: where each of them breaks",
         "studies.benchmark.run_benchmark",
-        "studies.benchmark.benchmark_table",
+        "studies.benchmark.benchmark_text",
+        resumes=True,
+    ),
+    "train-baseline": Study(
+        "train a system of the benchmark with the budget of all",
+        "baselines.budget.train_baseline",
+        "baselines.budget.in_words",
         resumes=True,
     ),
     "sweep": Study(

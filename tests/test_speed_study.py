@@ -1,4 +1,4 @@
-"""Guards of the benchmark: systems are asked in turn, the warm-up does not count, a dead process is
+"""Guards of the study of speed: systems are asked in turn, the warm-up does not count, a dead process is
 named, shares follow from the figures.
 """
 
@@ -12,23 +12,23 @@ import torch
 from loftr_curriculum.io.files import read_json, write_json
 from loftr_curriculum.model.config import MatcherConfig
 from loftr_curriculum.model.weights import make_matcher, save_matcher
-from loftr_curriculum.studies import benchmark
-from loftr_curriculum.studies.benchmark import (
+from loftr_curriculum.studies import speed
+from loftr_curriculum.studies.speed import (
     Process,
     Settings,
     ask_kornia,
     ask_ours,
     ask_training,
-    benchmark_table,
     draw_pairs,
     draw_sides,
     in_turn,
-    run_benchmark,
+    run_speed,
     shares,
+    speed_table,
 )
 from loftr_curriculum.studies.study import run_study
 
-COMMITTED = Path(__file__).parents[1] / "nbs" / "11_studies" / "benchmark.json"
+COMMITTED = Path(__file__).parents[1] / "nbs" / "11_studies" / "speed.json"
 TINY = Settings(size=64, train_size=64, batch=2, repeats=1, sides=(64,), product=64, threads=1, eye=256)
 
 
@@ -70,7 +70,7 @@ class Recorder:
 
 @pytest.fixture
 def recorder(monkeypatch):
-    monkeypatch.setattr(benchmark, "Process", Recorder)
+    monkeypatch.setattr(speed, "Process", Recorder)
     monkeypatch.setattr(Recorder, "asked", [])
     return Recorder
 
@@ -90,8 +90,8 @@ def test_systems_are_asked_in_turn_and_the_warm_up_does_not_count(recorder):
 
 def test_the_file_holds_ratios_of_medians_and_keeps_parts_measured_before(recorder, tmp_path):
     out = tmp_path / "b.json"
-    assert "work" not in run_benchmark(out, TINY, ("registration", "training"))
-    result = run_benchmark(out, TINY, ("product", "sides", "cuda"))
+    assert "work" not in run_speed(out, TINY, ("registration", "training"))
+    result = run_speed(out, TINY, ("product", "sides", "cuda"))
     assert all(result["registration"][motion]["times_faster"] == 4 for motion in ("mild", "full")) and result[
         "training"
     ]["times_faster"] == {"32": 4, "bf16": 4}
@@ -101,10 +101,10 @@ def test_the_file_holds_ratios_of_medians_and_keeps_parts_measured_before(record
         "share": 4.0,
     }  # the stand-in's product takes 4 s
     assert result == read_json(out) and shares(result) == result["work"]
-    table = benchmark_table(result)
+    table = speed_table(result)
     assert "4.0 times faster" in table and "report, 2 eyes" in table
     assert len(draw_sides(result).axes) == 2
-    run_benchmark(out, replace(TINY, size=96), ("product",))
+    run_speed(out, replace(TINY, size=96), ("product",))
     assert "registration" not in read_json(out)  # figures of other settings are not mixed
 
 
@@ -136,7 +136,7 @@ def test_what_cannot_be_measured_is_refused():
     with pytest.raises(ValueError, match="64 pixels"):
         Settings(size=32)
     with pytest.raises(ValueError, match="expected some of"):
-        run_study("benchmark", ["--parts", json.dumps(["speed"])])
+        run_study("speed", ["--parts", json.dumps(["speed"])])
 
 
 def test_the_committed_figures_keep_the_promise():
