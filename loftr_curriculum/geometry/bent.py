@@ -10,6 +10,8 @@ __all__ = [
     "normalised",
     "polynomials",
     "thin_plates",
+    "inside_polygon",
+    "nearest_on_edges",
     "nearest_in_polygon",
     "smooth_fall",
     "Bent",
@@ -62,8 +64,43 @@ def thin_plates(
     knots: np.ndarray,  # (K, 2) normalised
 ) -> np.ndarray:  # (N, K)
     "r^2 log r of the distances to the knots: the surface of least bending (Duchon 1977)."
-    squared = ((q[:, None] - knots[None]) ** 2).sum(-1)
+    squared = (q[:, :1] - knots[:, 0]) ** 2 + (q[:, 1:] - knots[:, 1]) ** 2
     return 0.5 * squared * np.log(np.maximum(squared, 1e-12))
+
+
+# %% ../../nbs/01_geometry/04_bent.ipynb #e353735a
+def inside_polygon(
+    points: np.ndarray,  # (N, 2)
+    polygon: np.ndarray,  # (K, 2) corners of a convex region, in order
+) -> np.ndarray:  # (N,) bool
+    """Which points a convex region holds.
+
+    Convention: the corners may go round either way; points and corners lie in one frame.
+    """
+    along_x, along_y = (np.roll(polygon, -1, 0) - polygon).T
+    offset_x = points[:, :1] - polygon[:, 0]
+    offset_y = points[:, 1:] - polygon[:, 1]
+    side = along_x * offset_y - along_y * offset_x
+    return (side >= 0).all(1) | (side <= 0).all(1)
+
+
+# %% ../../nbs/01_geometry/04_bent.ipynb #28de90e5
+def nearest_on_edges(
+    points: np.ndarray,  # (N, 2)
+    polygon: np.ndarray,  # (K, 2) corners, in order
+) -> tuple:  # (N, 2) nearest points of the edges, (N,) distances
+    """The nearest point of the edges of a polygon.
+
+    Convention: points and corners lie in one frame.
+    """
+    start, along = polygon, np.roll(polygon, -1, 0) - polygon
+    offset = points[:, None] - start[None]
+    length2 = np.maximum((along**2).sum(1), 1e-12)
+    share = np.clip((offset * along).sum(-1) / length2, 0, 1)
+    foot = start + share[..., None] * along
+    distance = np.linalg.norm(points[:, None] - foot, axis=-1)
+    row, best = np.arange(len(points)), distance.argmin(1)
+    return foot[row, best], distance[row, best]
 
 
 # %% ../../nbs/01_geometry/04_bent.ipynb #8179c41c
@@ -75,18 +112,10 @@ def nearest_in_polygon(
 
     Convention: the corners may go round either way; points and corners lie in one frame.
     """
-    start, along = polygon, np.roll(polygon, -1, 0) - polygon
-    offset = points[:, None] - start[None]
-    length2 = np.maximum((along**2).sum(1), 1e-12)
-    share = np.clip((offset * along).sum(-1) / length2, 0, 1)
-    foot = start + share[..., None] * along
-    distance = np.linalg.norm(points[:, None] - foot, axis=-1)
-    side = along[:, 0] * offset[..., 1] - along[:, 1] * offset[..., 0]
-    inside = (side >= 0).all(1) | (side <= 0).all(1)
-    best = distance.argmin(1)
-    row = np.arange(len(points))
-    nearest = np.where(inside[:, None], points, foot[row, best])
-    return nearest, np.where(inside, 0.0, distance[row, best])
+    outside = ~inside_polygon(points, polygon)
+    nearest, distance = points.astype(float), np.zeros(len(points))
+    nearest[outside], distance[outside] = nearest_on_edges(points[outside], polygon)
+    return nearest, distance
 
 
 # %% ../../nbs/01_geometry/04_bent.ipynb #bd02eb3a

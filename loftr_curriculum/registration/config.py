@@ -81,7 +81,9 @@ class RegistrationConfig:
     long_side: int = 512  # px of the long side of both images in the working frame
     first_long_side: int = 256  # px of the long side in the first and the turned passes
     # px of the long side in the first pass of each fresh start, made where the answer is not ok
-    retry_long_sides: tuple[int, ...] = (384,)
+    retry_long_sides: tuple[int, ...] = (320,)
+    # by how much the moving image is turned before the first pass of a fresh start, degrees
+    retry_turn_deg: int = 45
     # px of the long side in each second pass: warp the moving image by the answer, match again, fit again
     second_long_sides: tuple[int, ...] = (320,)
     cells: int = 8  # spatial binning: cells x cells over the fixed field of view

@@ -20,6 +20,7 @@ __all__ = [
     "is_unsure",
     "try_mirrored",
     "compare_starts",
+    "starts",
     "walk",
     "drive",
     "in_batches",
@@ -280,6 +281,14 @@ def compare_starts(
 
 
 # %% ../../nbs/06_registration/09_registrar.ipynb #5d66adfa
+def starts(
+    config: RegistrationConfig,
+) -> list:  # of (px of the long side, degrees by which the moving image is turned)
+    "Where a walk begins, and begins again."
+    again = [(long_side, config.retry_turn_deg) for long_side in config.retry_long_sides]
+    return [(config.first_long_side, 0), *again]
+
+
 def walk(
     fixed: Frame,
     moving: Frame,
@@ -287,8 +296,8 @@ def walk(
 ) -> Walk:
     "Fresh starts until an answer is ok; the best outcome of them."
     outcomes = []
-    for long_side in (config.first_long_side, *config.retry_long_sides):
-        outcome = yield from attempt(fixed, moving, config, long_side)
+    for long_side, degrees in starts(config):
+        outcome = yield from attempt(fixed, moving, config, long_side, degrees)
         outcomes.append(outcome)
         if outcome.verdict == Verdict.OK:
             break

@@ -131,6 +131,12 @@ STUDIES = {
         "studies.bending.in_words",
         resumes=True,
     ),
+    "starts": Study(
+        "which second start answers what the first one leaves unsure",
+        "studies.starts.measure_starts",
+        "studies.starts.table_of",
+        resumes=True,
+    ),
     "curves": Study(
         "error curves on sets of real pairs, with and without a bend",
         "studies.curves.measure_curves",
