@@ -1,7 +1,7 @@
-"""Settings of Sphinx. `tools/docs.py` lays the pages and notebooks out as the repository has them, and calls it.
+"""Settings of Sphinx. `tools/docs.py` lays pages and notebooks out as the repository has them, and calls it.
 
-Sphinx with MyST-NB, not MkDocs with Material: it shows stored outputs of notebooks as they are, reads docstrings
-and checks every link with `-W`, and both are maintained.
+Sphinx with MyST-NB, not MkDocs with Material: it shows stored outputs of notebooks as they are, reads
+docstrings, stops at a link that leads nowhere (`-W`), and both are maintained.
 """
 
 import re

@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-import types
 from dataclasses import asdict
 from pathlib import Path
 

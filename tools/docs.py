@@ -1,8 +1,8 @@
-"""The site: guides, reference from docstrings, gallery of notebooks, model card. Links are checked; a bad one stops it.
+"""The site: guides, reference from docstrings, gallery of notebooks, model card. A bad link stops it.
 
 Usage (from the repository root, `make docs`): python tools/docs.py [FOLDER]     default: _docs
-Lays the committed pages and notebooks out in FOLDER/source, where they are to each other as in the repository,
-and writes the site to FOLDER/html. Nothing is run: notebooks are shown with the outputs that they keep.
+Lays pages and notebooks out in FOLDER/source, where they are to each other as in the repository, and
+writes the site to FOLDER/html. Nothing is run: notebooks are shown with the outputs that they keep.
 """
 
 import json

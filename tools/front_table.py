@@ -19,7 +19,7 @@ WORDS = {
         "median": "their median error",
         "wrong": "called `ok` and 20 px off or more",
         "stranger": "{:,} pairs without a right answer called `ok`",
-        "real": "{} real pairs (CF, FA): within 10 px",
+        "real": "{} real pairs (CF, FA; a development set): within 10 px",
         "real median": "their median error",
         "seconds": "seconds a pair, full motion, CPU",
         "none": "no answer in {} of {}",
@@ -27,9 +27,10 @@ WORDS = {
         "no verdict": "has no verdict",
         "open": "not measured",
         "foot": (
-            "Errors in px of images of 512 px, mean of corners or landmarks; brackets: 95 % bootstrap intervals "
-            "over eyes. Generated pairs: frozen list, version {}, seeds of its own. Time: {} threads of {}, "
-            "torch {}; accuracy: {}. Pairs without a right answer: other eyes, fellow eyes, mirrored, no eye."
+            "Errors in px of images of 512 px, mean of corners or landmarks; brackets: 95 % bootstrap "
+            "intervals over eyes. Generated pairs: frozen list, version {}, seeds of its own. "
+            "Time: {} threads of {}, torch {}; accuracy: {}. "
+            "Pairs without a right answer: other eyes, fellow eyes, mirrored, no eye."
         ),
     },
     "zh": {
@@ -38,7 +39,7 @@ WORDS = {
         "median": "其误差中位数",
         "wrong": "判为 `ok` 但误差达到 20 px 以上",
         "stranger": "{:,} 对没有正确答案的图像，被判为 `ok`",
-        "real": "{} 对真实图像（CF、FA）：误差小于 10 px",
+        "real": "{} 对真实图像（CF、FA；开发集）：误差小于 10 px",
         "real median": "其误差中位数",
         "seconds": "每对耗时（秒），任意运动，CPU",
         "none": "{1} 对中有 {0} 对没有答案",

@@ -11,8 +11,8 @@ import shutil
 import sys
 from pathlib import Path
 
-import nbformat
 import model_card
+import nbformat
 import yaml
 from front_table import table
 from nbconvert import MarkdownExporter

@@ -367,7 +367,7 @@ def demo(
 
 # %% ../../nbs/09_training/07_demo.ipynb #1646d692
 STORY = (
-    "Where does the matcher put points of the left image in the right one? A pair that it does not train on,\n"
+    "Where does the matcher put points of the left image in the right one? A pair it does not train on,\n"
     "without any mask. Green lines are right, red ones wrong; some of the lines are drawn."
 )
 
