@@ -8,12 +8,18 @@ import json
 import sys
 from pathlib import Path
 
+from loftr_curriculum.studies.card import card_of
+
 CARD = Path("loftr_curriculum/weights/card.json")  # `study card`, `study unmatchable`
 SIFT = Path("nbs/10_baselines/sift_pseudo_real.json")  # `study pseudo-real`
 SPEED = Path("nbs/11_studies/speed.json")  # `study speed`
 
+PEERS = Path("nbs/11_studies/benchmark.json")  # `study benchmark`: there once all systems were measured
+
 WORDS = {
     "en": {
+        "peers": ("on {} pairs of the list", "within 10 px", "median error", "no answer", "seconds"),
+        "stale": "The accuracy was measured with other weights or settings than those of today.",
         "head": ("", "this package", "SIFT with MAGSAC", "LoFTR of kornia"),
         "right": "{} hard generated pairs: within 10 px",
         "median": "their median error",
@@ -34,6 +40,8 @@ WORDS = {
         ),
     },
     "zh": {
+        "peers": ("列表中的 {} 对图像", "小于 10 px", "误差中位数", "没有答案", "秒"),
+        "stale": "精度是用与当前不同的权重或设置测得的。",
         "head": ("", "本软件包", "SIFT + MAGSAC", "kornia 的 LoFTR"),
         "right": "{} 对困难的生成图像：误差小于 10 px",
         "median": "其误差中位数",
@@ -93,6 +101,25 @@ def rows(words: dict) -> list[tuple[str, ...]]:
     ]
 
 
+def peers(words: dict) -> list[tuple[str, ...]]:
+    """All systems on the hard list, the best first; nothing where they were not measured."""
+    found = read(PEERS).get("scores", {}).get("pseudo-real", {}) if PEERS.is_file() else {}
+    if not found:
+        return []
+    count = max(scores["pairs"] for scores in found.values())
+    head = (words["peers"][0].format(count), *words["peers"][1:])
+    lines = [head, ("---",) * 5]
+    for name, scores in sorted(found.items(), key=lambda item: -item[1]["right"]):
+        median = "-" if scores["median"] is None else f"{scores['median']:.1f} px"
+        share = percent([scores["right"], *scores["right interval"]])
+        lines.append((f"`{name}`", share, median, f"{scores['no_answer']}", f"{scores['seconds']:.1f}"))
+    return lines
+
+
+def in_markdown(lines: list[tuple[str, ...]]) -> str:
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
 def table(language: str) -> str:
     """The table in Markdown, with what has to be known to read it."""
     words, card, speed = WORDS[language], read(CARD), read(SPEED)
@@ -101,7 +128,9 @@ def table(language: str) -> str:
     foot = words["foot"].format(
         card["list"], threads, machine["processor"], machine["torch"], card["hardware"]
     )
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + f"\n\n{foot}"
+    if card_of()[0] is None:
+        foot += f" {words['stale']}"
+    return "\n\n".join(filter(None, (in_markdown(lines), in_markdown(peers(words)), foot)))
 
 
 if __name__ == "__main__":
