@@ -13,6 +13,8 @@ __all__ = [
     "LENGTHS",
     "STRIDE",
     "STEEPEST_GAZE",
+    "SQUARE_MM",
+    "LARGEST_LEAST",
     "STAMPED",
     "COVERED",
     "centred_pixels",
@@ -42,6 +44,7 @@ __all__ = [
     "to_moving",
     "is_wide",
     "field_shares",
+    "field_for",
     "draw_views",
     "ViewSettings",
     "ViewRecipe",
@@ -73,7 +76,7 @@ from ..geometry import (
     overlap,
     random_transform,
 )
-from ..retina.config import Amounts, split_mode
+from ..retina.config import EYE_RADIUS_MM, Amounts, split_mode
 from ..retina.cover import Cover, draw_cover
 from ..retina.modality import PLANES, WIDE_FIELD, WIDE_SHARES, FieldShares, modality
 from ..retina.randomise import Photometry, draw_photometry
@@ -535,6 +538,22 @@ def field_shares(
     return WIDE_SHARES if is_wide(sphere) else modality(name).fields
 
 
+# %% ../../nbs/04_data/02a_recipe.ipynb #ada64005
+SQUARE_MM = 3.0  # side of the smallest squares that scanners take
+LARGEST_LEAST = 0.45  # a view of half the scale must fit into the frame
+
+
+def field_for(
+    field: tuple[float, float],  # range of the side of a view, as a share of the frame's shorter side
+    sphere: Sphere | None,  # of a wide eye in its frame
+) -> tuple[float, float]:
+    "The range of views of an eye: those of a narrow field are no smaller than the squares of scanners."
+    if sphere is None:
+        return field
+    side = 2 * (sphere.middle + 0.5) / (sphere.radius / EYE_RADIUS_MM)  # mm
+    return float(np.clip(SQUARE_MM / side, field[0], LARGEST_LEAST)), field[1]
+
+
 # %% ../../nbs/04_data/02a_recipe.ipynb #4e38a7c8
 def draw_views(
     rng: np.random.Generator,  # source of chance
@@ -555,6 +574,7 @@ def draw_views(
     maps px of the frame to px of a view.
     """
     shares = [field_shares(name, sphere) if optics else FULL for name in names]
+    field = field_for(field, sphere)
     for _ in range(6):
         fixed_to_moving = random_transform(rng, size, size, motion)
         places = place_views(fixed_to_moving, frame_size, size, rng, field)

@@ -83,11 +83,12 @@ def split_mode(
 def is_mode(
     mode: str,  # such as 'cf-fa'
 ) -> bool:
-    "Are these two modalities?"
+    "Are these two modalities, not those of a known mode the wrong way round?"
     try:
-        return bool(split_mode(mode))
+        fixed, moving = split_mode(mode)
     except ValueError:
         return False
+    return f"{moving}-{fixed}" not in WIDE_MODES
 
 
 # %% ../../nbs/03_retina/00a_config.ipynb #bb259617

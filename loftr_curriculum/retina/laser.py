@@ -178,9 +178,9 @@ def render_faf(rng, anatomy, vessels, config, common=()) -> tuple[np.ndarray, di
 INDOCYANINE = LaserLook(
     ground=ProjectionGround(tone=(0.15, 0.4), mottle=(0.05, 0.2), fovea=(-0.3, 0.05), fibres=(0.0, 0.0)),
     disc=ProjectionDisc(bright=(-0.7, -0.3), dark=(-0.8, -0.4), cup=(-0.2, 0.2)),
-    choroid=(0.4, 1.6),
+    choroid=(0.3, 1.2),
     vessels=VesselStyle(artery=(0.9, 1.0), thin=(0.5, 1.1), width=(0.85, 1.15), blur=(0.6, 1.5)),
-    depth=(0.4, 1.8),
+    depth=(0.7, 2.4),
     lesions={
         "leak": Shown(0.2, (0.2, 0.9)),
         "patch": Shown(0.25, (-0.8, 0.7)),

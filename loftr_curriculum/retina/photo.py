@@ -335,7 +335,7 @@ class WidePhoto:
     red_choroid: tuple = (0.2, 1.0)  # how visible the choroid is
     green_choroid: tuple = (-0.12, 0.2)
     patches: float = 0.24  # log amplitude of the patches of each laser
-    gain: tuple = (0.35, 0.9)  # factor on everything
+    gain: tuple = (0.5, 1.0)  # factor on everything
     blue: tuple = (0.0, 0.25)  # brightness of blue relative to green
     ring: tuple = (0.2, 0.9)  # brightness of laser scars in green
     core: tuple = (-0.7, 0.0)  # of their middle

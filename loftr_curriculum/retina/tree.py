@@ -428,7 +428,7 @@ def trunks(
         else:
             instead = ranges[trunk.leaves]
             first, last = instead
-            node = first + int(trunk.where * (last - first))
+            node = min(first + int(trunk.where * (last - first)), start - 1)
             line = bezier(np.r_[points[node][None], control], step)[1:]
         if runs_into(line, points, step):
             ranges.append(instead)

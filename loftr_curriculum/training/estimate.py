@@ -28,10 +28,11 @@ import torch
 
 from ..data.batch import PairBatch, collate_pairs
 from ..data.config import DataConfig, shares_of
-from ..data.module import TrainPairs, cache_folder, size_at
+from ..data.module import TrainPairs, cache_folder, size_at, view_settings
 from ..data.pairs import GeneratedSource
 from ..model.weights import order_for_cpu
 from ..retina.config import seeds_of
+from ..retina.modality import planes_for
 from ..retina.world import WorldBank, world_file
 from .callbacks import say, spell
 from .config import TrainConfig
@@ -61,9 +62,10 @@ def one_batch(
 ) -> tuple[PairBatch, float, float]:  # a batch, seconds for its eye, seconds for each pair
     "A batch of generated pairs at the largest size of the run, cut from one eye."
     start = time.perf_counter()
-    bank = WorldBank(seeds_of("train", 1), config.eye, workers=1, progress=False)
+    planes = planes_for(config.modes)
+    bank = WorldBank(seeds_of("train", 1), config.eye, workers=1, progress=False, planes=planes)
     rendered = time.perf_counter()
-    source = GeneratedSource(bank, config.modes, config.strength, deform=config.deform)
+    source = GeneratedSource(bank, config.modes, settings=view_settings(config))
     still = replace(config, on_device=False, grow_epochs=0.0)
     pairs = TrainPairs([(source, 1.0)], still)
     items = [pairs[g] for g in range(config.batch_size)]
