@@ -16,10 +16,19 @@ from loftr_curriculum.data.config import DataConfig, patient_of
 from loftr_curriculum.data.landmarks import LANDMARK_COLUMNS, PairTableSource, read_landmark_set, read_pairs
 from loftr_curriculum.data.masks import vesselness
 from loftr_curriculum.data.module import EpochSampler, PairDataModule, split_sources
-from loftr_curriculum.data.pairs import GeneratedSource, cut_views, make_frame
+from loftr_curriculum.data.pairs import GeneratedSource, cut, cut_views, half_size, make_frame
 from loftr_curriculum.data.preprocess import estimate_fov, normalise, prepare, to_gray
-from loftr_curriculum.data.recipe import STEEPEST, draw_residual, map_grid, to_fixed, to_moving
-from loftr_curriculum.data.triplets import TripletSource, choose, parse_name
+from loftr_curriculum.data.recipe import (
+    STEEPEST,
+    ViewSettings,
+    draw_pair,
+    draw_residual,
+    map_grid,
+    to_fixed,
+    to_moving,
+    true_maps,
+)
+from loftr_curriculum.data.triplets import TripletSource, choose, find_items, parse_name
 from loftr_curriculum.geometry import (
     Motion,
     apply_transform,
@@ -32,7 +41,8 @@ from loftr_curriculum.geometry import (
 )
 from loftr_curriculum.io.files import FileError, write_json
 from loftr_curriculum.io.images import write_image
-from loftr_curriculum.retina.config import EyeConfig
+from loftr_curriculum.retina.config import Amounts, EyeConfig
+from loftr_curriculum.retina.sphere import Sphere
 from loftr_curriculum.retina.world import WorldBank, make_world
 
 SIZE = (128, 128)
@@ -671,6 +681,8 @@ def test_processes_share_an_epoch_without_overlap():
         ({"patient_pattern": "["}, "regular expression"),
         ({"deform": -1.0}, "deform"),
         ({"deform": 7.0}, "fold"),
+        ({"padding": 1.5}, "padding"),
+        ({"gaze_deg": 40.0}, "gaze_deg"),
     ],
 )
 def test_wrong_settings_are_refused(wrong, named):
@@ -697,3 +709,58 @@ def test_cell_points_of_before_are_those_of_the_grid():
     with pytest.warns(DeprecationWarning, match="Grid.points"):
         points = pairs.cell_points((64, 96))
     assert points.shape == (8, 12, 2) and points[2, 3].tolist() == [27.5, 19.5]
+
+
+WIDE = EyeConfig(size=512, fields=(150, 200))
+
+
+def test_a_turned_eye_shows_its_points_where_the_maps_say():
+    """One plane as both modalities: the grey value at a point is that at its partner."""
+    rng = np.random.default_rng(0)
+    plane = cv2.GaussianBlur(rng.standard_normal((512, 512)).astype(np.float32), (0, 0), 6)
+    plane = np.uint8(np.clip(128 + 60 * plane / plane.std(), 0, 255))
+    half, sphere = half_size(plane), Sphere.of(WIDE.of_eye(3))
+    settings = ViewSettings(0.0, optics=False, gaze_deg=25, sphere=sphere)
+    motion = Motion(scale=1.3, shift=0.1, min_overlap=0.5)
+    worst = []
+    for seed in range(6):
+        recipe = draw_pair(np.random.default_rng(seed), (512, 512), (192, 192), motion, "cf-fa", settings)
+        fixed, moving = (
+            cut(plane, half, view.frame_to_view, view.size, view.unbent).astype(np.float32)
+            for view in recipe.views
+        )
+        forth, back = true_maps(recipe)
+        points = map_grid((192, 192)).points()
+        for first, second, partners in ((fixed, moving, forth), (moving, fixed, back)):
+            inside = (partners > 8).all(-1) & (partners < 183).all(-1)
+            here = cv2.remap(first, points[inside].astype(np.float32)[:, None], None, cv2.INTER_LINEAR)
+            there = cv2.remap(second, partners[inside][:, None], None, cv2.INTER_LINEAR)
+            assert inside.sum() > 50
+            seen = (here > 0) & (there > 0)
+            worst.append(np.percentile(np.abs(here - there)[seen], 90))
+        assert np.abs(forth - apply_transform(recipe.fixed_to_moving, points)).max() > 0.5, "nothing turned"
+    assert max(worst) < 12, worst
+
+
+def test_borders_exposures_and_turns_reach_the_batches():
+    config = DataConfig(
+        modes=("fa-late", "ir-fa"), worlds=2, val_worlds=1, eye=replace(WIDE, size=256), cache=None, size=64,
+        workers=0, render_workers=1, batch_size=4, pairs_per_epoch=8, val_pairs=2, gaze_deg=10, padding=0.8,
+        photometry=Amounts(gamma=(-1.2, 1.1)),
+    )  # fmt: skip
+    module = PairDataModule(config)
+    module.setup()
+    batch = next(iter(module.train_dataloader()))
+    assert batch.map_0to1.shape == (4, 8, 8, 2) and set(batch.mode) <= {"fa-late", "ir-fa"}
+    recipes = [module.train_pairs.sources[0].recipe(k, np.random.default_rng(k), (64, 64)) for k in range(60)]
+    gammas = [view.photometry.gamma for recipe in recipes for view in recipe.views if view.photometry.gamma]
+    assert min(gammas) < 0.5 and max(gammas) > 2 and min(gammas) > 0.29 and max(gammas) < 3.1
+    assert np.mean([recipe.fixed.fov.mean() < 0.7 for recipe in recipes]) > 0.3
+    assert any(view.cover is not None for recipe in recipes for view in recipe.views)
+
+
+def test_files_of_new_modalities_are_read(tmp_path):
+    for name in ("cf", "faf"):
+        write_image(tmp_path / "7_a" / f"7_a_{name}.png", np.full((64, 64), 90, np.uint8))
+    (item,) = find_items(tmp_path, ("cf-faf",))
+    assert item.moving.name == "7_a_faf.png"

@@ -21,10 +21,12 @@ from loftr_curriculum.data.device import (
 )
 from loftr_curriculum.data.module import PairDataModule
 from loftr_curriculum.data.pairs import GeneratedSource
+from loftr_curriculum.data.recipe import ViewSettings
 from loftr_curriculum.geometry import Motion
 from loftr_curriculum.model.config import MatcherConfig
 from loftr_curriculum.model.weights import load_matcher
 from loftr_curriculum.retina.config import MODES, EyeConfig, seeds_of
+from loftr_curriculum.retina.modality import planes_for
 from loftr_curriculum.retina.randomise import draw_photometry, randomise
 from loftr_curriculum.retina.world import WorldBank
 from loftr_curriculum.training.config import TrainConfig
@@ -202,3 +204,18 @@ def test_a_gpu_makes_the_pictures_of_the_cpu(bank):
         assert (getattr(gpu, k).cpu() - getattr(cpu, k)).abs().mean() < 2e-3
     loud = both(GeneratedSource(bank, MODES), range(6), "cuda")[1]
     assert torch.isfinite(loud.image0).all() and loud.image0.abs().max() <= 1
+
+
+def test_lids_turns_and_new_modalities_are_those_of_numpy():
+    modes = ("ir-fa", "cf-icga")
+    eyes = EyeConfig(size=512, fields=(150, 200))
+    bank = WorldBank(seeds_of("report", 2), eyes, workers=1, progress=False, planes=planes_for(modes))
+    source = GeneratedSource(bank, modes, settings=ViewSettings(strength=0.0, gaze_deg=20))
+    pairs, batch = both(source, range(10))
+    recipes = [recipe_of(source, g) for g in range(10)]
+    assert any(view.cover is not None for recipe in recipes for view in recipe.views)
+    for g, pair in enumerate(pairs):
+        assert np.abs(batch.image0[g, 0].numpy() - pair.image0).mean() < 0.03
+        assert np.abs(batch.image1[g, 0].numpy() - pair.image1).mean() < 0.03
+        assert np.array_equal(batch.fov1[g], pair.fov1)
+        np.testing.assert_allclose(batch.map_0to1[g], pair.map_0to1, atol=1e-3)

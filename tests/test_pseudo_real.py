@@ -16,8 +16,11 @@ from loftr_curriculum.baselines import sift
 from loftr_curriculum.data.landmarks import read_landmark_set
 from loftr_curriculum.data.pseudo_real import (
     LEAST_CONTRAST,
+    LISTS,
     SPECIFICATION,
+    WIDE_SPECIFICATION,
     contrast_of,
+    list_settings,
     pseudo_real_pair,
     pseudo_real_pairs,
     read_raw_pair,
@@ -53,6 +56,59 @@ def test_the_list_is_frozen():
 
 
 FROZEN = "4ddf9494912e"
+
+
+WIDE_QUICK = replace(
+    WIDE_SPECIFICATION, size=(160, 160), eye=replace(WIDE_SPECIFICATION.eye, size=320), gaze_deg=20
+)
+
+
+def test_the_second_list_has_other_eyes_and_more_modes():
+    assert set(LISTS) == {2, 3} and LISTS[3] is WIDE_SPECIFICATION
+    wide = WIDE_SPECIFICATION
+    assert set(MODES) < set(wide.modes) and len(wide.modes) * wide.per_mode == 400
+    assert wide.first >= len(MODES) * SPECIFICATION.per_mode
+    assert wide.first + 400 <= len(SEEDS["pseudo-real"])
+    assert wide.motion.uniform_rotation == 1 and wide.eye.fields == (20, 200)
+
+
+def test_the_second_list_is_frozen():
+    """A pair's transform: what was drawn, and which of the draws was taken."""
+    pair = pseudo_real_pair("ir-fa", 3, WIDE_SPECIFICATION)
+    words = np.round(np.r_[pair.fixed_to_moving.ravel(), pair.moving_points[:4].ravel()], 3) + 0.0
+    assert hashlib.sha1(repr(words.tolist()).encode()).hexdigest()[:12] == WIDE_FROZEN, (
+        "another list: raise WIDE_VERSION"
+    )
+
+
+WIDE_FROZEN = "b82f9c31cc01"
+
+
+def test_folders_of_the_first_list_are_still_read():
+    """What is written into a folder has no word that a folder of before lacks."""
+    known = {
+        "version",
+        "generator",
+        "modes",
+        "per_mode",
+        "size",
+        "eye",
+        "strength",
+        "field",
+        "motion",
+        "split",
+    }
+    assert set(list_settings(SPECIFICATION)) == known
+    assert "fields" not in list_settings(SPECIFICATION)["eye"]
+
+
+@pytest.mark.parametrize("mode", ("cf-fa", "fa-late", "cf-icga"))
+def test_points_of_a_turned_eye_lie_in_both_pictures(mode):
+    pair = pseudo_real_pair(mode, 2, WIDE_QUICK)
+    assert pair.fixed_points.shape == pair.moving_points.shape and len(pair.fixed_points) >= 5
+    assert (pair.moving_points > -1).all() and (pair.moving_points < 160).all()
+    straight = landmark_error(invert(pair.fixed_to_moving), pair.fixed_points, pair.moving_points)
+    assert 1e-6 < straight < 25, "a turn bends the map a little, whatever the affine says"
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -40,7 +40,8 @@ import numpy as np
 from ..geometry import Motion, fit_size, resize_image
 from ..io.files import FileError
 from ..io.images import SUFFIXES, ImageError, read_image
-from ..retina.config import MODALITIES, split_mode
+from ..retina.config import split_mode
+from ..retina.modality import MODALITIES
 from .masks import read_mask, vesselness
 from .pairs import cut_views, make_frame
 from .preprocess import estimate_fov, to_gray

@@ -210,6 +210,7 @@ class WideAngiogram:
     scar_late: tuple = (0.1, 0.65)
     core: tuple = (-0.6, 0.2)  # brightness of their middle
     choroid: tuple = (0.0, 0.18)  # brightness of the choroid
+    falloff: tuple = (0.4, 0.93)  # loss of light at 100 degrees from the pole
     dim: tuple = (0.15, 0.7)  # how dark the tissue of a large field is
 
 
@@ -252,7 +253,7 @@ def wide_angiogram(
         plane = add_where(plane, feature(common, kind), gain)
     lost = feature(common, "dropout")
     uncovered = uncovered if lost is None else uncovered * (1 - rng.uniform(0.4, 0.9) * lost)
-    light = limb(rng, canvas)
+    light = limb(rng, canvas, style.falloff)
     return plane * light, uncovered * light**0.6
 
 

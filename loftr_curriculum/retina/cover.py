@@ -80,7 +80,7 @@ def draw_mark(
 ) -> np.ndarray:  # size float32 in 0..1
     "A bright bar at the side, leaning a little."
     h, w = size
-    x0, wide = w * (0.5 + side * rng.uniform(0.38, 0.5)), w * rng.uniform(0.008, 0.05)
+    x0, wide = w * (0.5 + side * rng.uniform(0.44, 0.51)), w * rng.uniform(0.008, 0.05)
     lean, top = w * rng.normal(0, 0.05), h * rng.uniform(-0.3, 0.3)
     bottom = top + h * rng.uniform(0.4, 1.2)
     bar = [[x0 - wide, top], [x0 + wide, top], [x0 + lean + wide, bottom], [x0 + lean - wide, bottom]]
@@ -90,7 +90,7 @@ def draw_mark(
 
 
 # %% ../../nbs/03_retina/06_cover.ipynb #b07368eb
-COVER_SHARES = {"lid": 0.45, "lashes": 0.35, "mark": 0.3}  # chance of each, on each of two sides
+COVER_SHARES = {"lid": 0.5, "lashes": 0.4, "mark": 0.25}  # chance of each, on each of two sides
 
 
 def draw_cover(

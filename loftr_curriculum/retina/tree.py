@@ -561,7 +561,7 @@ def thinned(
     points: np.ndarray,  # (n, 2) world px
 ) -> np.ndarray:  # (n,) bool: points that stay
     "The periphery of a wide eye has fewer vessels, and none beyond the ora serrata."
-    fewer = rng.uniform(0, 1, len(points)) < anatomy.stretch(points) ** -1.2
+    fewer = rng.uniform(0, 1, len(points)) < anatomy.stretch(points) ** -0.8
     return fewer & (anatomy.sphere.angle(points) < ORA)
 
 
@@ -745,7 +745,7 @@ def narrowing(
 
 
 # %% ../../nbs/03_retina/01_tree.ipynb #e929947c
-SPREAD = 3.4  # px at a world of 1024 by which the optics of a wide field spread a trunk, added in squares
+SPREAD = 2.5  # px at a world of 1024 by which the optics of a wide field spread a trunk, added in squares
 WIDE_LEAST = 0.8  # finest calibre of a wide eye, as a share of that of a flat one
 
 
