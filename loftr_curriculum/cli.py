@@ -553,6 +553,7 @@ def _add_register(parser):
 def _register(a):
     from .io.files import refuse_to_overwrite
     from .io.images import with_frame
+    from .io.lock import only_run
     from .model.config import Guidance
     from .registration.config import RegistrationConfig
     from .registration.pair import register
@@ -562,16 +563,17 @@ def _register(a):
     refuse_to_overwrite(outputs_of(a.out), given)
     config, guidance = settings(RegistrationConfig, a), Guidance(a.vessel_soft_lambda)
     fixed, moving = with_frame([a.fixed, a.moving], a.frame)
-    r = register(
-        fixed,
-        moving,
-        matcher=_matcher(a),
-        config=config,
-        fixed_mask=a.fixed_mask,
-        moving_mask=a.moving_mask,
-        guidance=guidance,
-    )
-    written = write_registration(r, fixed, moving, a.out)
+    with only_run(a.out):
+        r = register(
+            fixed,
+            moving,
+            matcher=_matcher(a),
+            config=config,
+            fixed_mask=a.fixed_mask,
+            moving_mask=a.moving_mask,
+            guidance=guidance,
+        )
+        written = write_registration(r, fixed, moving, a.out)
     agree = (
         f"{r.matches.inliers.sum()} of {len(r.matches)} matches agree"
         if r.moving_to_fixed is not None
@@ -618,6 +620,15 @@ def _add_work(parser):
         type=int | None,
         default=None,
         help="processes of one thread each; null: one a core, one for a GPU",
+    )
+    parser.add_argument(
+        "--batch",
+        type=int | None,
+        default=None,
+        help="pairs that a process registers side by side; null: 1, for a GPU 8",
+    )
+    parser.add_argument(
+        "--parquet", action="store_true", help="also write results.parquet at the end; needs pyarrow"
     )
     parser.add_argument(
         "--scheduler",
@@ -712,11 +723,14 @@ def _is_done(pairs, out, shard):
 # %% ../nbs/12_cli/00_cli.ipynb #25ffcbed
 def _many(a):
     from .registration.config import RegistrationConfig
+    from .registration.journal import need_pyarrow
     from .registration.many import merge_shards, parse_shard, register_many
     from .registration.table import describe_pairs
     from .report.batch import BatchPictures
 
     found = _pairs(a)
+    if a.parquet:
+        need_pyarrow()
     if a.dry_run:
         print(describe_pairs(found))
         return 0
@@ -727,7 +741,7 @@ def _many(a):
     if not a.merge and _is_done(found.pairs, Path(a.out), shard):
         print("every pair has an answer already, nothing is left to register", flush=True)
     if a.merge:
-        count = merge_shards(a.pairs or found.pairs, a.out, pictures)
+        count = merge_shards(a.pairs or found.pairs, a.out, pictures, a.parquet)
     else:
         count = register_many(
             a.pairs or found.pairs,
@@ -735,6 +749,8 @@ def _many(a):
             matcher=_matcher(a),
             config=settings(RegistrationConfig, a),
             workers=_workers(a),
+            batch=a.batch or (1 if a.device == "cpu" else 8),
+            parquet=a.parquet,
             scheduler=a.scheduler,
             shard=shard,
             pictures=pictures,
@@ -745,6 +761,67 @@ def _many(a):
         + "report.html, results.csv, transforms.json"
     )
     return worst_status(count)
+
+
+# %% ../nbs/12_cli/00_cli.ipynb #6be6dac9
+def _add_triplet(parser):
+    from .registration.config import RegistrationConfig
+
+    for name, what in (("cf", "photograph"), ("oct", "OCT en-face image"), ("fa", "angiogram")):
+        parser.add_argument(name, type=str, help=f"{what} of the eye, in any format that register reads")
+    parser.add_argument("--out", type=str, required=True, help="folder for triplet.json and three folders")
+    _add_matcher(parser)
+    add_settings(parser, RegistrationConfig)
+
+
+# %% ../nbs/12_cli/00_cli.ipynb #acd1a24e
+def _triplet(a):
+    from .io.lock import only_run
+    from .registration.config import RegistrationConfig
+    from .registration.triplet import register_triplet
+    from .report.triplet import refuse_inputs, write_triplet
+
+    images = {"cf": a.cf, "oct": a.oct, "fa": a.fa}
+    refuse_inputs(a.out, images)
+    with only_run(a.out):
+        triplet = register_triplet(
+            *images.values(), matcher=_matcher(a), config=settings(RegistrationConfig, a)
+        )
+        write_triplet(triplet, images, a.out)
+    for name, answer in triplet.answers.items():
+        print(f"{name}: {answer.verdict}", *(f"  because {reason}" for reason in answer.reasons), sep="\n")
+    if triplet.cycle_px is not None:
+        print(f"going round leads {triplet.cycle_px:.1f} px away at 512 px")
+    print(f"look at {a.out}")
+    return EXIT[triplet.verdict]
+
+
+# %% ../nbs/12_cli/00_cli.ipynb #b3983434
+def _add_review(parser):
+    parser.add_argument("batch", type=str, help="folder of register-many, finished or not, or of one shard")
+    parser.add_argument(
+        "--images",
+        type=str | None,
+        default=None,
+        help="folder to which the paths of the table are relative; null: as settings.json says",
+    )
+    parser.add_argument("--port", type=int | None, default=None, help="of the page; null: a free one")
+    parser.add_argument(
+        "--kinds", type=str, default="doubtful,failed", help="what to look at, some of doubtful,failed,ok"
+    )
+
+
+# %% ../nbs/12_cli/00_cli.ipynb #ae56021e
+def _review(a):
+    from .registration.review import Review, check_kinds
+    from .report.server import need_voila, serve
+
+    need_voila()
+    kinds = check_kinds(a.kinds)
+    told = {"out": str(Path(a.batch).absolute()), "images": a.images and str(Path(a.images).absolute())}
+    Review(**told, kinds=kinds)
+    serve(told | {"kinds": kinds}, a.port)
+    return 0
 
 
 # %% ../nbs/12_cli/00_cli.ipynb #be27b8aa
@@ -777,14 +854,14 @@ def _warp(a):
     from .io.images import read_image, with_frame, write_image
     from .io.transforms import load_transform, map_of_record
     from .registration.frames import warp_to_fixed
-    from .registration.journal import load_batch_transform
+    from .registration.review import reviewed_transform
 
     refuse_to_overwrite([a.out], [a.image, a.transform])
     if a.id is None and Path(a.transform).is_dir():
         raise FileError(
             f"{a.transform}: is a folder; name one of its pairs with --id, or give a transform.json"
         )
-    record = load_transform(a.transform) if a.id is None else load_batch_transform(a.transform, a.id)
+    record = load_transform(a.transform) if a.id is None else reviewed_transform(a.transform, a.id)
     image = read_image(with_frame([a.image], a.frame)[0])
     if record.matrix is None:
         raise FileError(f"{a.transform}: holds no transform, the registration failed")
@@ -910,6 +987,19 @@ COMMANDS = {
         _many,
         True,
     ),
+    "register-triplet": Command(
+        "register photograph, OCT and angiogram of one eye, held against each other",
+        "CF OCT FA --out DIR [--key value ...]",
+        _add_triplet,
+        _triplet,
+    ),
+    "review": Command(
+        "look at the doubtful pairs of a batch: accept, reject, correct with three clicks",
+        "BATCH [--images DIR] [--port N] [--kinds doubtful,failed,ok]",
+        _add_review,
+        _review,
+        True,
+    ),
     "warp": Command(
         "apply a saved transform to another image or mask",
         "IMAGE TRANSFORM --out FILE [--id ID] [--mode nearest]",
@@ -968,7 +1058,7 @@ COMMANDS = {
 
 def overview() -> str:
     "What `loftr-curriculum --help` prints."
-    rows = "\n".join(f"  {name:15s}{c.about}" for name, c in COMMANDS.items())
+    rows = "\n".join(f"  {name:18s}{c.about}" for name, c in COMMANDS.items())
     return f"""usage: loftr-curriculum COMMAND ... | --help | --version
 
 Registers retinal images of one eye across modalities.

@@ -22,6 +22,7 @@ __all__ = [
     "read_review",
     "write_review",
     "in_order_of_doubt",
+    "check_kinds",
     "Review",
     "images_folder",
     "reviewed_transform",
@@ -177,6 +178,18 @@ def in_order_of_doubt(
         return kinds.index(kind_of(rows[id])), float(rows[id]["probability"] or 0)
 
     return sorted((id for id in rows if kind_of(rows[id]) in kinds), key=doubt)
+
+
+# %% ../../nbs/06_registration/14b_review.ipynb #24810707
+def check_kinds(
+    text: str,  # such as doubtful,failed
+) -> tuple:  # of kinds
+    "The kinds of pairs to look at; ValueError where one is none."
+    known = (*LOOKED_AT, "ok")
+    kinds = tuple(filter(None, text.split(",")))
+    if not kinds or not set(kinds) <= set(known):
+        raise ValueError(f"kinds {text}: expected some of {','.join(known)}")
+    return kinds
 
 
 # %% ../../nbs/06_registration/14b_review.ipynb #92d7e73a

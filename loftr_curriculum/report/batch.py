@@ -34,7 +34,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from ..geometry import Affine, resize_matrix
+from ..geometry import Affine, PointMap, resize_matrix
 from ..io.files import FileError, atomic_path, refuse_to_overwrite
 from ..io.images import write_image
 from ..registration.frames import open_image
@@ -58,18 +58,19 @@ def as_text(
 
 
 def small_pair(
-    result,  # Registration
+    point_map: PointMap | None,  # moving to fixed; None: there is no answer
     fixed: np.ndarray,  # (H0, W0[, 3])
     moving: np.ndarray,  # (H1, W1[, 3])
+    side: int = SMALL,  # px of the long side
 ) -> tuple:  # two images (h, w[, 3]) uint8
     "The fixed image and the warped one; the moving one as it is where there is no answer."
-    one = for_display(fixed, SMALL)
-    if result.point_map is None:
-        return one, for_display(moving, SMALL)
-    other = for_display(moving, 2 * SMALL)
+    one = for_display(fixed, side)
+    if point_map is None:
+        return one, for_display(moving, side)
+    other = for_display(moving, 2 * side)
     to_original = Affine(resize_matrix(moving.shape[:2], other.shape[:2])).inverse()
     to_small = Affine(resize_matrix(fixed.shape[:2], one.shape[:2]))
-    return one, to_original.then(result.point_map).then(to_small).warp(other, one.shape[:2])
+    return one, to_original.then(point_map).then(to_small).warp(other, one.shape[:2])
 
 
 def pictures_line(
@@ -79,7 +80,7 @@ def pictures_line(
     moving: np.ndarray,  # (H1, W1[, 3])
 ) -> str:
     "One line of pictures.jsonl."
-    one, other = small_pair(result, fixed, moving)
+    one, other = small_pair(result.point_map, fixed, moving)
     aligned = result.point_map is not None
     entry = {"id": pair.id, "aligned": aligned, "fixed": as_text(one), "other": as_text(other)}
     return json.dumps(entry) + "\n"
