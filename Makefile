@@ -9,7 +9,7 @@ VENV    ?= .venv
 DEMO    ?= demo_out
 BIN     := $(VENV)/bin
 STAMP   := $(VENV)/.setup-done
-# JupyterLab and Playwright, which only tests/test_browser.py needs
+# JupyterLab, Playwright and Voila, which only tests/test_browser.py and tests/test_review.py need
 BROWSER := $(VENV)/.browser-done
 # Sphinx, which only `make docs` needs
 SITE    := $(VENV)/.docs-done
@@ -44,7 +44,7 @@ $(STAMP): settings.ini setup.py pyproject.toml constraints.txt
 	@touch "$@"
 
 $(BROWSER): $(STAMP)
-	"$(BIN)/python" -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev,browser]'
+	"$(BIN)/python" -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev,browser,review]'
 	@touch "$@"
 
 $(SITE): $(STAMP)
