@@ -10,7 +10,7 @@ __all__ = [
     "MEASUREMENTS",
     "PARTS",
     "status_of_process",
-    "memory_mb",
+    "resident_mb",
     "Settings",
     "PairStream",
     "draw_views",
@@ -24,7 +24,7 @@ __all__ = [
     "ask_training",
     "ask_product",
     "read_settings",
-    "system_named",
+    "served_system",
     "serve",
     "start_process",
     "Process",
@@ -54,7 +54,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -65,12 +65,14 @@ from pathlib import Path
 import cv2
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..data.batch import PairBatch, collate_pairs
 from ..data.module import to_tensors
-from ..data.pairs import GeneratedSource
+from ..data.pairs import GeneratedSource, PairSample
 from ..geometry import Motion, mild, resize_image
+from ..io.deprecated import deprecated_names
 from ..io.files import read_json, write_json
 from ..model.config import Guidance, MatcherConfig
 from ..model.weights import load_matcher, order_for_cpu
@@ -80,13 +82,13 @@ from ..report.plots import new_figure
 from ..retina.config import EyeConfig, seeds_of
 from ..retina.world import WorldBank
 from ..training.config import TrainConfig
-from ..training.module import PL_LoFTR
-from .study import this_machine
+from ..training.module import PL_LoFTR, batch_loss
+from .study import begun, this_machine
 
 
 # %% ../../nbs/11_studies/04_speed.ipynb #0771d192
 def status_of_process(
-    what,  # "VmRSS" or "VmHWM"
+    what: str,  # "VmRSS" or "VmHWM"
 ) -> float | None:  # MB; None where the system does not tell
     "What /proc says about the memory of this process."
     status = Path("/proc/self/status")
@@ -99,8 +101,8 @@ def status_of_process(
 
 
 # %% ../../nbs/11_studies/04_speed.ipynb #f9c0004e
-def memory_mb(
-    what="VmRSS",  # "VmRSS": now; "VmHWM": the highest so far
+def resident_mb(
+    what: str = "VmRSS",  # "VmRSS": now; "VmHWM": the highest so far
 ) -> float:
     "Resident memory of this process in MB; without /proc always the highest so far."
     known = status_of_process(what)
@@ -149,7 +151,7 @@ class PairStream:
 
     def __init__(
         self,
-        settings,  # Settings
+        settings: Settings,  # Settings
     ):
         self.eyes = settings.repeats + 1
         seeds = seeds_of("report", self.eyes)
@@ -158,21 +160,21 @@ class PairStream:
 
     def draw(
         self,
-        number,  # of the pair
-        kind,  # which motion, 0, 1, ...
-        side,  # px
-        motion,  # Motion
-    ):  # PairSample
+        number: int,  # of the pair
+        kind: int,  # which motion, 0, 1, ...
+        side: int,  # px
+        motion: Motion,  # Motion
+    ) -> PairSample:  # PairSample
         rng = np.random.default_rng((self.bank.seeds[number % self.eyes], kind, number))
         return self.source.draw(number, rng, (side, side), motion)
 
 
 # %% ../../nbs/11_studies/04_speed.ipynb #078406f3
 def draw_views(
-    stream,  # PairStream
-    kind,  # which motion, 0, 1, ...
-    motion,  # Motion
-    side,  # px
+    stream: PairStream,  # PairStream
+    kind: int,  # which motion, 0, 1, ...
+    motion: Motion,  # Motion
+    side: int,  # px
 ) -> list:  # two (N, side, side) uint8, fixed and moving
     "The pairs of the registrations with one kind of motion."
     pairs = [stream.draw(k, kind, side, motion) for k in range(stream.eyes)]
@@ -181,9 +183,9 @@ def draw_views(
 
 # %% ../../nbs/11_studies/04_speed.ipynb #104a00ce
 def draw_batch(
-    stream,  # PairStream
-    number,  # of the batch
-    settings,  # Settings
+    stream: PairStream,  # PairStream
+    number: int,  # of the batch
+    settings: Settings,  # Settings
 ) -> PairBatch:
     "The pairs of one training step."
     first = number * settings.batch
@@ -194,8 +196,8 @@ def draw_batch(
 
 # %% ../../nbs/11_studies/04_speed.ipynb #4a96a1cf
 def draw_pairs(
-    settings,  # Settings
-    path,  # file to write
+    settings: Settings,  # Settings
+    path: str | Path,  # file to write
 ) -> None:
     """Write everything that is measured with.
 
@@ -242,21 +244,21 @@ class CountedMatcher:
 
     def __init__(
         self,
-        matcher,  # Matcher in evaluation mode
+        matcher: torch.nn.Module,  # Matcher in evaluation mode
     ):
         self.matcher = matcher
         self.passes = 0
 
-    def match(self, *images, **options):
+    def match(self, *images: torch.Tensor, **options: object) -> list:
         self.passes += 1
         return self.matcher.match(*images, **options)
 
 
 # %% ../../nbs/11_studies/04_speed.ipynb #f3d3efa9
 def ask_ours(
-    given,  # what `draw_pairs` wrote
-    settings,  # Settings
-    side=None,  # px of the images; None: as they are
+    given: dict,  # what `draw_pairs` wrote
+    settings: Settings,  # Settings
+    side: int | None = None,  # px of the images; None: as they are
 ) -> Callable:
     "`fast`: a registration, and one pass of the matcher."
     matcher, config = load_matcher(settings.weights), RegistrationConfig()
@@ -277,8 +279,8 @@ def ask_ours(
 
 # %% ../../nbs/11_studies/04_speed.ipynb #53084316
 def ask_kornia(
-    given,  # what `draw_pairs` wrote
-    settings,  # Settings
+    given: dict,  # what `draw_pairs` wrote
+    settings: Settings,  # Settings
 ) -> Callable:
     "kornia's LoFTR with random weights: one forward pass."
     from kornia.feature import LoFTR
@@ -296,20 +298,14 @@ def ask_kornia(
     return ask
 
 
-# %% ../../nbs/11_studies/04_speed.ipynb #2a94a405
-def _log_nothing(*values, **options):
-    "Stands in for the logger, which needs a trainer."
-
-
 # %% ../../nbs/11_studies/04_speed.ipynb #d90eb1d1
 def module_of(
-    matcher,  # MatcherConfig
-    device,  # torch device
-    compiled,  # compile the matcher?
+    matcher: MatcherConfig,  # MatcherConfig
+    device: str,  # torch device
+    compiled: bool,  # compile the matcher?
 ) -> PL_LoFTR:
     "What trains, under full guidance."
     module = PL_LoFTR(TrainConfig(matcher=matcher)).to(device)
-    module.log = _log_nothing
     module.guidance = Guidance(2.0, 10.0)
     if device == "cpu":
         order_for_cpu(module.matcher)
@@ -320,9 +316,9 @@ def module_of(
 
 # %% ../../nbs/11_studies/04_speed.ipynb #465145f9
 def training_steps(
-    matcher,  # MatcherConfig
-    device="cpu",  # torch device
-    compiled=False,  # compile the matcher?
+    matcher: MatcherConfig,  # MatcherConfig
+    device: str = "cpu",  # torch device
+    compiled: bool = False,  # compile the matcher?
 ) -> Callable:
     "A module and its optimiser: (batch, precision) -> does one step."
     module = module_of(matcher, device, compiled)
@@ -331,7 +327,7 @@ def training_steps(
     def step(batch, precision):
         optimizer.zero_grad()
         with torch.autocast(device, torch.bfloat16, enabled=precision == "bf16"):
-            loss = module.training_step(batch, 0)
+            loss = batch_loss(module, batch).total
         loss.backward()
         optimizer.step()
 
@@ -340,9 +336,9 @@ def training_steps(
 
 # %% ../../nbs/11_studies/04_speed.ipynb #bd124298
 def ask_training(
-    given,  # what `draw_pairs` wrote
-    settings,  # Settings
-    variant,  # "fast" or "reference"
+    given: dict,  # what `draw_pairs` wrote
+    settings: Settings,  # Settings
+    variant: str,  # "fast" or "reference"
 ) -> Callable:
     "One training step."
     torch.manual_seed(0)
@@ -359,8 +355,8 @@ def ask_training(
 
 # %% ../../nbs/11_studies/04_speed.ipynb #7386f5a0
 def ask_product(
-    given,  # not read
-    settings,  # Settings
+    given: dict,  # not read
+    settings: Settings,  # Settings
 ) -> Callable:
     "The yardstick of the hardware: one product of square matrices."
     n = settings.product
@@ -375,7 +371,7 @@ def ask_product(
 
 # %% ../../nbs/11_studies/04_speed.ipynb #3205ab3c
 def read_settings(
-    folder,  # holds settings.json
+    folder: str | Path,  # holds settings.json
 ) -> Settings:
     "The settings that the command wrote down."
     told = read_json(Path(folder) / "settings.json")
@@ -386,10 +382,10 @@ def read_settings(
 SYSTEMS = {"ours": ask_ours, "kornia": ask_kornia, "training": ask_training, "product": ask_product}
 
 
-def system_named(
-    name,  # see `serve`
-    given,  # what `draw_pairs` wrote
-    settings,  # Settings
+def served_system(
+    name: str,  # see `serve`
+    given: dict,  # what `draw_pairs` wrote
+    settings: Settings,  # Settings
 ) -> Callable:
     "A system that is set up."
     kind, _, argument = name.partition(":")
@@ -400,8 +396,8 @@ def system_named(
 
 # %% ../../nbs/11_studies/04_speed.ipynb #1dec46ac
 def serve(
-    name,  # a system, with its argument after a colon: "kornia", "ours:1024", "training:fast"
-    folder,  # holds settings.json and pairs.pt
+    name: str,  # a system, with its argument after a colon: "kornia", "ours:1024", "training:fast"
+    folder: str | Path,  # holds settings.json and pairs.pt
 ) -> None:
     "Answer questions from standard input until it ends."
     settings = read_settings(folder)
@@ -410,18 +406,18 @@ def serve(
     if name in ("kornia", "training:reference"):
         import_module("kornia.feature")
     given = torch.load(Path(folder) / "pairs.pt", weights_only=True)
-    base = memory_mb()
-    ask = system_named(name, given, settings)
+    base = resident_mb()
+    ask = served_system(name, given, settings)
     for line in sys.stdin:
         answer = ask(**json.loads(line))
-        print(json.dumps(answer | {"memory_mb": memory_mb("VmHWM") - base}), flush=True)
+        print(json.dumps(answer | {"memory_mb": resident_mb("VmHWM") - base}), flush=True)
 
 
 # %% ../../nbs/11_studies/04_speed.ipynb #8e6cdcd1
 def start_process(
-    name,  # see `serve`
-    folder,  # holds settings.json and pairs.pt
-    threads,  # of its libraries
+    name: str,  # see `serve`
+    folder: str | Path,  # holds settings.json and pairs.pt
+    threads: int,  # of its libraries
 ) -> subprocess.Popen:
     "A process that serves."
     program = f"import sys; from {serve.__module__} import serve; serve(*sys.argv[1:])"
@@ -436,9 +432,9 @@ class Process:
 
     def __init__(
         self,
-        name,  # see `serve`
-        folder,  # holds settings.json and pairs.pt
-        threads,  # of its libraries
+        name: str,  # see `serve`
+        folder: str | Path,  # holds settings.json and pairs.pt
+        threads: int,  # of its libraries
     ):
         self.name = name
         self.process = start_process(name, folder, threads)
@@ -451,7 +447,7 @@ class Process:
         self.process.wait()
         self.process.stdout.close()
 
-    def ask(self, **question):
+    def ask(self, **question: object) -> dict:
         self.process.stdin.write(json.dumps(question) + "\n")
         self.process.stdin.flush()
         answer = self.process.stdout.readline()
@@ -465,9 +461,9 @@ class Process:
 
 # %% ../../nbs/11_studies/04_speed.ipynb #3537fc04
 def ask_each(
-    processes,  # list of Process
-    number,  # of the pair
-    whats,  # what each is asked for
+    processes: Sequence[Process],
+    number: int,  # of the pair
+    whats: Sequence[str],  # what each is asked for
 ) -> dict:  # (name, what) -> answer
     "One pair, every system in turn."
     return {(process.name, what): process.ask(k=number, what=what) for process in processes for what in whats}
@@ -475,10 +471,10 @@ def ask_each(
 
 # %% ../../nbs/11_studies/04_speed.ipynb #99b38331
 def in_turn(
-    names,  # systems, see `serve`
-    folder,  # holds settings.json and pairs.pt
-    settings,  # Settings
-    whats,  # what each system is asked for, in turn
+    names: Sequence[str],  # systems, see `serve`
+    folder: str | Path,  # holds settings.json and pairs.pt
+    settings: Settings,  # Settings
+    whats: Sequence[str],  # what each system is asked for, in turn
 ) -> dict:  # (name, what) -> list of answers, the warm-up left out
     "Ask all systems about pair after pair, in turn."
     with ExitStack() as stack:
@@ -493,7 +489,7 @@ def in_turn(
 
 # %% ../../nbs/11_studies/04_speed.ipynb #e1aac69c
 def summary(
-    answers,  # of one system to one question
+    answers: Sequence[dict],  # of one system to one question
 ) -> dict:
     "Seconds of every measurement and their median, and the highest memory above imports, MB."
     more = {k: [a[k] for a in answers] for k in ("passes", "verdict") if k in answers[0]}
@@ -508,8 +504,8 @@ def summary(
 
 # %% ../../nbs/11_studies/04_speed.ipynb #ea7d8212
 def compare_motion(
-    ours,  # summary of ours
-    kornia,  # summary of kornia's
+    ours: dict,  # summary of ours
+    kornia: dict,  # summary of kornia's
 ) -> dict:
     "Both, and how many times faster ours is."
     times = kornia["median_s"] / ours["median_s"]
@@ -517,7 +513,7 @@ def compare_motion(
 
 
 # %% ../../nbs/11_studies/04_speed.ipynb #c2946e95
-def measure_registration(folder, settings) -> dict:  # as in `in_turn`
+def measure_registration(folder: str | Path, settings: Settings) -> dict:  # as in `in_turn`
     "`register` of ours beside kornia's forward pass."
     names = ("ours", "kornia")
     told = in_turn(names, folder, settings, tuple(MOTIONS))
@@ -534,7 +530,7 @@ def measure_registration(folder, settings) -> dict:  # as in `in_turn`
 PRECISIONS = ("32", "bf16")
 
 
-def measure_training(folder, settings) -> dict:
+def measure_training(folder: str | Path, settings: Settings) -> dict:
     "A training step of both variants in both precisions."
     variants = ("fast", "reference")
     told = in_turn([f"training:{variant}" for variant in variants], folder, settings, PRECISIONS)
@@ -548,7 +544,7 @@ def measure_training(folder, settings) -> dict:
 
 
 # %% ../../nbs/11_studies/04_speed.ipynb #aec6aede
-def measure_product(folder, settings) -> dict:
+def measure_product(folder: str | Path, settings: Settings) -> dict:
     "GFLOP/s of a matrix product in both precisions."
     told = in_turn(("product",), folder, settings, PRECISIONS)
     rates = {}
@@ -559,7 +555,7 @@ def measure_product(folder, settings) -> dict:
 
 
 # %% ../../nbs/11_studies/04_speed.ipynb #e5d32c81
-def measure_sides(folder, settings) -> list:
+def measure_sides(folder: str | Path, settings: Settings) -> list:
     "One pass and a registration against the side of the image, each side in a process of its own."
     rows = []
     for side in settings.sides:
@@ -571,9 +567,9 @@ def measure_sides(folder, settings) -> list:
 
 # %% ../../nbs/11_studies/04_speed.ipynb #9488ddd2
 def share_of(
-    operations,  # of one call
-    seconds,  # it took
-    peak,  # GFLOP/s of the product of the same type
+    operations: float,  # of one call
+    seconds: float,  # it took
+    peak: float,  # GFLOP/s of the product of the same type
 ) -> dict:
     "GFLOP, achieved GFLOP/s, and their share of the product."
     rate = operations / seconds / 1e9
@@ -586,7 +582,7 @@ def share_of(
 
 # %% ../../nbs/11_studies/04_speed.ipynb #f6cd7c09
 def seconds_of_pass(
-    result,  # with sides
+    result: dict,  # with sides
 ) -> float | None:
     "Of one pass of `fast` at the side of the registrations, where that was measured."
     for row in result["sides"]:
@@ -597,7 +593,7 @@ def seconds_of_pass(
 
 # %% ../../nbs/11_studies/04_speed.ipynb #fccee654
 def shares(
-    result,  # with registration, training, product and sides
+    result: dict,  # with registration, training, product and sides
 ) -> dict:
     "What `share_of` says of every network."
     registration, training, peak = result["registration"], result["training"], result["product"]
@@ -669,8 +665,8 @@ def _rate_or_failure(function, arguments, pairs, repeats):
 
 # %% ../../nbs/11_studies/04_speed.ipynb #09f9bbf5
 def measure_cuda(
-    given,  # what `draw_pairs` wrote
-    settings,  # Settings
+    given: dict,  # what `draw_pairs` wrote
+    settings: Settings,  # Settings
 ) -> dict:  # None where there is no GPU
     "Pairs per second on the first GPU."
     if not torch.cuda.is_available():
@@ -690,22 +686,20 @@ def measure_cuda(
 
 # %% ../../nbs/11_studies/04_speed.ipynb #ad937266
 def begin_result(
-    out,  # JSON file, written before or not
-    settings,  # Settings
+    out: str | Path,  # JSON file, written before or not
+    settings: Settings,
 ) -> dict:
-    "Machine and settings, and what was measured with the same ones before."
+    "Machine and settings, and what was measured with the same ones before; FileError for other ones."
     told = {
         "machine": this_machine() | {"kornia": version("kornia")},
-        "settings": json.loads(json.dumps(asdict(settings))),  # as a file gives them back
+        "settings": asdict(settings),
         "seeds": f"report, {settings.repeats + 1} eyes",
     }
-    old = read_json(out) if Path(out).is_file() else {}
-    same = all(old.get(name) == value for name, value in told.items())
-    return {**old, **told} if same else told
+    return {**told, **begun(out, told)}
 
 
 # %% ../../nbs/11_studies/04_speed.ipynb #792f56aa
-def measure_cuda_part(folder, settings) -> dict:
+def measure_cuda_part(folder: str | Path, settings: Settings) -> dict:
     "`measure_cuda` on the pairs of the folder."
     return measure_cuda(torch.load(Path(folder) / "pairs.pt", weights_only=True), settings)
 
@@ -825,7 +819,7 @@ def _side_lines(
 
 # %% ../../nbs/11_studies/04_speed.ipynb #225aac5b
 def speed_table(
-    result,  # from `run_speed`
+    result: dict,  # from `run_speed`
 ) -> str:
     "The figures as lines of text."
     settings, machine = result["settings"], result["machine"]
@@ -859,8 +853,8 @@ def _draw_against_side(axes, result, key, label, whats):
 
 # %% ../../nbs/11_studies/04_speed.ipynb #b0d9248e
 def draw_sides(
-    result,  # from `run_speed`, with sides
-):
+    result: dict,  # from `run_speed`, with sides
+) -> Figure:
     "Seconds and memory against the side of the image, both axes logarithmic: a Figure."
     figure = new_figure(620, 260, 80)
     seconds, memory = figure.subplots(1, 2)
@@ -874,3 +868,7 @@ def draw_sides(
         memory.plot(side, registration["memory_mb"][1], "kx")
     figure.tight_layout()
     return figure
+
+
+# %% ../../nbs/11_studies/04_speed.ipynb #a4524961
+__getattr__ = deprecated_names(__name__, {"memory_mb": "resident_mb"})

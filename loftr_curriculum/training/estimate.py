@@ -36,7 +36,7 @@ from ..retina.modality import planes_for
 from ..retina.world import WorldBank, world_file
 from .callbacks import say, spell
 from .config import TrainConfig
-from .module import PL_LoFTR
+from .module import PL_LoFTR, batch_loss
 from .run import precision_of
 
 try:
@@ -84,7 +84,7 @@ def timed_step(
     start = time.perf_counter()
     optimizer.zero_grad()
     with torch.autocast(batch.image0.device.type, torch.bfloat16, enabled=bf16):
-        loss = module.training_step(batch, 0)
+        loss = batch_loss(module, batch).total
     loss.backward()
     optimizer.step()
     if batch.image0.is_cuda:
@@ -112,7 +112,6 @@ def measure(
     state = torch.get_rng_state()
     batch, eye_s, pair_s = one_batch(config.data)
     module = PL_LoFTR(config)
-    module.log = _log_nothing
     if torch.cuda.is_available():
         module, batch = module.cuda(), batch.to("cuda")
     else:
@@ -123,10 +122,6 @@ def measure(
     times = [timed_step(module, optimizer, batch, bf16) for _ in range(steps + 1)]
     torch.set_rng_state(state)
     return Cost(eye_s, pair_s, min(times[1:]), peak_memory_mb())
-
-
-def _log_nothing(*_, **__):
-    "Stands in for the logger of a module without a trainer."
 
 
 # %% ../../nbs/09_training/10_estimate.ipynb #f7065e74

@@ -15,6 +15,7 @@ __all__ = [
     "exchange_mask",
     "with_masks",
     "forward_batch",
+    "batch_loss",
     "training_step",
     "log_loss",
     "validate",
@@ -222,8 +223,8 @@ def forward_batch(
 
 
 # %% ../../nbs/09_training/04_module.ipynb #09cfa2bb
-def training_step(module: PL_LoFTR, batch: PairBatch) -> torch.Tensor:
-    "The weighted loss of a batch under the module's guidance."
+def batch_loss(module: PL_LoFTR, batch: PairBatch) -> Loss:
+    "The weighted loss of a batch under the module's guidance; nothing is logged."
     batch = with_masks(batch, module.config.phases.mask)
     result = forward_batch(module.matcher, batch, module.guidance)
     truth = cell_frame(batch, result.grid0, result.grid1)
@@ -237,7 +238,13 @@ def training_step(module: PL_LoFTR, batch: PairBatch) -> torch.Tensor:
         truth.map_1to0,
     )
     draw = torch.Generator().manual_seed(module.config.seed * 1_000_003 + module.global_step)
-    loss = matching_loss(module.matcher, result, targets, truth.mask0, truth.mask1, draw, module.guidance)
+    return matching_loss(module.matcher, result, targets, truth.mask0, truth.mask1, draw, module.guidance)
+
+
+# %% ../../nbs/09_training/04_module.ipynb #a55868a6
+def training_step(module: PL_LoFTR, batch: PairBatch) -> torch.Tensor:
+    "The loss that a step goes down by; its parts are logged."
+    loss = batch_loss(module, batch)
     log_loss(module, loss, len(batch))
     return loss.total
 
