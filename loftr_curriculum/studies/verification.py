@@ -18,6 +18,8 @@ __all__ = [
     "REPORTED",
     "OTHERS",
     "NO_EYES",
+    "GRID",
+    "CAPTION",
     "case_pairs",
     "error_of",
     "collect",
@@ -39,6 +41,8 @@ __all__ = [
     "no_eye",
     "turned_over",
     "fellow_pairs",
+    "burn_in",
+    "marked_alike",
     "unmatchable",
     "report_unmatchable",
     "verdicts_in_words",
@@ -50,12 +54,14 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict, replace
 from itertools import product
 
+import cv2
 import numpy as np
 from scipy.optimize import minimize
 from tqdm.auto import tqdm
 
 from ..data.pseudo_real import SPECIFICATION, RawPair, pseudo_real_pair, pseudo_real_pairs
 from ..evaluation.metrics import at_512
+from ..geometry import resize_image
 from ..io.files import write_json
 from ..model.weights import load_matcher
 from ..registration.config import RegistrationConfig, Verdict
@@ -363,7 +369,7 @@ def in_words(
 
 
 # %% ../../nbs/11_studies/09_verification.ipynb #b373ce6d
-UNMATCHABLE_VERSION = 2
+UNMATCHABLE_VERSION = 3
 REPORTED = replace(SPECIFICATION, split="report", per_mode=60)
 OTHERS = 2  # other eyes for every fixed image
 NO_EYES = 10  # of each mode: half noise, half shades
@@ -399,6 +405,37 @@ def fellow_pairs(
     return [pseudo_real_pair(mode, number, REPORTED, fellow=True) for number in range(count)]
 
 
+# %% ../../nbs/11_studies/09_verification.ipynb #94bcda9e
+GRID = 64  # px between the lines
+CAPTION = ("OD 30 deg", "ART 100", "10:22:31")
+
+
+def burn_in(
+    image: np.ndarray,  # (H, W) or (H, W, 3) uint8
+    caption: bool,  # lines of text; else a grid
+) -> np.ndarray:
+    "The image with marks of a camera."
+    image = image.copy()
+    if not caption:
+        image[GRID // 2 :: GRID] = 255
+        image[:, GRID // 2 :: GRID] = 255
+        return image
+    for line, text in enumerate(CAPTION):
+        at = (image.shape[1] // 4, image.shape[0] // 2 + 24 * line)
+        cv2.putText(image, text, at, cv2.FONT_HERSHEY_SIMPLEX, 0.7, (255, 255, 255), 2)
+    return image
+
+
+def marked_alike(
+    fixed: np.ndarray,  # uint8
+    moving: np.ndarray,  # uint8
+    caption: bool,  # as in `burn_in`
+) -> tuple:  # fixed, and moving at its size, both with the same marks
+    "Two images as one device would export them."
+    same_size = resize_image(moving, fixed.shape[:2])
+    return burn_in(fixed, caption), burn_in(same_size, caption)
+
+
 # %% ../../nbs/11_studies/09_verification.ipynb #f9e089f3
 def unmatchable(
     pairs: list[RawPair],  # of one mode of `REPORTED`
@@ -406,9 +443,10 @@ def unmatchable(
 ) -> Iterator:  # of (kind, id, fixed, moving)
     "The pairs of one mode of the list, always the same ones."
     for k, (pair, fellow) in enumerate(zip(pairs, fellows)):
-        for step in range(1, OTHERS + 1):
-            other = pairs[(k + step) % len(pairs)]
-            yield "other eye", f"{pair.id}-with-{other.id}", pair.fixed, other.moving
+        other, third = pairs[(k + 1) % len(pairs)], pairs[(k + 2) % len(pairs)]
+        yield "other eye", f"{pair.id}-with-{other.id}", pair.fixed, other.moving
+        both = marked_alike(pair.fixed, third.moving, caption=k % 2 == 1)
+        yield "other eye, same marks", f"{pair.id}-with-{third.id}-marked", *both
         kind = "fellow eye, turned over" if k % 2 else "fellow eye"
         yield kind, f"{pair.id}-fellow", pair.fixed, turned_over(fellow.moving) if k % 2 else fellow.moving
         yield "mirrored", f"{pair.id}-mirrored", pair.fixed, turned_over(pair.moving)
