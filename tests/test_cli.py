@@ -267,18 +267,22 @@ def untrained(tmp_path_factory):
 QUICK = ("--long-side", "256", "--first-long-side", "256")
 
 
-def test_register_writes_five_files_and_warp_repeats_the_picture(pair, sees, tmp_path, capsys):
+def test_register_writes_its_files_and_warp_repeats_the_picture(pair, sees, tmp_path, capsys):
     fixed, moving, M = pair
     out = tmp_path / "out"
     assert run("register", fixed, moving, "--out", out, *QUICK) == 0
     said = capsys.readouterr().out
     assert (
         said.startswith("ok: ")
-        and f"look at {out}: transform.json, transform.tfm, warped.png, checkerboard.png, matches.png\n"
+        and f"look at {out}: transform.json, transform.tfm, warped.png, checkerboard.png, inverse.tfm, "
+        "landmarks.csv, matches.csv, matches.png\n"
         in said
     )
     assert sorted(p.name for p in out.iterdir()) == [
         "checkerboard.png",
+        "inverse.tfm",
+        "landmarks.csv",
+        "matches.csv",
         "matches.png",
         "transform.json",
         "transform.tfm",
@@ -762,3 +766,17 @@ def test_a_finished_batch_says_so_before_anything_is_loaded(pair, sees, tmp_path
 
     monkeypatch.setattr("loftr_curriculum.model.weights.load_matcher", load)
     assert run(*words) == 0
+
+
+def test_register_does_not_begin_where_another_run_works_or_nobody_may_write(pair, sees, tmp_path, complains):
+    from loftr_curriculum.io.lock import only_run
+
+    fixed, moving, _ = pair
+    with only_run(tmp_path / "out"):
+        assert "another run works on this folder" in complains(
+            "register", fixed, moving, "--out", tmp_path / "out"
+        )
+    (tmp_path / "file").write_text("")
+    said = complains("register", fixed, moving, "--out", tmp_path / "file" / "out")
+    assert "expected a folder that can be written" in said
+    assert not (tmp_path / "out").exists(), "a folder that stayed empty goes again"

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from loftr_curriculum.geometry import Affine, Bent, Homography, affine, affine_of, apply_transform
-from loftr_curriculum.io.exports import save_itk, save_itk_files
+from loftr_curriculum.io.exports import landmarks_of, save_itk, save_itk_files, save_landmarks
 
 SIZE = (240, 320)
 T = affine(12, 1.1, (8, -5), center=(160, 120), aspect=1.02, shear=0.02)
@@ -87,3 +87,29 @@ def test_with_spacings_the_map_is_in_millimetres(fixed_to_moving, tmp_path):
     points = np.random.default_rng(0).uniform(0, 1, (200, 2)) * (SIZE[1] - 1, SIZE[0] - 1)
     theirs = np.array([transform.TransformPoint(point.tolist()) for point in points * (0.02, 0.01)])
     assert np.abs(theirs / (0.005, 0.006) - fixed_to_moving(points)).max() < 0.05  # px
+
+
+@pytest.mark.parametrize(
+    "fixed_to_moving", [Affine(T), a_homography(), a_bend()], ids=["affine", "plane", "bent"]
+)
+def test_the_inverse_after_the_transform_leads_back(fixed_to_moving, tmp_path):
+    sitk = pytest.importorskip("SimpleITK")
+    moving_to_fixed = fixed_to_moving.inverse()
+    save_itk(tmp_path / "transform.tfm", moving_to_fixed, SIZE)
+    save_itk(tmp_path / "inverse.tfm", fixed_to_moving, (300, 340))
+    there, back = (sitk.ReadTransform(str(tmp_path / name)) for name in ("transform.tfm", "inverse.tfm"))
+    points = np.random.default_rng(0).uniform(0.2, 0.8, (200, 2)) * (SIZE[1], SIZE[0])
+    again = [back.TransformPoint(there.TransformPoint(point.tolist())) for point in points]
+    assert np.abs(np.array(again) - points).max() < 0.05
+
+
+def test_bigwarp_finds_name_flag_moving_and_target(tmp_path):
+    fixed, moving = landmarks_of(Affine(T).inverse(), SIZE, (300, 340))
+    assert len(fixed) > 30
+    save_landmarks(tmp_path / "landmarks.csv", fixed, moving)
+    lines = (tmp_path / "landmarks.csv").read_text().splitlines()
+    cells = [[cell.strip('"') for cell in line.split(",")] for line in lines]
+    assert [row[:2] for row in cells] == [[f"Pt-{k}", "true"] for k in range(len(fixed))]
+    numbers = np.array([row[2:] for row in cells], float)
+    assert np.abs(numbers[:, :2] - apply_transform(T, numbers[:, 2:])).max() < 1e-3
+    assert (numbers[:, :2] >= 0).all() and (numbers[:, :2] <= (339, 299)).all()

@@ -51,12 +51,13 @@ def a_result(moving, T=None, n=40, verdict=Verdict.OK, fixed_size=(90, 120)):
 
 
 @pytest.mark.parametrize("dtype, channels", [(np.uint8, 3), (np.uint8, 1), (np.uint16, 1)])
-def test_writes_all_four_files(dtype, channels, tmp_path):
+def test_writes_all_files(dtype, channels, tmp_path):
     fixed, moving = scene((90, 120)), scene((70, 100), dtype, channels)
     T = similarity(10, 1.1, (5, 3))
     r = a_result(moving, T)
     names = [p.name for p in write_registration(r, fixed, moving, tmp_path / "new" / "folder")]
-    assert names == ["transform.json", "transform.tfm", "warped.png", "checkerboard.png", "matches.png"]
+    assert names[:4] == ["transform.json", "transform.tfm", "warped.png", "checkerboard.png"]
+    assert names[4:] == ["inverse.tfm", "landmarks.csv", "matches.csv", "matches.png"]
     out = tmp_path / "new" / "folder"
     record = load_transform(out / "transform.json")
     assert (

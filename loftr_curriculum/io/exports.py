@@ -7,6 +7,8 @@ __all__ = [
     "FINEST",
     "MOST",
     "PIXELS",
+    "ALONG",
+    "MATCH_COLUMNS",
     "step_of",
     "affine_lines",
     "field_lines",
@@ -14,6 +16,9 @@ __all__ = [
     "itk_transforms",
     "save_itk",
     "save_itk_files",
+    "landmarks_of",
+    "save_landmarks",
+    "save_matches_table",
 ]
 
 # %% ../../nbs/02_io/04_exports.ipynb #d33a8929
@@ -141,3 +146,52 @@ def save_itk_files(
     save_itk(plain, map_from_matrix(affine_of(moving_to_fixed)), fixed_size, note)
     save_itk(bent, moving_to_fixed, fixed_size)
     return [plain, bent, millimetres] if known else [plain, bent]
+
+
+# %% ../../nbs/02_io/04_exports.ipynb #977da70c
+ALONG = 8  # landmarks along each side of the fixed image
+
+
+def landmarks_of(
+    moving_to_fixed: PointMap,
+    fixed_size: tuple,  # (height, width)
+    moving_size: tuple,  # (height, width)
+) -> tuple:  # (N, 2) points of the fixed image, (N, 2) of the moving image
+    "A lattice over the fixed image, where the moving image sees it too."
+    y, x = (np.linspace(0, length - 1, ALONG) for length in fixed_size)
+    fixed = np.stack(np.meshgrid(x, y), -1).reshape(-1, 2)
+    moving = moving_to_fixed.inverse()(fixed)
+    seen = ((moving >= 0) & (moving <= np.array(moving_size[::-1]) - 1)).all(1)
+    return fixed[seen], moving[seen]
+
+
+# %% ../../nbs/02_io/04_exports.ipynb #0fc6df24
+def save_landmarks(
+    path: str | Path,  # .csv file to write, atomically
+    fixed: np.ndarray,  # (N, 2) px
+    moving: np.ndarray,  # (N, 2) px
+) -> None:
+    "Write pairs of points as BigWarp's landmarks."
+    lines = [
+        f'"Pt-{k}","true",' + ",".join(f'"{value:.4f}"' for value in (*there, *here))
+        for k, (there, here) in enumerate(zip(moving, fixed))
+    ]
+    with atomic_path(path) as temporary:
+        temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+# %% ../../nbs/02_io/04_exports.ipynb #dd5d00ba
+MATCH_COLUMNS = ("fixed_x", "fixed_y", "moving_x", "moving_y", "confidence", "agrees")
+
+
+def save_matches_table(
+    path: str | Path,  # .csv file to write, atomically
+    matches,  # with points0, points1 (N, 2) px, confidence (N,) and inliers (N,) bool
+) -> None:
+    "Write matches as a table; agrees is 1 where a match agrees with the answer."
+    rows = np.c_[matches.points0, matches.points1, matches.confidence]
+    lines = [",".join(MATCH_COLUMNS)]
+    for row, agrees in zip(rows, matches.inliers):
+        lines.append(",".join(f"{value:.4f}" for value in row) + f",{int(agrees)}")
+    with atomic_path(path) as temporary:
+        temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")

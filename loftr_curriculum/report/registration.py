@@ -4,14 +4,19 @@
 
 # %% auto #0
 __all__ = [
+    "LINES",
+    "CELLS",
     "FILES",
     "BENT",
     "MILLIMETRES",
+    "POINTS",
     "agreement_text",
+    "spread_over",
     "draw_matches",
     "draw_checkerboard",
     "outputs_of",
     "remove_earlier",
+    "write_points",
     "write_map",
     "record_of",
     "write_registration",
@@ -24,7 +29,13 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from ..geometry import fit_size, resize_image
-from ..io.exports import save_itk_files
+from ..io.exports import (
+    landmarks_of,
+    save_itk,
+    save_itk_files,
+    save_landmarks,
+    save_matches_table,
+)
 from ..io.files import refuse_to_overwrite
 from ..io.images import write_image
 from ..io.inputs import storable
@@ -55,6 +66,27 @@ def agreement_text(result: Registration) -> str:
     return f"{result.verdict}: {matches.inliers.sum()} of {len(matches)} matches agree"
 
 
+# %% ../../nbs/08_report/01_registration.ipynb #814e2707
+LINES = 160  # match lines in a picture, at most
+CELLS = 12  # along each side of the region that matches cover
+
+
+def spread_over(
+    points: np.ndarray,  # (N, 2)
+    most: int,
+) -> np.ndarray:  # (M,) int, M <= most
+    "Indices of points from all over the region that they cover: one of every cell, then a second one, ..."
+    if len(points) <= most:
+        return np.arange(len(points))
+    low, high = points.min(0), points.max(0) + 1e-6
+    column, row = np.minimum((points - low) / (high - low) * CELLS, CELLS - 1).astype(int).T
+    cell = row * CELLS + column
+    order = np.argsort(cell, kind="stable")
+    starts = np.searchsorted(cell[order], cell[order])
+    turn = np.arange(len(order)) - starts
+    return np.sort(order[np.argsort(turn, kind="stable")][:most])
+
+
 # %% ../../nbs/08_report/01_registration.ipynb #f51371fe
 def draw_matches(
     result: Registration,
@@ -68,7 +100,8 @@ def draw_matches(
     figure = new_figure(width, whole)
     canvas = plot_pair(figure.add_axes([0, 0, 1, height / whole]), fixed, moving, height)
     matches = result.matches
-    add_matches(canvas, matches.points0, matches.points1, matches.inliers)
+    drawn = matches[spread_over(matches.points0, LINES)]
+    add_matches(canvas, drawn.points0, drawn.points1, drawn.inliers)
     left, reasons = 6 / width, _shorten("; ".join(result.reasons), width // 6)
     figure.text(left, 1 - 14 / whole, agreement_text(result), fontsize=9, va="center")
     figure.text(left, 1 - 30 / whole, reasons, fontsize=7, va="center", color="0.35")
@@ -94,6 +127,7 @@ def draw_checkerboard(
 FILES = ("transform.json", "transform.tfm", "warped.png", "checkerboard.png", "matches.png")
 BENT = "transform_bent.tfm"  # only where the map bends
 MILLIMETRES = "transform_mm.tfm"  # only where both images state their spacing
+POINTS = ("inverse.tfm", "landmarks.csv", "matches.csv")  # for other programs
 
 
 # %% ../../nbs/08_report/01_registration.ipynb #a53ee490
@@ -101,7 +135,7 @@ def outputs_of(
     out_dir: str | Path,  # folder
 ) -> list[Path]:
     "The files that a registration writes."
-    return [Path(out_dir) / name for name in (*FILES, BENT, MILLIMETRES)]
+    return [Path(out_dir) / name for name in (*FILES, BENT, MILLIMETRES, *POINTS)]
 
 
 # %% ../../nbs/08_report/01_registration.ipynb #2432fcb0
@@ -112,9 +146,22 @@ def remove_earlier(
     if not transform.exists():
         return
     written = load_transform(transform).files
-    for name in set(written) & {*FILES, BENT, MILLIMETRES}:
+    for name in set(written) & {*FILES, BENT, MILLIMETRES, *POINTS}:
         (transform.parent / name).unlink(missing_ok=True)
     transform.unlink()
+
+
+# %% ../../nbs/08_report/01_registration.ipynb #d5436092
+def write_points(
+    result: Registration,  # with a map
+    out: Path,  # folder
+) -> list[Path]:  # those that were written
+    "What other programs can read: the inverse for ITK, landmarks for BigWarp, the matches."
+    inverse, landmarks, matches = (out / name for name in POINTS)
+    save_itk(inverse, result.point_map.inverse(), result.moving_size, "moving to fixed")
+    save_landmarks(landmarks, *landmarks_of(result.point_map, result.fixed_size, result.moving_size))
+    save_matches_table(matches, result.matches)
+    return [inverse, landmarks, matches]
 
 
 # %% ../../nbs/08_report/01_registration.ipynb #65f8d968
@@ -125,11 +172,11 @@ def write_map(
     out: Path,  # folder
 ) -> list[Path]:  # those that were written
     "The map for ITK, the warped image and the checkerboard."
-    _, itk, warped, board, _, bent, millimetres = outputs_of(out)
+    _, itk, warped, board, _, bent, millimetres, *_ = outputs_of(out)
     written = save_itk_files(itk, bent, millimetres, result.point_map, result.fixed_size, result.facts)
     write_image(warped, storable(result.warped))
     write_image(board, draw_checkerboard(result, fixed, moving))
-    return [*written, warped, board]
+    return [*written, warped, board, *write_points(result, out)]
 
 
 # %% ../../nbs/08_report/01_registration.ipynb #af3f3892
@@ -159,6 +206,8 @@ def write_registration(
     out_dir: str | Path,  # folder, made where it is missing
 ) -> list[Path]:  # those that were written
     """Write transform.json, transform.tfm (ITK), warped.png, checkerboard.png and matches.png.
+
+    For other programs: inverse.tfm (ITK, moving to fixed), landmarks.csv (BigWarp) and matches.csv.
 
     Where the map bends, transform_bent.tfm holds the whole map and transform.tfm its affine. Where both
     images state their spacing, transform_mm.tfm is the whole map in millimetres.
