@@ -6,6 +6,7 @@
 __all__ = [
     "ORDERS",
     "WINDOW",
+    "FLAT",
     "SMOOTHNESS",
     "into_domain",
     "out_of_domain",
@@ -210,8 +211,9 @@ def warp_by_flow(
     return F.grid_sample(image, grid, align_corners=True)
 
 
-# %% ../../nbs/10_baselines/05_fractmorph.ipynb #83fd67e6
+# %% ../../nbs/10_baselines/05_fractmorph.ipynb #bdc54d3a
 WINDOW = 9  # px, of the local correlation
+FLAT = 1e-3  # variance of a window that shows nothing; vessels have ten times as much
 
 
 def window_mean(
@@ -233,7 +235,7 @@ def local_correlation(
     covariance = window_mean(fixed * moving) - mean0 * mean1
     variance0 = window_mean(fixed * fixed) - mean0**2
     variance1 = window_mean(moving * moving) - mean1**2
-    return covariance**2 / (variance0 * variance1 + 1e-3)
+    return covariance**2 / (variance0 * variance1 + FLAT**2)
 
 
 # %% ../../nbs/10_baselines/05_fractmorph.ipynb #9be9e9a8
