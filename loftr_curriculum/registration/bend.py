@@ -38,6 +38,8 @@ __all__ = [
     "bend_px",
     "Refined",
     "refine_once",
+    "share_of",
+    "held_out_shares",
     "expected_places",
     "refine_by_patches",
 ]
@@ -381,6 +383,42 @@ def refine_once(
         simpler = models[: models.index(chosen)]
         chosen = simpler[-1] if simpler else None
     return fixed_to_moving, None, patches
+
+
+# %% ../../nbs/06_registration/06_bend.ipynb #81af6582
+def share_of(
+    loss: np.ndarray,  # (N,) of every sample
+    weights: np.ndarray,  # (N,) of the samples
+    block: np.ndarray,  # (N,) number of the block
+) -> tuple:  # mean, and its standard error over the blocks
+    "A loss as a share of the weight that could be lost."
+    per_block = np.bincount(block, loss)[np.unique(block)]
+    error = per_block.std() * np.sqrt(len(per_block))
+    return float(loss.sum() / weights.sum()), float(error / weights.sum())
+
+
+# %% ../../nbs/06_registration/06_bend.ipynb #ed4aade0
+def held_out_shares(
+    fixed: Frame,
+    moving: Frame,
+    fixed_to_moving: PointMap,  # original pixels: the map that is there
+    settings: PatchSettings = COARSE_PATCHES,
+) -> dict:  # name of a model -> (mean, standard error) of its held-out loss, as shares of the largest one
+    "What held-out patches say of every model and of the map `as it is`; empty without enough patches."
+    patches = compare(fixed, moving, fixed_to_moving.inverse(), settings)
+    if len(patches) < LEAST_SAMPLES:
+        return {}
+    size = fixed.gray.shape
+    _, to_frame = comparison_frame(fixed, settings)
+    samples = samples_of(patches, to_frame, fixed_to_moving, size)
+    coordinates = coordinates_of(samples, size)
+    block, group = blocks_of(samples.points)
+    found = {"as it is": losses(fixed_to_moving(samples.points), samples)}
+    for model in MODELS:
+        name = model.name if model.stiffness is None else f"{model.name} {model.stiffness:g}"
+        design = coordinates.design(samples.points, model)
+        found[name] = losses(held_out(design, samples, model, group), samples)
+    return {name: share_of(loss, samples.weights, block) for name, loss in found.items()}
 
 
 # %% ../../nbs/06_registration/06_bend.ipynb #6405f900
