@@ -6,6 +6,7 @@
 __all__ = [
     "FORWARD",
     "PROBES",
+    "LONG",
     "Cost",
     "one_batch",
     "timed_step",
@@ -171,6 +172,9 @@ def seconds_of_run(
 
 
 # %% ../../nbs/09_training/10_estimate.ipynb #b167a704
+LONG = 2 * 3600  # seconds from which a run is told how to be shorter
+
+
 def in_words(
     config: TrainConfig,
     cost: Cost,
@@ -183,9 +187,10 @@ def in_words(
     if rendering > 1 and not rendered:
         eyes = f"{spell(rendering)} to render {eyes_to_render(config.data)} eyes, then "
     where = "of the GPU" if torch.cuda.is_available() else "in this process"
+    shorter = "" if training < LONG else "; shorter: --epochs, or --init shipped --epochs 5"
     return (
         f"expected on this machine: {eyes}about {spell(training)} for {config.epochs} epochs "
-        f"({steps} steps of {cost.step_s:.2f} s), {cost.memory_mb:.0f} MB {where}"
+        f"({steps} steps of {cost.step_s:.2f} s), {cost.memory_mb:.0f} MB {where}{shorter}"
     )
 
 
