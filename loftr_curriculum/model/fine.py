@@ -14,6 +14,7 @@ __all__ = [
     "AGREE",
     "read_features",
     "warp_features",
+    "magsac_affine",
     "consensus",
     "weighted_affine",
     "local_correlation",
@@ -28,6 +29,7 @@ __all__ = [
     "apply_flow",
     "FlowStage",
     "move_by_flow",
+    "fine_at_full_size",
     "refine_at_both_sizes",
 ]
 
@@ -94,6 +96,27 @@ LEAST = 8  # matches that have to agree
 
 
 # %% ../../nbs/05_model/06_fine.ipynb #9a23b852
+def magsac_affine(
+    source: np.ndarray,  # (M, 2) pixels
+    target: np.ndarray,  # (M, 2) pixels
+) -> tuple[np.ndarray | None, np.ndarray | None]:  # (2, 3), (M, 1) which agree; None where there is none
+    """The affine on which most points agree, to a cell, and which do.
+
+    Convention: source to target."""
+    try:
+        return cv2.estimateAffine2D(
+            source,
+            target,
+            method=cv2.USAC_MAGSAC,
+            ransacReprojThreshold=float(COARSE),
+            maxIters=2000,
+            confidence=0.999,
+        )
+    except cv2.error:
+        return None, None
+
+
+# %% ../../nbs/05_model/06_fine.ipynb #5cd0c55a
 def consensus(
     points0: torch.Tensor,  # (M, 2) centres of matched cells of image 0, pixels
     points1: torch.Tensor,  # (M, 2) those of image 1
@@ -103,18 +126,7 @@ def consensus(
     Convention: fixed points to moving points."""
     if len(points0) < LEAST:
         return None
-    source, target = (p.detach().double().cpu().numpy() for p in (points0, points1))
-    try:
-        matrix, agree = cv2.estimateAffine2D(
-            source,
-            target,
-            method=cv2.USAC_MAGSAC,
-            ransacReprojThreshold=float(COARSE),
-            maxIters=2000,
-            confidence=0.999,
-        )
-    except cv2.error:
-        return None
+    matrix, agree = magsac_affine(*(p.detach().double().cpu().numpy() for p in (points0, points1)))
     if matrix is None or not np.isfinite(matrix).all():
         return None
     if agree.sum() < LEAST or np.linalg.det(matrix[:, :2]) < 1e-3:
@@ -442,6 +454,22 @@ def move_by_flow(
 
 
 # %% ../../nbs/05_model/06_fine.ipynb #2454032d
+def fine_at_full_size(
+    stage: FlowStage,
+    result: CoarseResult,
+    one: slice,  # which pair of the batch
+    view0: ScaledView,  # of the fixed images
+    view1: ScaledView,  # of the moving images
+) -> tuple[torch.Tensor, torch.Tensor]:  # (1, C, H / 4, W / 4) of either image
+    "The fine features of the whole images; those that there are where nothing was shrunk."
+    if not (view0.is_shrunk or view1.is_shrunk):
+        return result.fine0[one], result.fine1[one]
+    images = view0.whole.image[one], view1.whole.image[one]
+    tokens = result.tokens0[one], result.tokens1[one]
+    return tuple(stage.whole_features(images, tokens, (view0.small.size, view1.small.size)))
+
+
+# %% ../../nbs/05_model/06_fine.ipynb #081bb5a8
 def refine_at_both_sizes(
     stage: FlowStage,
     result: CoarseResult,
@@ -449,19 +477,16 @@ def refine_at_both_sizes(
     first: torch.Tensor,  # (3, 3) consensus, pixels of the small views
     view0: ScaledView,  # of the fixed images
     view1: ScaledView,  # of the moving images
-) -> tuple:
+) -> tuple[torch.Tensor, torch.Tensor]:
     """An answer (1, 3, 3) in pixels of the whole views, and the flow (1, 2, h, w) that it leaves.
 
     Convention: fixed points to moving points."""
     one = slice(k, k + 1)
     seen0 = seen_map(result.seen0[one], result.grid0).float()
     seen1 = seen_map(result.seen1[one], result.grid1).float()
-    fine0, fine1 = result.fine0[one], result.fine1[one]
-    answer = affine_from_flow(*refine(stage.head, fine0, fine1, seen0, seen1, first[None]), seen0)
-    if view0.is_shrunk or view1.is_shrunk:
-        images = view0.whole.image[one], view1.whole.image[one]
-        tokens = result.tokens0[one], result.tokens1[one]
-        fine0, fine1 = stage.whole_features(images, tokens, (view0.small.size, view1.small.size))
+    small = result.fine0[one], result.fine1[one]
+    answer = affine_from_flow(*refine(stage.head, *small, seen0, seen1, first[None]), seen0)
+    fine0, fine1 = fine_at_full_size(stage, result, one, view0, view1)
     to_whole0, to_whole1 = view0.to_whole(first), view1.to_whole(first)
     seen0 = seen_at_size(seen0, fine0, to_whole0)
     seen1 = seen_at_size(seen1, fine1, to_whole1)

@@ -13,6 +13,7 @@ __all__ = [
     "CHOSEN",
     "MEASURES",
     "PANELS",
+    "KINDS",
     "Settings",
     "check",
     "data_of",
@@ -934,15 +935,15 @@ def _draw_row(panels, result, runs, kind):
         axes.set_ylim(0, None if name == "AUC@20" else 1)
 
 
+# %% ../../nbs/11_studies/13_ablation.ipynb #eb3acc19
+KINDS = ("generated", "pseudo-real", "real")  # of pairs
+
+
 # %% ../../nbs/11_studies/13_ablation.ipynb #b40d8b48
 def draw_arms(
     result: dict,  # from `run_ablation`
     arms: Sequence[str],  # presets; those that were not run are left out
-    kinds: Sequence[str] = (
-        "generated",
-        "pseudo-real",
-        "real",
-    ),  # of pairs; those that no run has are left out
+    kinds: Sequence[str] = KINDS,  # of pairs; those that no run has are left out
 ) -> Figure:
     """Index, coverage and registration against epoch, unguided: a Figure.
 

@@ -33,6 +33,7 @@ __all__ = [
     "card_text",
     "worst",
     "why",
+    "new_point",
     "curve",
     "points_of",
     "extrapolate",
@@ -388,34 +389,48 @@ def _start_of(config, facts):
 
 
 # %% ../../nbs/11_studies/11_card.ipynb #d78095ff
+def _took(run):  # facts of a run, or `totals`
+    return f"{run['steps']:,} steps, {run['pairs']:,} pairs, {_hours(run['seconds'])}"
+
+
+# %% ../../nbs/11_studies/11_card.ipynb #062c3d85
+def _course(config, facts):
+    "How a run was trained."
+    data = config["data"]
+    return (
+        f"curriculum {config['curriculum']} over {facts['epochs']} epochs, peak rate {config['lr']:g}, "
+        f"batches of {data['batch_size']}, seed {config['seed']}, data seed {data['seed']}"
+    )
+
+
+# %% ../../nbs/11_studies/11_card.ipynb #2c33c9ca
+def _views(data):
+    "What a run was shown."
+    motion = data["motion"]
+    sizes = f"{data['start_size']} to {data['size']} px" if data.get("start_size") else f"{data['size']} px"
+    return (
+        f"{data['worlds']} eyes, views of {sizes}, "
+        f"rotation to {motion['rotation_deg']:g} degrees, scale to {motion['scale']:g}"
+    )
+
+
+# %% ../../nbs/11_studies/11_card.ipynb #4724ea48
 def _run_lines(number, facts):
     config = facts.get("config") or {}
     if "data" not in config or "pairs" not in facts:
         source = f" ({facts['source']})" if "source" in facts else ""
         return [f"  {number}. not told by the file{source}"]
-    data, motion = config["data"], config["data"]["motion"]
-    took = f"{facts['steps']:,} steps, {facts['pairs']:,} pairs, {_hours(facts['seconds'])}"
     hardware = ""
     if "hardware" in facts:
         hardware = f" on {facts['hardware']} ({facts['precision']}, torch {facts['torch']})"
-    course = (
-        f"curriculum {config['curriculum']} over {facts['epochs']} epochs, peak rate {config['lr']:g}, "
-        f"batches of {data['batch_size']}, seed {config['seed']}, data seed {data['seed']}"
-    )
+    data = config["data"]
     version = f", generator version {facts['generator']}" if "generator" in facts else ""
-    sizes = f"{data['start_size']} to {data['size']} px" if data.get("start_size") else f"{data['size']} px"
-    views = (
-        f"{data['worlds']} eyes, views of {sizes}, "
-        f"rotation to {motion['rotation_deg']:g} degrees, scale to {motion['scale']:g}"
-    )
     lines = [
-        f"  {number}. from {_start_of(config, facts)}: {took}{hardware}",
-        f"     {course}",
-        f"     data: {_source(data)}{version}; modes {', '.join(data['modes'])}; {views}",
+        f"  {number}. from {_start_of(config, facts)}: {_took(facts)}{hardware}",
+        f"     {_course(config, facts)}",
+        f"     data: {_source(data)}{version}; modes {', '.join(data['modes'])}; {_views(data)}",
     ]
-    if "note" in facts:
-        lines.append(f"     {facts['note']}")
-    return lines
+    return lines + ([f"     {facts['note']}"] if "note" in facts else [])
 
 
 # %% ../../nbs/11_studies/11_card.ipynb #f6599167
@@ -430,8 +445,7 @@ def training_text(
         lines += _run_lines(k + 1, run)
     if every["pairs"]:
         together = "together" if every["complete"] else "together at least"
-        took = f"{every['steps']:,} steps, {every['pairs']:,} pairs, {_hours(every['seconds'])}"
-        lines.append(f"  {together} {took}")
+        lines.append(f"  {together} {_took(every)}")
     configs = [run.get("config") or {} for run in runs]
     sources = {_source(config["data"]) if "data" in config else None for config in configs}
     if every["complete"] and sources == {"generated eyes"}:
@@ -481,13 +495,8 @@ def _verdict_lines(kind, verdicts):
 
 
 # %% ../../nbs/11_studies/11_card.ipynb #5a3f1852
-def scores_text(
-    card: dict,  # of `score_weights`
-) -> str:
-    "Scores with their intervals, verdicts, what hard pairs cost, and seconds."
-    if "scores" not in card:
-        known = len(card.get("pairs", {}))
-        return f"  The measurement was interrupted after {known} pairs; the same command goes on."
+def _score_lines(card):
+    "The figures of every mode, of real pairs, and the verdicts on pairs without a right answer."
     titles = [column.replace("_", " ") for column in COLUMNS]
     lines = [f"  {'':10}{'pairs':>6}" + "".join(f"{title:>20}" for title in titles)]
     lines += [_score_line(mode, figures) for mode, figures in card["scores"].items()]
@@ -495,16 +504,32 @@ def scores_text(
         lines.append(_score_line("real", card["real"]))
     if "unmatchable" in card:
         lines += ["", _unmatchable_line(card["unmatchable"])]
+    return lines
+
+
+# %% ../../nbs/11_studies/11_card.ipynb #3c855882
+def _hard_line(name, inside, outside):
+    "What a kind of difficulty costs."
+    return (
+        f"  SR@10 of pairs {name}: {_interval(inside['SR@10'], 2)} ({inside['pairs']} pairs), "
+        f"of the others {_interval(outside['SR@10'], 2)}"
+    )
+
+
+# %% ../../nbs/11_studies/11_card.ipynb #8adb16dc
+def scores_text(
+    card: dict,  # of `score_weights`
+) -> str:
+    "Scores with their intervals, verdicts, what hard pairs cost, and seconds."
+    if "scores" not in card:
+        known = len(card.get("pairs", {}))
+        return f"  The measurement was interrupted after {known} pairs; the same command goes on."
+    lines = _score_lines(card)
     verdicts_of = {"generated": card["verdicts"], "real": card.get("real", {}).get("verdicts")}
     for kind, verdicts in verdicts_of.items():
         if verdicts:
             lines += ["", *_verdict_lines(kind, verdicts)]
-    lines.append("")
-    for name, (inside, outside) in card["hard"].items():
-        lines.append(
-            f"  SR@10 of pairs {name}: {_interval(inside['SR@10'], 2)} ({inside['pairs']} pairs), "
-            f"of the others {_interval(outside['SR@10'], 2)}"
-        )
+    lines += ["", *(_hard_line(name, *halves) for name, halves in card["hard"].items())]
     lines.append(f"  a pair takes {card['seconds']:.2f} s (median), {card['hardware']}")
     return "\n".join(lines)
 
@@ -663,6 +688,18 @@ def why(
 
 
 # %% ../../nbs/11_studies/11_card.ipynb #0683bbba
+def new_point(
+    path: str,  # weights file or checkpoint
+    matcher: "TwoStageMatcher",  # as loaded from it
+) -> dict:
+    "A point of the curve without scores; ValueError where nobody knows how many pairs the weights saw."
+    seen = totals(facts_from(path, matcher.facts))
+    if not seen.pop("complete"):
+        raise ValueError(f"{path}: does not tell how many training pairs it saw, runs before it included")
+    return {"name": Path(path).name, **seen, "rows": {}}
+
+
+# %% ../../nbs/11_studies/11_card.ipynb #f8836d47
 def curve(
     files: list[str],  # weights files or checkpoints
     limit: int = 8,  # pairs of each mode, the first ones
@@ -684,11 +721,8 @@ def curve(
 
     for path in files:
         matcher = load_matcher(path, device)
-        seen = totals(facts_from(path, matcher.facts))
-        if not seen.pop("complete"):
-            raise ValueError(f"{path}: does not tell how many training pairs it saw, runs before it included")
         points = result.setdefault("points", {})
-        point = points.setdefault(fingerprint(matcher), {"name": Path(path).name, **seen, "rows": {}})
+        point = points.setdefault(fingerprint(matcher), new_point(path, matcher))
         judge_list(matcher, point["rows"], limit, folder, keep, workers, progress, spec=spec)
     write_json(out, result)
     return result
@@ -697,20 +731,13 @@ def curve(
 # %% ../../nbs/11_studies/11_card.ipynb #7a9665e2
 def points_of(
     result: dict,  # of `curve`
-) -> tuple[
-    np.ndarray, np.ndarray, np.ndarray
-]:  # (P,) pairs seen, ascending; (P, N) errors of the pairs that all have; (P,) seconds of training
-    "The curve as arrays."
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # (P,) pairs seen, ascending; (P, N) errors; (P,) seconds
+    "The curve as arrays; the errors are those of the pairs that all points have."
     points = sorted((p for p in result["points"].values() if p["rows"]), key=lambda p: p["pairs"])
     names = sorted(set.intersection(*(set(p["rows"]) for p in points))) if points else []
-    errors = np.array([errors_of(p["rows"][n] for n in names) for p in points]).reshape(
-        len(points), len(names)
-    )
-    return (
-        np.array([p["pairs"] for p in points], float),
-        errors,
-        np.array([p["seconds"] for p in points], float),
-    )
+    errors = [errors_of(p["rows"][name] for name in names) for p in points]
+    pairs, seconds = ([p[figure] for p in points] for figure in ("pairs", "seconds"))
+    return np.array(pairs, float), np.array(errors).reshape(len(points), len(names)), np.array(seconds, float)
 
 
 # %% ../../nbs/11_studies/11_card.ipynb #59fe3bd1

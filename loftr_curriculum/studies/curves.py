@@ -9,12 +9,14 @@ __all__ = [
     "figures_of_set",
     "draw_curves",
     "check_curves",
+    "pairs_of_sets",
     "measure_curves",
     "in_words",
 ]
 
 # %% ../../nbs/11_studies/15_curves.ipynb #68e83f25
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -119,6 +121,19 @@ def check_curves(
 
 
 # %% ../../nbs/11_studies/15_curves.ipynb #986ed044
+def pairs_of_sets(
+    folders: Sequence[str],  # sets of pairs with landmarks
+    only: str,  # ids that begin so
+) -> dict[str, list[LandmarkPair]]:  # by folder
+    "The pairs of the sets; ValueError for a set without any."
+    found = {folder: [p for p in read_landmark_set(folder) if p.id.startswith(only)] for folder in folders}
+    for folder, pairs in found.items():
+        if not pairs:
+            raise ValueError(f"{folder}: expected pairs whose ids begin with {only!r}")
+    return found
+
+
+# %% ../../nbs/11_studies/15_curves.ipynb #fc4e5ede
 def measure_curves(
     sets: str,  # folders of pairs with landmarks, as `evaluate` takes them, separated by commas
     out: str = "curves.json",  # file to write; the picture lies beside it
@@ -129,18 +144,12 @@ def measure_curves(
     folders = [word.strip() for word in sets.split(",") if word.strip()]
     check_curves(folders, out, factor)
     matcher = load_matcher()
-    read = {folder: [p for p in read_landmark_set(folder) if p.id.startswith(only)] for folder in folders}
-    empty = [folder for folder, pairs in read.items() if not pairs]
-    if empty:
-        raise ValueError(f"{empty[0]}: expected pairs whose ids begin with {only!r}")
     result = {"hardware": this_machine(), "factor": factor, "sets": {}}
-    for folder, pairs in read.items():
-        rows = {}
-        for pair in tqdm(pairs, desc=Path(folder).name, unit="pair"):
-            rows[pair.id] = errors_of_pair(pair, matcher, factor)
-        title = Path(folder).name
-        if title in result["sets"]:
-            title = str(folder)
+    for folder, pairs in pairs_of_sets(folders, only).items():
+        name = Path(folder).name
+        bar = tqdm(pairs, desc=name, unit="pair")
+        rows = {pair.id: errors_of_pair(pair, matcher, factor) for pair in bar}
+        title = str(folder) if name in result["sets"] else name
         result["sets"][title] = {"figures": figures_of_set(rows), "pairs": rows}
         write_json(out, result)
     draw_curves(result).savefig(Path(out).with_suffix(".png"))

@@ -44,6 +44,7 @@ __all__ = [
     "burn_in",
     "marked_alike",
     "unmatchable",
+    "verdicts_of_mode",
     "report_unmatchable",
     "verdicts_in_words",
 ]
@@ -455,6 +456,25 @@ def unmatchable(
 
 
 # %% ../../nbs/11_studies/09_verification.ipynb #cd1f2d9c
+def verdicts_of_mode(
+    mode: str,
+    matcher: object,  # as in `register`
+    config: RegistrationConfig,
+) -> tuple[dict[str, dict[str, int]], list[str]]:  # kind -> verdict -> count; pairs that were called ok
+    "Register the pairs of one mode of the list."
+    counts, promised = {}, []
+    pairs = list(pseudo_real_pairs((mode,), spec=REPORTED, workers=1))
+    fellows = fellow_pairs(mode, len(pairs))
+    for kind, name, fixed, moving in tqdm(unmatchable(pairs, fellows), desc=mode, unit="pair"):
+        verdict = str(register(fixed, moving, matcher=matcher, config=config).verdict)
+        of_kind = counts.setdefault(kind, {})
+        of_kind[verdict] = of_kind.get(verdict, 0) + 1
+        if verdict == "ok":
+            promised.append(name)
+    return counts, promised
+
+
+# %% ../../nbs/11_studies/09_verification.ipynb #a1fa09df
 def report_unmatchable(
     out: str = "unmatchable.json",  # file to write; modes that it holds are not done again
     matcher: object | None = None,  # as in `register`
@@ -467,19 +487,10 @@ def report_unmatchable(
     settings = json.loads(json.dumps(told))
     known = begun(out, {"settings": settings}) or {"settings": settings, "verdicts": {}, "ok": []}
     for mode in MODES:
-        if mode in known["verdicts"]:
-            continue
-        counts = {}
-        pairs = list(pseudo_real_pairs((mode,), spec=REPORTED, workers=1))
-        fellows = fellow_pairs(mode, len(pairs))
-        for kind, name, fixed, moving in tqdm(unmatchable(pairs, fellows), desc=mode, unit="pair"):
-            verdict = str(register(fixed, moving, matcher=matcher, config=config).verdict)
-            of_kind = counts.setdefault(kind, {})
-            of_kind[verdict] = of_kind.get(verdict, 0) + 1
-            if verdict == "ok":
-                known["ok"].append(name)
-        known["verdicts"][mode] = counts
-        write_json(out, known)
+        if mode not in known["verdicts"]:
+            known["verdicts"][mode], promised = verdicts_of_mode(mode, matcher, config)
+            known["ok"] += promised
+            write_json(out, known)
     return known
 
 

@@ -18,6 +18,7 @@ __all__ = [
     "batch_loss",
     "training_step",
     "log_loss",
+    "matches_of",
     "validate",
     "log_errors",
     "rate",
@@ -275,27 +276,25 @@ COLLAPSE = (
 
 
 # %% ../../nbs/09_training/04_module.ipynb #8360c9f9
-def validate(module: PL_LoFTR, batch: PairBatch, guidance: Guidance) -> tuple:
-    "Corner errors (B,) at 512 px, and the mean collapse figures of the batch."
+def matches_of(module: PL_LoFTR, batch: PairBatch, guidance: Guidance) -> list[Matches]:
+    "The matches of every pair of a batch, however faint."
     shown = with_masks(batch, module.config.phases.mask)
-    found = module.matcher.match(
-        shown.image0,
-        shown.image1,
-        shown.fov0,
-        shown.fov1,
-        shown.mask0,
-        shown.mask1,
-        guidance=guidance,
-        threshold=0.0,
-    )
+    images, fovs = (shown.image0, shown.image1), (shown.fov0, shown.fov1)
+    masks = shown.mask0, shown.mask1
+    return module.matcher.match(*images, *fovs, *masks, guidance=guidance, threshold=0.0)
+
+
+# %% ../../nbs/09_training/04_module.ipynb #704f0445
+def validate(module: PL_LoFTR, batch: PairBatch, guidance: Guidance) -> tuple[torch.Tensor, dict[str, float]]:
+    "Corner errors (B,) at 512 px, and the mean collapse figures of the batch."
     truth = batch.fixed_to_moving.cpu().numpy().astype(float)
     fov0, fov1 = batch.fov0.cpu().numpy(), batch.fov1.cpu().numpy()
-    errors = [quick_error(m, fov0[k], truth[k], fov1.shape[1:]) for k, m in enumerate(found)]
     vessels = batch.mask0.cpu().numpy()
-    figures = [
-        collapse_figures(m.points0, m.points1, fov0[k], fov1[k], truth[k], vessels[k], m.confidence)
-        for k, m in enumerate(found)
-    ]
+    errors, figures = [], []
+    for k, m in enumerate(matches_of(module, batch, guidance)):
+        seen = fov0[k], fov1[k]
+        errors.append(quick_error(m, fov0[k], truth[k], fov1[k].shape))
+        figures.append(collapse_figures(m.points0, m.points1, *seen, truth[k], vessels[k], m.confidence))
     means = {name: float(np.mean([getattr(f, name) for f in figures])) for name in COLLAPSE}
     return torch.tensor(errors, dtype=torch.float32), means
 

@@ -9,6 +9,8 @@ __all__ = [
     "link_cells",
     "close_cells",
     "true_points",
+    "linked_pairs",
+    "near_pairs",
     "supervise",
     "Truth",
     "move_map",
@@ -95,6 +97,37 @@ def true_points(
 
 
 # %% ../../nbs/09_training/02_supervision.ipynb #a4fbc4f3
+def linked_pairs(
+    forward: torch.Tensor,  # (B, L) int64: the cell of image 1, or -1
+    backward: torch.Tensor,  # (B, S) int64: the cell of image 0, or -1
+) -> torch.Tensor:  # (B, L, S) bool
+    "Which cell pairs are linked in either direction."
+    linked = torch.zeros((*forward.shape, backward.shape[1]), dtype=torch.bool, device=forward.device)
+    b, i = (forward >= 0).nonzero(as_tuple=True)
+    linked[b, i, forward[b, i]] = True
+    b, j = (backward >= 0).nonzero(as_tuple=True)
+    linked[b, backward[b, j], j] = True
+    return linked
+
+
+# %% ../../nbs/09_training/02_supervision.ipynb #3f4f9dcd
+def near_pairs(
+    points0: torch.Tensor,  # (B, S, 2) where the centres of image 1 truly lie in image 0, pixels
+    points1: torch.Tensor,  # (B, L, 2) where the centres of image 0 truly lie in image 1, pixels
+    grid0: Grid,  # of image 0
+    grid1: Grid,  # of image 1
+) -> torch.Tensor:  # (B, L, S) bool
+    "Which cell pairs are too close to be negatives, in either image."
+    pairs, device = len(points0), points0.device
+    near = torch.zeros((pairs, len(grid0), len(grid1)), dtype=torch.bool, device=device)
+    b, i, j = close_cells(points1, grid1)
+    near[b, i, j] = True
+    b, j, i = close_cells(points0, grid0)
+    near[b, i, j] = True
+    return near
+
+
+# %% ../../nbs/09_training/02_supervision.ipynb #fd2f5b61
 @torch.no_grad()
 def supervise(
     fixed_to_moving: torch.Tensor,  # (B, 3, 3) true map from image 0 to image 1, pixels
@@ -113,17 +146,8 @@ def supervise(
     points0 = true_points(torch.linalg.inv(fixed_to_moving), grid1, map_1to0)
     forward = link_cells(points1, grid1, seen0, seen1)
     backward = link_cells(points0, grid0, seen1, seen0)
-    near, positive = torch.zeros(
-        (2, *forward.shape, backward.shape[1]), dtype=torch.bool, device=forward.device
-    )
-    b, i, j = close_cells(points1, grid1)
-    near[b, i, j] = True
-    b, j, i = close_cells(points0, grid0)
-    near[b, i, j] = True
-    b, i = (forward >= 0).nonzero(as_tuple=True)
-    positive[b, i, forward[b, i]] = True
-    b, j = (backward >= 0).nonzero(as_tuple=True)
-    positive[b, backward[b, j], j] = True
+    positive = linked_pairs(forward, backward)
+    near = near_pairs(points0, points1, grid0, grid1)
     negative = ~near & ~positive & seen0[:, :, None] & seen1[:, None, :]
     return Targets(forward, backward, fixed_to_moving, points1, points0, positive, negative)
 
