@@ -6,6 +6,7 @@
 __all__ = ["change_tensors", "TensorFields", "PairBatch", "collate_pairs"]
 
 # %% ../../nbs/04_data/05a_batch.ipynb #2d8eb01f
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 
 import torch
@@ -14,9 +15,9 @@ from torch.utils.data import default_collate
 
 # %% ../../nbs/04_data/05a_batch.ipynb #75c8b2ea
 def change_tensors(
-    holder,  # TensorFields
-    change,  # function of a tensor
-):  # of the same type
+    holder: "TensorFields",  # TensorFields
+    change: Callable[[torch.Tensor], torch.Tensor],  # function of a tensor
+) -> "TensorFields":  # of the same type
     "The same with every tensor changed."
     changed = {name: change(tensor) for name, tensor in holder.tensors().items()}
     for field in fields(holder):
@@ -35,13 +36,13 @@ class TensorFields:
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         return {name: value for name, value in values.items() if torch.is_tensor(value)}
 
-    def to(self, device, **options):
+    def to(self, device: torch.device | str, **options) -> "TensorFields":
         "The same on another device; options are those of `Tensor.to`."
         if torch.device(device).type == "cuda":
             options.setdefault("non_blocking", True)
         return change_tensors(self, lambda tensor: tensor.to(device, **options))
 
-    def pin_memory(self):
+    def pin_memory(self) -> "TensorFields":
         "The same in memory from which a GPU copies faster; a loader calls this."
         return change_tensors(self, torch.Tensor.pin_memory)
 
@@ -73,7 +74,7 @@ class PairBatch(TensorFields):
 
 # %% ../../nbs/04_data/05a_batch.ipynb #8900b3d8
 def collate_pairs(
-    items,  # list of dicts, one a pair, with the fields of a batch
+    items: list[dict],  # list of dicts, one a pair, with the fields of a batch
 ) -> PairBatch:
     "A batch of single pairs."
     return PairBatch(**default_collate(items))

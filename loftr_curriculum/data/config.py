@@ -8,6 +8,7 @@ __all__ = ["DataConfig", "shares_of", "check", "patient_of", "held_out"]
 # %% ../../nbs/04_data/02_config.ipynb #97a473b8
 import hashlib
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from ..geometry import Motion
@@ -112,7 +113,7 @@ def _checks(
 
 # %% ../../nbs/04_data/02_config.ipynb #f1aff4f7
 def shares_of(
-    config,  # DataConfig
+    config: DataConfig,
 ) -> dict:  # source name -> relative share, given sources only
     "The relative share of every source that is given."
     named = {
@@ -128,8 +129,8 @@ def shares_of(
 
 # %% ../../nbs/04_data/02_config.ipynb #c51c6951
 def check(
-    config,  # DataConfig
-):
+    config: DataConfig,
+) -> None:
     "Raise ValueError that lists everything wrong with a configuration."
     wrong = [text for right, text in _checks(config) if not right]
     try:
@@ -142,8 +143,8 @@ def check(
 
 # %% ../../nbs/04_data/02_config.ipynb #5c014719
 def patient_of(
-    case,  # name of a case
-    pattern=r"^([^_]+)",  # regular expression; group 1, or the whole match, is the patient
+    case: str,  # name of a case
+    pattern: str = r"^([^_]+)",  # regular expression; group 1, or the whole match, is the patient
 ) -> str:
     "The patient that a case belongs to; the case itself where the pattern does not match."
     found = re.search(pattern, case)
@@ -156,9 +157,9 @@ def patient_of(
 
 # %% ../../nbs/04_data/02_config.ipynb #86fff99f
 def held_out(
-    cases,  # names of cases
-    share,  # share of patients to hold out, in [0, 1)
-    pattern=r"^([^_]+)",  # see `patient_of`
+    cases: Iterable[str],  # names of cases
+    share: float,  # share of patients to hold out, in [0, 1)
+    pattern: str = r"^([^_]+)",  # see `patient_of`
 ) -> set:  # names of the cases of the held-out patients
     """The cases for validation: those of `share` of the patients.
 

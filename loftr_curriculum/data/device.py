@@ -45,6 +45,7 @@ __all__ = [
 ]
 
 # %% ../../nbs/04_data/05b_device.ipynb #6c729f3e
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -55,6 +56,7 @@ import torch
 from ..geometry import invert
 from ..retina.modality import plane_index
 from ..retina.randomise import LAW, Photometry, enlarger, local_mean
+from ..retina.world import WorldBank
 from .batch import PairBatch, TensorFields
 from .pairs import GeneratedSource, paint_over, view_from_level
 from .preprocess import FLOOR, WINDOW
@@ -63,7 +65,7 @@ from .recipe import PairRecipe, ViewRecipe, true_maps
 
 # %% ../../nbs/04_data/05b_device.ipynb #a0236eb7
 def pad_nodes(
-    nodes,  # (n, n) float32 with n <= side, or None
+    nodes: np.ndarray | None,  # (n, n) float32 with n <= side, or None
     side: int,  # of the result
 ) -> torch.Tensor:  # (side, side) float32, 0 beyond the nodes
     "Nodes in the corner of a tensor of fixed size."
@@ -192,7 +194,7 @@ class RecipeBatch(TensorFields):
 
 # %% ../../nbs/04_data/05b_device.ipynb #7b07e3d7
 def stack_arrays(
-    arrays,  # N arrays of one shape, or N times None
+    arrays: Iterable[np.ndarray | None],  # N arrays of one shape, or N times None
 ) -> torch.Tensor | None:
     "Arrays as one tensor; None where there are none."
     arrays = list(arrays)
@@ -295,8 +297,8 @@ class DeviceBank:
 
     def __init__(
         self,
-        bank,  # WorldBank
-        device,  # torch.device
+        bank: WorldBank,  # rendered eyes
+        device: torch.device,
     ):
         side = bank.config.size
         full, half = (p.size for p in bank[0])
@@ -305,8 +307,8 @@ class DeviceBank:
 
     def fetch(
         self,
-        worlds,  # numbers of worlds
-    ):
+        worlds: Iterable[int],  # numbers of worlds
+    ) -> None:
         "Copy the worlds that are not there yet."
         for w in set(worlds) - self.there:
             planes = np.concatenate([p.reshape(-1) for p in self.bank[w]])
@@ -315,9 +317,9 @@ class DeviceBank:
 
     def where(
         self,
-        world,  # (N,) int64
-        plane,  # (N,) int64, in the order of the bank
-        half,  # (N,) bool
+        world: torch.Tensor,  # (N,) int64
+        plane: torch.Tensor,  # (N,) int64, in the order of the bank
+        half: torch.Tensor,  # (N,) bool
     ) -> tuple:  # start and side (N,) int64 of each plane
         "Where planes begin in the flat bank, and how large they are."
         side = torch.where(half, self.side // 2, self.side)
@@ -368,7 +370,7 @@ def cut_batch(
 
 # %% ../../nbs/04_data/05b_device.ipynb #65ed1c6c
 def matrix_of(
-    f,  # linear function of a (n, 1) float32 column that gives a column
+    f: Callable[[np.ndarray], np.ndarray],  # linear function of a (n, 1) float32 column that gives a column
     length: int,  # n
 ) -> np.ndarray:  # (m, n) float32
     "The matrix of a linear function."
@@ -463,7 +465,7 @@ STEPS = np.array(
 # %% ../../nbs/04_data/05b_device.ipynb #7b15e3d5
 @lru_cache(4)
 def jpeg_tables(
-    device,  # torch.device
+    device: torch.device,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     "Steps (8, 8) at quality 50, and the cosine transform (8, 8) of a column."
     return torch.from_numpy(STEPS).to(device), torch.from_numpy(matrix_of(cv2.dct, 8)).to(device)
@@ -676,7 +678,7 @@ class DeviceViews:
     def __init__(
         self,
         source: GeneratedSource,  # whose worlds are cut
-        device,  # torch.device
+        device: torch.device,
     ):
         self.device = torch.device(device)
         self.bank = DeviceBank(source.bank, self.device)

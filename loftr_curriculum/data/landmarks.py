@@ -25,6 +25,7 @@ __all__ = [
 
 # %% ../../nbs/04_data/05_landmarks.ipynb #b8d375d9
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -48,7 +49,7 @@ from ..io.images import image_size, read_image
 from ..io.tables import read_table
 from ..io.transforms import as_matrix, load_transform
 from ..retina.config import split_mode
-from .pairs import cut_views, make_frame
+from .pairs import Frame, PairSample, cut_views, make_frame
 from .preprocess import to_gray
 from .triplets import (
     FIELD,
@@ -67,7 +68,7 @@ LANDMARK_COLUMNS = ("fixed_x", "fixed_y", "moving_x", "moving_y")
 
 
 def read_landmarks(
-    path,  # CSV with the columns fixed_x, fixed_y, moving_x, moving_y, in pixels
+    path: str | Path,  # CSV with the columns fixed_x, fixed_y, moving_x, moving_y, in pixels
 ) -> tuple:  # fixed points (N, 2), moving points (N, 2) float64
     "Corresponding points; raises FileError that names the file and the line."
     points = []
@@ -99,7 +100,7 @@ class LandmarkPair:
 
 # %% ../../nbs/04_data/05_landmarks.ipynb #6a8b283e
 def _natural(
-    text,  # an id
+    text: str,  # an id
 ) -> list:  # sort key
     "Order in which 2 comes before 10."
     return [(0, int(p), "") if p.isdigit() else (1, 0, p) for p in re.split(r"(\d+)", text) if p]
@@ -107,7 +108,7 @@ def _natural(
 
 # %% ../../nbs/04_data/05_landmarks.ipynb #02f3e9a7
 def _image_of(
-    folder,  # folder of images
+    folder: str | Path,  # folder of images
     stem,  # name without suffix
 ) -> Path:  # existing file, or the PNG that should exist
     "The image of a stem, PNG first."
@@ -119,8 +120,8 @@ def _image_of(
 
 # %% ../../nbs/04_data/05_landmarks.ipynb #8e01b8f1
 def read_set_pair(
-    folder,  # folder with `images` and `landmarks`
-    table,  # its file of landmarks
+    folder: str | Path,  # folder with `images` and `landmarks`
+    table: str | Path,  # its file of landmarks
 ) -> tuple:  # LandmarkPair, or None where it cannot be read; list of faults
     "One pair of a set, and everything that is wrong with it."
     fixed, moving = (_image_of(folder / "images", f"{table.stem}_{side}") for side in ("fixed", "moving"))
@@ -136,7 +137,7 @@ def read_set_pair(
 
 # %% ../../nbs/04_data/05_landmarks.ipynb #9879cd3e
 def read_landmark_set(
-    folder,  # folder with `images` and `landmarks`
+    folder: str | Path,  # folder with `images` and `landmarks`
 ) -> list:  # of LandmarkPair, in the order of their ids
     "All pairs of a set; raises one FileError that lists everything missing or wrong."
     folder = Path(folder)
@@ -157,8 +158,8 @@ WORST_FIT = 0.05  # mean residual of landmarks that is still believed, as a shar
 
 
 def parse_matrix(
-    text,  # nine numbers, [[..],[..],[..]], or the name of a JSON file
-    base,  # folder that file names are relative to
+    text: str,  # nine numbers, [[..],[..],[..]], or the name of a JSON file
+    base: Path,  # folder that file names are relative to
 ) -> np.ndarray:  # (3, 3) float64
     "A matrix written in a cell of a table; raises FileError."
     if text.lower().endswith(".json"):
@@ -190,7 +191,7 @@ class TablePair:
 
 # %% ../../nbs/04_data/05_landmarks.ipynb #6d08b8f8
 def fit_landmarks(
-    path,  # CSV file of landmarks
+    path: str | Path,  # CSV file of landmarks
 ) -> np.ndarray:  # (3, 3) moving to fixed
     "The affine of a file of landmarks; raises FileError where none fits."
     fixed, moving = read_landmarks(path)
@@ -210,8 +211,8 @@ def fit_landmarks(
 
 # %% ../../nbs/04_data/05_landmarks.ipynb #cdcfc1f4
 def _geometry(
-    row,  # dict of a table's line
-    base,  # folder of the table
+    row: dict[str, str],  # dict of a table's line
+    base: Path,  # folder of the table
 ) -> np.ndarray:  # (3, 3) moving to fixed
     "The transform of one line; raises FileError."
     given = [column for column in GEOMETRY_COLUMNS if row.get(column)]
@@ -228,7 +229,7 @@ def _geometry(
 
 # %% ../../nbs/04_data/05_landmarks.ipynb #8e02b8f2
 def mode_in(
-    row,  # dict of a table's line
+    row: dict[str, str],  # dict of a table's line
 ) -> str:  # "" where the line does not say
     "The mode of one line; raises FileError for one that there is not."
     mode = row.get("mode", "")
@@ -242,8 +243,8 @@ def mode_in(
 
 # %% ../../nbs/04_data/05_landmarks.ipynb #e86ac190
 def _pair_of(
-    row,  # dict of a table's line
-    base,  # folder of the table
+    row: dict[str, str],  # dict of a table's line
+    base: Path,  # folder of the table
 ) -> TablePair:
     "One line; raises FileError that says what is wrong with it."
     if not row["fixed"] or not row["moving"]:
@@ -266,7 +267,7 @@ LEAST_OVERLAP = 0.05  # share of the fixed image that the moving image must cove
 
 
 def _misfit(
-    pair,  # TablePair
+    pair: TablePair,
     sizes,  # path -> (height, width) of the readable files
 ) -> str:  # what is wrong with the geometry, "" where nothing is
     "Whether matrix, mask and images can belong together."
@@ -286,8 +287,8 @@ def _misfit(
 
 # %% ../../nbs/04_data/05_landmarks.ipynb #8e03b8f3
 def parse_lines(
-    rows,  # of `read_table`
-    base,  # folder of the table
+    rows: Iterable[dict[str, str]],  # of `read_table`
+    base: Path,  # folder of the table
 ) -> tuple[dict, list]:  # line -> TablePair; what is wrong with the other lines
     "The pairs of a table, from its text alone."
     pairs, faults = {}, []
@@ -301,7 +302,7 @@ def parse_lines(
 
 # %% ../../nbs/04_data/05_landmarks.ipynb #b12227b5
 def read_pairs(
-    path,  # CSV file
+    path: str | Path,  # CSV file
 ) -> list:  # of TablePair
     "All pairs of a table; raises one FileError that lists the faults of all lines."
     pairs, faults = parse_lines(read_table(path, ("fixed", "moving")), Path(path).parent)
@@ -316,9 +317,9 @@ def read_pairs(
 
 # %% ../../nbs/04_data/05_landmarks.ipynb #a101c53f
 def aligned(
-    image,  # (H, W) float32
+    image: np.ndarray,  # (H, W) float32
     to_frame: PointMap,  # its points -> points of the frame
-    size,  # (height, width) of the frame
+    size: tuple[int, int],  # (height, width) of the frame
 ) -> tuple:  # plane (h, w) float32, fov (h, w) bool
     "An image warped into a frame, reduced first where its pixels are finer, and what it saw there."
     return to_frame.warp(image, size), to_frame.warp(frame_fov(image), size, mode="nearest")
@@ -326,8 +327,8 @@ def aligned(
 
 # %% ../../nbs/04_data/05_landmarks.ipynb #30a6e3fe
 def table_frame(
-    pair,  # TablePair
-):  # Frame
+    pair: TablePair,
+) -> Frame:
     "The frame of one pair, in the geometry of its fixed image."
     fixed = load_plane(pair.fixed)
     reduced = Affine(resize_matrix(image_size(pair.fixed), fixed.shape))
@@ -343,9 +344,9 @@ class PairTableSource:
 
     def __init__(
         self,
-        table,  # CSV file
-        strength=0.4,  # photometric randomisation, 0 none
-        pairs=None,  # list of TablePair; None: all of the table, checked
+        table: str | Path,  # CSV file
+        strength: float = 0.4,  # photometric randomisation, 0 none
+        pairs: list | None = None,  # list of TablePair; None: all of the table, checked
     ):
         "Check all lines and files, or raise one FileError that lists every fault."
         self.table, self.strength = Path(table), float(strength)
@@ -362,8 +363,8 @@ class PairTableSource:
 
     def subset(
         self,
-        cases,  # names to keep
-    ):  # PairTableSource
+        cases: Iterable[str],  # names to keep
+    ) -> "PairTableSource":
         "The same source with some of its patients."
         return PairTableSource(self.table, self.strength, [p for p in self.pairs if p.patient in cases])
 
@@ -372,11 +373,11 @@ class PairTableSource:
 
     def draw(
         self,
-        index,  # item, 0 .. len - 1
-        rng,  # np.random.Generator that decides everything else
-        size,  # (height, width) of both views
-        motion=Motion(),  # range of relative motion
-    ):  # PairSample
+        index: int,  # item, 0 .. len - 1
+        rng: np.random.Generator,  # np.random.Generator that decides everything else
+        size: tuple[int, int],  # (height, width) of both views
+        motion: Motion = Motion(),  # range of relative motion
+    ) -> PairSample:
         "Two views of one pair."
         pair = self.pairs[index]
         sample = cut_views(

@@ -6,6 +6,8 @@
 __all__ = ["SIGMAS", "MASK_SIDE", "COVER", "NOISE", "read_mask", "vesselness"]
 
 # %% ../../nbs/04_data/01_masks.ipynb #ab100370
+from pathlib import Path
+
 import cv2
 import numpy as np
 
@@ -16,7 +18,7 @@ from .preprocess import estimate_fov, normalise, to_gray
 
 # %% ../../nbs/04_data/01_masks.ipynb #4e809acb
 def read_mask(
-    path,  # image file; RGB masks are read through their brightest channel
+    path: str | Path,  # image file; RGB masks are read through their brightest channel
 ) -> np.ndarray:  # (H, W) float32 in [0, 1]
     "A vessel mask as soft values: 0..1 files as they are, others divided by their depth's white."
     mask = read_image(path)
@@ -62,9 +64,10 @@ def _without_specks(
 
 # %% ../../nbs/04_data/01_masks.ipynb #ab1ba572
 def vesselness(
-    gray,  # (H, W) float32 in [0, 1]
-    fov=None,  # (H, W) bool; None: estimated
-    bright=None,  # True: vessels are bright (angiograms); False: dark; None: whichever ridges are stronger
+    gray: np.ndarray,  # (H, W) float32 in [0, 1]
+    fov: np.ndarray | None = None,  # (H, W) bool; None: estimated
+    bright: bool
+    | None = None,  # True: vessels are bright (angiograms); False: dark; None: the stronger ridges
 ) -> np.ndarray:  # (H, W) float32 soft vessel mask in [0, 1], 0 outside the field of view
     "Soft vessel mask from multi-scale ridges."
     gray = np.asarray(gray, np.float32)

@@ -28,6 +28,7 @@ import hashlib
 import json
 import signal
 from pathlib import Path
+from types import FrameType
 
 import cv2
 import lightning as L
@@ -40,11 +41,11 @@ from ..retina.config import GENERATOR_VERSION, SEEDS, eye_settings, seeds_of
 from ..retina.jobs import keep_memory
 from ..retina.modality import PLANES, planes_for
 from ..retina.world import WorldBank
-from .batch import collate_pairs
+from .batch import PairBatch, collate_pairs
 from .config import DataConfig, held_out, shares_of
 from .device import DeviceViews, RecipeBatch, collate_recipes
 from .landmarks import PairTableSource
-from .pairs import GeneratedSource, PairSample
+from .pairs import GeneratedSource, PairSample, PairSource
 from .recipe import ViewSettings, map_grid
 from .triplets import TripletSource
 
@@ -58,9 +59,9 @@ class EpochSampler(DistributedSampler):
 
     def __init__(
         self,
-        n,  # pairs per epoch, over all processes
-        rank=0,  # this process
-        replicas=1,  # number of processes; n is rounded down to a multiple of it
+        n: int,  # pairs per epoch, over all processes
+        rank: int = 0,  # this process
+        replicas: int = 1,  # number of processes; n is rounded down to a multiple of it
     ):
         super().__init__(range(n), num_replicas=replicas, rank=rank, shuffle=False, drop_last=True)
         self.n, self.skip = n, 0  # skip: pairs of this process that the next pass leaves out
@@ -89,18 +90,18 @@ class PairLoader(DataLoader):
             self.taken += 1
             yield batch
 
-    def state_dict(self):
+    def state_dict(self) -> dict:
         "Batches taken in this pass."
         return {"batches": self.taken}
 
-    def load_state_dict(self, state_dict):
+    def load_state_dict(self, state_dict: dict) -> None:
         "The next pass begins after them."
         self.ahead = state_dict["batches"]
 
 
 # %% ../../nbs/04_data/06_module.ipynb #e07c52b8
 def maps_of(
-    sample,  # PairSample
+    sample: PairSample,
 ) -> tuple[np.ndarray, np.ndarray]:  # fixed to moving, moving to fixed: (S/8, S/8, 2) float32
     "The true maps of a sample at the centres of the cells; those of its matrix where it is not bent."
     if sample.map_0to1 is not None:
@@ -113,8 +114,8 @@ def maps_of(
 
 # %% ../../nbs/04_data/06_module.ipynb #01c1fbe2
 def to_tensors(
-    sample,  # PairSample
-    maps=False,  # carry the true maps too
+    sample: PairSample,
+    maps: bool = False,  # carry the true maps too
 ) -> dict:
     """One training item.
 
@@ -136,8 +137,8 @@ def to_tensors(
 
 # %% ../../nbs/04_data/06_module.ipynb #6761cafe
 def motion_at(
-    config,  # DataConfig
-    g,  # global index of a training pair
+    config: DataConfig,
+    g: int,  # global index of a training pair
 ) -> Motion:
     "The range of motion of a training pair: mild at first where the configuration widens it."
     pairs = config.widen_epochs * config.pairs_per_epoch
@@ -146,8 +147,8 @@ def motion_at(
 
 # %% ../../nbs/04_data/06_module.ipynb #cdfc8bed
 def size_at(
-    config,  # DataConfig
-    g,  # global index of a training pair
+    config: DataConfig,
+    g: int,  # global index of a training pair
 ) -> int:
     """Side of the views of a training pair, px.
 
@@ -167,8 +168,8 @@ class TrainPairs(Dataset):
 
     def __init__(
         self,
-        sources,  # list of (PairSource, relative share)
-        config,  # DataConfig: seed, size, motion
+        sources: list[tuple[PairSource, float]],  # list of (PairSource, relative share)
+        config: DataConfig,  # seed, size, motion
     ):
         self.sources = [source for source, _ in sources]
         shares = np.array([share for _, share in sources], float)
@@ -179,7 +180,7 @@ class TrainPairs(Dataset):
 
     def chosen(
         self,
-        g,  # global index, >= 0
+        g: int,  # global index, >= 0
     ) -> tuple:  # source, and the arguments of its `draw`
         "What is drawn for a global index."
         rng = np.random.default_rng((self.config.seed, g))
@@ -190,7 +191,7 @@ class TrainPairs(Dataset):
 
     def sample(
         self,
-        g,  # global index, >= 0
+        g: int,  # global index, >= 0
     ) -> PairSample:
         "The pair of a global index."
         source, *how = self.chosen(g)
@@ -209,8 +210,8 @@ class ValPairs(Dataset):
 
     def __init__(
         self,
-        sources,  # list of (PairSource, relative share)
-        config,  # DataConfig: val_pairs, size, motion
+        sources: list[tuple[PairSource, float]],  # list of (PairSource, relative share)
+        config: DataConfig,  # val_pairs, size, motion
     ):
         shares = np.array([share for _, share in sources], float)
         ends = np.round(np.cumsum(shares) / shares.sum() * config.val_pairs).astype(int)
@@ -226,7 +227,7 @@ class ValPairs(Dataset):
 
     def sample(
         self,
-        k,  # 0 <= k < len(self)
+        k: int,  # 0 <= k < len(self)
     ) -> PairSample:
         "The k-th validation pair."
         source, index = self.items[k]
@@ -285,7 +286,7 @@ def generated_source(
 
 # %% ../../nbs/04_data/06_module.ipynb #e5aa034e
 def file_sources(
-    config,  # DataConfig
+    config: DataConfig,
 ) -> dict:  # "triplets" and "pairs", where they are given -> source over all cases
     "The sources that read files; raises one error per source that lists everything wrong with its files."
     out = {}
@@ -300,7 +301,7 @@ def file_sources(
 
 # %% ../../nbs/04_data/06_module.ipynb #e14af3c8
 def split_sources(
-    config,  # DataConfig
+    config: DataConfig,
 ) -> tuple:  # (training, validation): lists of (PairSource, share)
     "All sources with a share above 0, divided by patient; validation falls back to generated eyes."
     shares, train, val = shares_of(config), [], []
@@ -321,7 +322,7 @@ def split_sources(
 GRACE = 10.0  # seconds that a loader goes on working after SIGTERM
 
 
-def leave_soon(number, frame) -> None:
+def leave_soon(number: int, frame: FrameType | None) -> None:
     "The handler of a loader: the process ends when the grace is over."
     if hasattr(signal, "setitimer"):
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
@@ -332,7 +333,7 @@ def leave_soon(number, frame) -> None:
 
 # %% ../../nbs/04_data/06_module.ipynb #a20cf0ec
 def set_up_worker(
-    number,  # of the worker
+    number: int,  # of the worker
 ) -> None:
     """Set up a loader worker.
 
@@ -365,12 +366,12 @@ class PairDataModule(L.LightningDataModule):
         self.config = config
         self.train_pairs = self.val_pairs = self.views = None
 
-    def prepare_data(self):
+    def prepare_data(self) -> None:
         "Render what is missing in the cache, once per machine."
         if self.config.cache and self.train_pairs is None and shares_of(self.config)["generated"] > 0:
             generated_source(self.config, "train"), generated_source(self.config, "validation")
 
-    def setup(self, stage=None):
+    def setup(self, stage: str | None = None) -> None:
         "Check the files, open the eyes; a second call does nothing."
         if self.train_pairs is None:
             train, val = split_sources(self.config)
@@ -391,7 +392,7 @@ class PairDataModule(L.LightningDataModule):
             pin_memory=torch.cuda.is_available(),
         )
 
-    def train_dataloader(self):
+    def train_dataloader(self) -> DataLoader:
         "Batches of the current epoch, divided among the processes of a distributed run."
         rank, replicas = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
         collate = collate_recipes if self.config.on_device else collate_pairs
@@ -399,11 +400,11 @@ class PairDataModule(L.LightningDataModule):
             self.train_pairs, EpochSampler(self.config.pairs_per_epoch, rank, replicas), collate, PairLoader
         )
 
-    def val_dataloader(self):
+    def val_dataloader(self) -> DataLoader:
         "The fixed validation pairs."
         return self._loader(self.val_pairs)
 
-    def on_after_batch_transfer(self, batch, dataloader_idx):
+    def on_after_batch_transfer(self, batch: PairBatch | RecipeBatch, dataloader_idx: int) -> PairBatch:
         """With `config.on_device`, the batch that a recipe describes, made where the recipe now is.
 
         Other batches stay as they are.

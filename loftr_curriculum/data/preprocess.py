@@ -29,7 +29,7 @@ DEPTHS = (8, 10, 12, 14, 16)  # bits that files of 16-bit containers really use
 
 
 def full_scale(
-    image,  # array of uint8, uint16, bool or float
+    image: np.ndarray,  # array of uint8, uint16, bool or float
 ) -> float:  # the value that stands for white
     """White: 255 for uint8, 1 for booleans and floats.
 
@@ -47,7 +47,7 @@ def full_scale(
 
 # %% ../../nbs/04_data/00_preprocess.ipynb #9f3ae79a
 def to_gray(
-    image,  # (H, W) or (H, W, 3) RGB, uint8 or uint16, or float in [0, 1]
+    image: np.ndarray,  # (H, W) or (H, W, 3) RGB, uint8 or uint16, or float in [0, 1]
 ) -> np.ndarray:  # (H, W) float32 in [0, 1]
     """The green channel of an RGB image, or the image itself, scaled to [0, 1].
 
@@ -114,7 +114,7 @@ def _hull(
 
 # %% ../../nbs/04_data/00_preprocess.ipynb #93c731c2
 def estimate_fov(
-    gray,  # (H, W) float32 in [0, 1]
+    gray: np.ndarray,  # (H, W) float32 in [0, 1]
 ) -> np.ndarray:  # (H, W) bool, True where the optics saw something
     "Field of view of a grey image: everything if there is no flat border, nothing if the image is black."
     size = gray.shape
@@ -147,8 +147,8 @@ FLOOR = 0.5  # share of the field's overall deviation that is added to the local
 
 
 def normalise(
-    gray,  # (H, W) float32, any range
-    fov=None,  # (H, W) bool, None = the whole image
+    gray: np.ndarray,  # (H, W) float32, any range
+    fov: np.ndarray | None = None,  # (H, W) bool, None = the whole image
 ) -> np.ndarray:  # (H, W) float32 in [-1, 1], 0 outside the field of view
     """Brightness relative to the surroundings, in a third of local deviations.
 
@@ -190,8 +190,8 @@ class Prepared:
 
 # %% ../../nbs/04_data/00_preprocess.ipynb #83bda9aa
 def prepare(
-    image,  # (H, W) or (H, W, 3) RGB, uint8 or uint16, or float in [0, 1]
-    long_side,  # px of the longer side of the result
+    image: np.ndarray,  # (H, W) or (H, W, 3) RGB, uint8 or uint16, or float in [0, 1]
+    long_side: int,  # px of the longer side of the result
 ) -> Prepared:
     "Grey, resized so that the long side has `long_side` pixels, field of view found, normalised."
     gray = to_gray(image)

@@ -218,7 +218,7 @@ def draw_text(
 # %% ../../nbs/04_data/02a_recipe.ipynb #4e16a7c6
 def draw_stamp(
     rng: np.random.Generator,  # source of chance
-    size,  # (height, width) of the view
+    size: tuple[int, int],  # (height, width) of the view
 ) -> Stamp:
     "A text, its corner and its type."
     h, w = size
@@ -236,9 +236,9 @@ FIELD = (0.28, 0.9)  # least and largest side of a view, as a share of the frame
 def draw_zoom(
     rng: np.random.Generator,  # source of chance
     ratio: float,  # pixels of the moving view for one of the fixed view
-    frame_size,  # (height, width) of the frame
-    size,  # (height, width) of both views
-    field=FIELD,  # range of the side of a view
+    frame_size: tuple[int, int],  # (height, width) of the frame
+    size: tuple[int, int],  # (height, width) of both views
+    field: tuple[float, float] = FIELD,  # range of the side of a view
 ) -> float:  # pixels of the fixed view for one of the frame
     "A size of the fixed view for which neither view leaves the range."
     least = field[0] * max(1, ratio)
@@ -258,10 +258,10 @@ def draw_turn(
 # %% ../../nbs/04_data/02a_recipe.ipynb #4e20a7c0
 def place_views(
     fixed_to_moving: np.ndarray,  # (3, 3) fixed view -> moving view
-    frame_size,  # (height, width) of the frame
-    size,  # (height, width) of both views
+    frame_size: tuple[int, int],  # (height, width) of the frame
+    size: tuple[int, int],  # (height, width) of both views
     rng: np.random.Generator,  # source of chance
-    field=FIELD,  # range of the side of a view
+    field: tuple[float, float] = FIELD,  # range of the side of a view
 ) -> tuple[np.ndarray, np.ndarray]:  # frame_to_fixed, frame_to_moving (3, 3)
     "Choose where in the frame the two views lie: as large as allowed, inside the frame as far as they fit."
     ratio = np.sqrt(abs(np.linalg.det(fixed_to_moving[:2, :2])))
@@ -280,9 +280,9 @@ def place_views(
 
 # %% ../../nbs/04_data/02a_recipe.ipynb #4e22a7c2
 def frame_outline(
-    frame_size,  # (height, width) of the frame
+    frame_size: tuple[int, int],  # (height, width) of the frame
     frame_to_view: np.ndarray,  # (3, 3)
-    size,  # (height, width) of the view
+    size: tuple[int, int],  # (height, width) of the view
 ) -> np.ndarray:  # size uint8, 1 where the view shows the frame
     "The frame as a polygon of the view, less 2 px at its border."
     inwards = 2.0 * np.array([[1, 1], [-1, 1], [-1, -1], [1, -1]])
@@ -294,8 +294,8 @@ def frame_outline(
 
 # %% ../../nbs/04_data/02a_recipe.ipynb #4e23a7c3
 def bent_field(
-    frame_fov,  # (H, W) uint8 or None: what the frame's image saw
-    frame_size,  # (height, width) of the frame
+    frame_fov: np.ndarray | None,  # (H, W) uint8 or None: what the frame's image saw
+    frame_size: tuple[int, int],  # (height, width) of the frame
     frame_to_view: np.ndarray,  # (3, 3)
     unbent: np.ndarray,  # (H, W, 2) float32: where the view's pixels lay before it was bent
 ) -> np.ndarray:  # (H, W) uint8, above 0 where the view shows what the frame saw
@@ -310,12 +310,12 @@ def bent_field(
 # %% ../../nbs/04_data/02a_recipe.ipynb #4e24a7c4
 def view_fov(
     rng: np.random.Generator,  # source of chance
-    frame_fov,  # (H, W) uint8 or None: what the frame's image saw
-    frame_size,  # (height, width) of the frame
+    frame_fov: np.ndarray | None,  # (H, W) uint8 or None: what the frame's image saw
+    frame_size: tuple[int, int],  # (height, width) of the frame
     frame_to_view: np.ndarray,  # (3, 3)
-    size,  # (height, width) of the view
+    size: tuple[int, int],  # (height, width) of the view
     shares: FieldShares,  # how often each shape of a field is drawn
-    unbent=None,  # (H, W, 2) float32: where the view's pixels lay before it was bent; None: where they lie
+    unbent: np.ndarray | None = None,  # (H, W, 2) float32: where pixels lay before the view was bent
 ) -> np.ndarray:  # size bool
     "The field of view of a view: its optics, within what the frame holds."
     fov = draw_fov(rng, size, shares)
@@ -370,7 +370,7 @@ class Residual:
 
     def unbent(
         self,
-        size,  # (height, width) of the view
+        size: tuple[int, int],  # (height, width) of the view
     ) -> np.ndarray:  # (H, W, 2) float32
         "Every pixel plus its displacement."
         return displaced_pixels(self, size)
@@ -379,7 +379,7 @@ class Residual:
 # %% ../../nbs/04_data/02a_recipe.ipynb #4e28a7c8
 def displaced_pixels(
     residual: Residual,  # of a view
-    size,  # (height, width) of the view
+    size: tuple[int, int],  # (height, width) of the view
 ) -> np.ndarray:  # (H, W, 2) float32
     "Every pixel plus its displacement."
     y, x = (np.arange(n) for n in size)
@@ -400,7 +400,7 @@ STRIDE = 8  # px a side of the cells at whose centres a pair carries its true ma
 
 
 def map_grid(
-    size,  # (height, width) of an image
+    size: tuple[int, int],  # (height, width) of an image
 ) -> Grid:
     "The whole cells of an image at which the true map is known."
     return Grid(size[0] // STRIDE, size[1] // STRIDE, STRIDE)
@@ -422,7 +422,7 @@ def draw_waves(
 # %% ../../nbs/04_data/02a_recipe.ipynb #4e31a7c1
 def draw_residual(
     rng: np.random.Generator,  # source of chance
-    size,  # (height, width) of the view
+    size: tuple[int, int],  # (height, width) of the view
     deform: float,  # largest root-mean-square displacement, px at 512 px on the long side
 ) -> Residual:  # its rms is uniform between 0 and `deform`; less where the slope would pass `STEEPEST`
     "A random residual without an affine part."
@@ -670,7 +670,7 @@ STAMPED = 0.04  # share of the views with a stamp, at strength 1
 def draw_optics(
     rng: np.random.Generator,  # source of chance
     name: str,  # of a modality
-    size,  # (height, width)
+    size: tuple[int, int],  # (height, width)
     strength: float,  # of the randomisation
 ) -> tuple[Scan | None, Stamp | None]:
     "What the device leaves in a view."

@@ -29,6 +29,7 @@ __all__ = [
 
 # %% ../../nbs/04_data/04_triplets.ipynb #97ed908e
 import logging
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
@@ -43,7 +44,7 @@ from ..io.images import SUFFIXES, ImageError, read_image
 from ..retina.config import split_mode
 from ..retina.modality import MODALITIES
 from .masks import read_mask, vesselness
-from .pairs import cut_views, make_frame
+from .pairs import Frame, PairSample, cut_views, make_frame
 from .preprocess import estimate_fov, to_gray
 
 # %% ../../nbs/04_data/04_triplets.ipynb #3729f98b
@@ -66,8 +67,8 @@ class CaseFile:
 
 # %% ../../nbs/04_data/04_triplets.ipynb #cdd8eb42
 def parse_name(
-    path,  # file in a case's folder
-    case,  # the case: the folder's name
+    path: str | Path,  # file in a case's folder
+    case: str,  # the case: the folder's name
 ) -> CaseFile | None:  # None where the name is not one of the layout
     "Kind and note of `<case>_<kind>[_<note>].<suffix>`."
     path = Path(path)
@@ -97,8 +98,8 @@ def _rank(
 
 # %% ../../nbs/04_data/04_triplets.ipynb #057bcc3d
 def choose(
-    files,  # list of CaseFile of one case
-    mode,  # 'fixed-moving', such as 'cf-fa'
+    files: list[CaseFile],  # list of CaseFile of one case
+    mode: str,  # 'fixed-moving', such as 'cf-fa'
 ) -> dict:  # "fixed", "moving", "mask" -> CaseFile or None
     "The files that a mode uses."
     fixed, moving = split_mode(mode)
@@ -134,8 +135,8 @@ class Item:
 
 # %% ../../nbs/04_data/04_triplets.ipynb #8e8df3d9
 def same_shape(
-    a,  # (height, width)
-    b,  # (height, width)
+    a: tuple[int, int],  # (height, width)
+    b: tuple[int, int],  # (height, width)
 ) -> bool:
     "Whether two sizes have the same aspect ratio, within `ASPECT_TOLERANCE`."
     return abs(a[1] * b[0] / (a[0] * b[1]) - 1) <= ASPECT_TOLERANCE
@@ -143,7 +144,7 @@ def same_shape(
 
 # %% ../../nbs/04_data/04_triplets.ipynb #8b698c66
 def decode_all(
-    paths,  # image files
+    paths: Iterable[Path],  # image files
 ) -> tuple:  # (path -> (height, width), path -> message)
     "Decode every file once: sizes of the good ones, what is wrong with the others."
 
@@ -163,9 +164,9 @@ def decode_all(
 
 # %% ../../nbs/04_data/04_triplets.ipynb #e5b7124b
 def _items_of(
-    folder,  # a case's folder
-    modes,  # chosen modes
-    faults,  # list that messages are added to
+    folder: str | Path,  # a case's folder
+    modes: tuple[str, ...],  # chosen modes
+    faults: list[str],  # list that messages are added to
 ) -> list:  # of Item
     "The items of one case, from names alone."
     case = folder.name
@@ -190,8 +191,8 @@ def _items_of(
 
 # %% ../../nbs/04_data/04_triplets.ipynb #cc2d1166
 def find_items(
-    folder,  # folder with one sub-folder per case
-    modes,  # 'fixed-moving' names
+    folder: str | Path,  # folder with one sub-folder per case
+    modes: tuple[str, ...],  # 'fixed-moving' names
 ) -> list:  # of Item, every case in every mode
     """All pairs of a folder.
 
@@ -221,9 +222,9 @@ def find_items(
 
 # %% ../../nbs/04_data/04_triplets.ipynb #1d14f67f
 def raise_faults(
-    what,  # the folder or table that was read
-    faults,  # list of messages
-):
+    what: str | Path,  # the folder or table that was read
+    faults: list[str],  # messages
+) -> None:
     "One FileError that lists every distinct fault; nothing where there is none."
     faults = list(dict.fromkeys(faults))
     if faults:
@@ -238,8 +239,8 @@ KEEP_BYTES = 1 << 29  # frames kept in memory per process
 
 
 def load_plane(
-    path,  # image file
-    size=None,  # (height, width) of the answer; None: its own, at most `PLANE_SIDE` on the long side
+    path: str | Path,  # image file
+    size: tuple[int, int] | None = None,  # (height, width); None: its own, the long side at most `PLANE_SIDE`
 ) -> np.ndarray:  # (h, w) float32 in [0, 1]
     "A grey plane of a frame."
     gray = to_gray(read_image(path))
@@ -249,7 +250,7 @@ def load_plane(
 
 # %% ../../nbs/04_data/04_triplets.ipynb #899a97c2
 def frame_fov(
-    gray,  # (h, w) float32, a plane
+    gray: np.ndarray,  # (h, w) float32, a plane
 ) -> np.ndarray:  # (h, w) bool
     "Its field of view without the outermost 2 px: a warp blends those with the nothing beyond."
     fov = np.zeros(gray.shape, bool)
@@ -263,16 +264,16 @@ class FrameStore:
 
     def __init__(
         self,
-        make,  # function item -> Frame
-        items,  # list of items
-        budget=KEEP_BYTES,  # bytes
+        make: Callable[[Item], Frame],  # function item -> Frame
+        items: list,  # list of items
+        budget: int = KEEP_BYTES,  # bytes
     ):
         self.make, self.items, self.left, self.frames = make, items, budget, {}
 
     def __getitem__(
         self,
-        index,  # of the item
-    ):  # Frame
+        index: int,  # of the item
+    ) -> Frame:
         "The frame of an item."
         if index in self.frames:
             return self.frames[index]
@@ -291,7 +292,7 @@ def _estimate(path, _):
 
 # %% ../../nbs/04_data/04_triplets.ipynb #e6d4a679
 def estimated_mask(
-    path,  # image file
+    path: str | Path,  # image file
 ) -> np.ndarray:  # (h, w) uint8, 255 inside a vessel, of the size of `load_plane(path)`
     "The estimated vessels of a file; computed once as long as the file does not change."
     return _estimate(str(path), Path(path).stat().st_mtime_ns)
@@ -299,9 +300,9 @@ def estimated_mask(
 
 # %% ../../nbs/04_data/04_triplets.ipynb #12e10e83
 def mask_plane(
-    path,  # vessel mask, None where nobody drew one
-    image,  # the image that it belongs to
-    size,  # (height, width) of the frame
+    path: str | Path,  # vessel mask, None where nobody drew one
+    image: str | Path,  # the image that it belongs to
+    size: tuple[int, int],  # (height, width) of the frame
 ) -> np.ndarray:  # size uint8, 255 inside a vessel
     "The vessel mask of a frame, read or estimated."
     if path is None:
@@ -311,8 +312,8 @@ def mask_plane(
 
 # %% ../../nbs/04_data/04_triplets.ipynb #c73e788c
 def triplet_frame(
-    item,  # Item
-):  # Frame
+    item: Item,
+) -> Frame:
     "The frame of one pair; a missing mask is estimated from the fixed image."
     fixed = load_plane(item.fixed)
     moving = load_plane(item.moving, fixed.shape)
@@ -344,11 +345,11 @@ class TripletSource:
 
     def __init__(
         self,
-        folder,  # folder with one sub-folder per case
-        modes=("cf-fa", "cf-oct"),  # 'fixed-moving' names
-        strength=0.4,  # photometric randomisation, 0 none
-        items=None,  # list of Item; None: all of the folder, checked
-        deform=0.0,  # largest residual of the moving view, rms px at 512; 0: none
+        folder: str | Path,  # folder with one sub-folder per case
+        modes: tuple[str, ...] = ("cf-fa", "cf-oct"),  # 'fixed-moving' names
+        strength: float = 0.4,  # photometric randomisation, 0 none
+        items: list[Item] | None = None,  # list of Item; None: all of the folder, checked
+        deform: float = 0.0,  # largest residual of the moving view, rms px at 512; 0: none
     ):
         "Check all files, or raise one FileError that lists every fault."
         self.folder = Path(folder)
@@ -368,8 +369,8 @@ class TripletSource:
 
     def subset(
         self,
-        cases,  # names to keep
-    ):  # TripletSource
+        cases: Iterable[str],  # names to keep
+    ) -> "TripletSource":
         "The same source with some of its cases."
         kept = [item for item in self.items if item.case in cases]
         return TripletSource(self.folder, self.modes, self.strength, kept, self.deform)
@@ -379,11 +380,11 @@ class TripletSource:
 
     def draw(
         self,
-        index,  # item, 0 .. len - 1
-        rng,  # np.random.Generator that decides everything else
-        size,  # (height, width) of both views
-        motion=Motion(),  # range of relative motion
-    ):  # PairSample
+        index: int,  # item, 0 .. len - 1
+        rng: np.random.Generator,  # np.random.Generator that decides everything else
+        size: tuple[int, int],  # (height, width) of both views
+        motion: Motion = Motion(),  # range of relative motion
+    ) -> PairSample:
         "Two views of one item."
         item = self.items[index]
         id = f"{item.case}:{item.mode}"

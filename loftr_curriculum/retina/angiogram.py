@@ -64,17 +64,17 @@ class Phase:
     time: float  # 0 arterial, 1 late
 
     @property
-    def fill(self):
+    def fill(self) -> float:
         "How much of the tissue the dye has reached, 0..1."
         return np.clip(self.time / 0.35, 0, 1)
 
     @property
-    def wash(self):
+    def wash(self) -> float:
         "How much dye has left the vessels for the tissue, 0..1."
         return np.clip((self.time - 0.55) / 0.45, 0, 1)
 
     @property
-    def veins(self):
+    def veins(self) -> float:
         "How much dye the veins carry, 0..1."
         return np.clip(0.15 + self.time / 0.3, 0.15, 1)
 

@@ -146,8 +146,8 @@ def enlarge(
 def bump(
     x: np.ndarray,  # (1, w) px
     y: np.ndarray,  # (h, 1) px
-    centre,  # (2,) px
-    radius,  # px, or (2,) px
+    centre: np.ndarray,  # (2,) px
+    radius: float | np.ndarray,  # px, or (2,) px
     edge: float = None,  # px of a soft edge; a Gaussian of that radius where None
 ) -> np.ndarray:  # (h, w) float32 in 0..1
     "A soft round spot."
@@ -189,7 +189,7 @@ class Canvas:
         "A length that is told in px of a world of 1024."
         return length * self.size / 1024
 
-    def bump(self, centre, radius, edge: float = None) -> np.ndarray:
+    def bump(self, centre: np.ndarray, radius: float | np.ndarray, edge: float | None = None) -> np.ndarray:
         "A soft round spot, (half, half) float32 in 0..1; see `bump`."
         return bump(*self.axes, centre, radius, edge)
 

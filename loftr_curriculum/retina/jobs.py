@@ -12,7 +12,7 @@ import os
 import pickle
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from queue import SimpleQueue
@@ -80,7 +80,7 @@ class Worker:
     def __init__(self):
         self.process = start_worker()
 
-    def do(self, work, job):
+    def do(self, work: Callable, job: object) -> object:
         "The result of `work(job)`; its exception is raised here; RuntimeError where the process died."
         request = pickle.dumps((work, job), protocol=5)
         try:
@@ -93,7 +93,7 @@ class Worker:
             raise result
         return result
 
-    def close(self):
+    def close(self) -> None:
         "End the process."
         for end in (self.process.stdin, self.process.stdout):
             with contextlib.suppress(OSError):
@@ -115,7 +115,7 @@ class Team:
         for worker in self.workers:
             self.idle.put(worker)
 
-    def do(self, work, job):
+    def do(self, work: Callable, job: object) -> object:
         "The result of `work(job)` by the next worker that is idle."
         worker = self.idle.get()
         try:
@@ -123,11 +123,11 @@ class Team:
         finally:
             self.idle.put(worker)
 
-    def map(self, work, jobs):
+    def map(self, work: Callable, jobs: Iterable) -> Iterator:
         "Results of all jobs, in order, as they come."
         return self.threads.map(lambda job: self.do(work, job), jobs)
 
-    def close(self):
+    def close(self) -> None:
         "Give up what was not begun, finish the rest, end the processes."
         self.threads.shutdown(cancel_futures=True)
         for worker in self.workers:

@@ -139,8 +139,14 @@ INFRARED = LaserLook(
 
 
 # %% ../../nbs/03_retina/05d_laser.ipynb #de84aedd
-def render_ir(rng, anatomy, vessels, config, common=()) -> tuple[np.ndarray, dict]:
-    "An infrared reflectance picture; takes and gives what `render_laser` does."
+def render_ir(
+    rng: np.random.Generator,  # source of chance
+    anatomy: Anatomy,  # landmarks
+    vessels: Vessels,  # arteries and veins
+    config: EyeConfig,  # disease, gap
+    common: list = (),  # lesions and features that the eye itself has
+) -> tuple[np.ndarray, dict]:  # (S, S) uint8, and what was drawn
+    "An infrared reflectance picture."
     return render_laser(rng, anatomy, vessels, config, common, INFRARED)
 
 
@@ -169,8 +175,14 @@ AUTOFLUORESCENCE = LaserLook(
 
 
 # %% ../../nbs/03_retina/05d_laser.ipynb #5be4ac9a
-def render_faf(rng, anatomy, vessels, config, common=()) -> tuple[np.ndarray, dict]:
-    "An autofluorescence picture; takes and gives what `render_laser` does."
+def render_faf(
+    rng: np.random.Generator,  # source of chance
+    anatomy: Anatomy,  # landmarks
+    vessels: Vessels,  # arteries and veins
+    config: EyeConfig,  # disease, gap
+    common: list = (),  # lesions and features that the eye itself has
+) -> tuple[np.ndarray, dict]:  # (S, S) uint8, and what was drawn
+    "An autofluorescence picture."
     return render_laser(rng, anatomy, vessels, config, common, AUTOFLUORESCENCE)
 
 
@@ -193,6 +205,12 @@ INDOCYANINE = LaserLook(
 
 
 # %% ../../nbs/03_retina/05d_laser.ipynb #60d23b03
-def render_icga(rng, anatomy, vessels, config, common=()) -> tuple[np.ndarray, dict]:
-    "An indocyanine-green angiogram; takes and gives what `render_laser` does."
+def render_icga(
+    rng: np.random.Generator,  # source of chance
+    anatomy: Anatomy,  # landmarks
+    vessels: Vessels,  # arteries and veins
+    config: EyeConfig,  # disease, gap
+    common: list = (),  # lesions and features that the eye itself has
+) -> tuple[np.ndarray, dict]:  # (S, S) uint8, and what was drawn
+    "An indocyanine-green angiogram."
     return render_laser(rng, anatomy, vessels, config, common, INDOCYANINE)

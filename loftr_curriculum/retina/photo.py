@@ -115,7 +115,7 @@ def choroid_net(
     canvas: Canvas,  # of the eye
     choroid: float,  # how visible it is
     style: PhotoGround = PhotoGround(),  # ranges
-):  # (half, half) float32 in 0..1, or its mean where it is too faint to be drawn
+) -> np.ndarray | float:  # (half, half) float32 in 0..1, or its mean where it is too faint to be drawn
     "Broad strands, all stretched one way."
     if choroid <= 0.05:
         return 0.4
@@ -191,7 +191,7 @@ def photo_crescent(
     canvas: Canvas,  # of the eye
     disc: np.ndarray,  # (half, half) in 0..1, what it leaves free
     style: PhotoDisc = PhotoDisc(),  # ranges
-):  # (half, half) in 0..1, or 0 where the eye has none
+) -> np.ndarray | int:  # (half, half) in 0..1, or 0 where the eye has none
     "A bright crescent at the temporal rim of the disc."
     if rng.random() >= style.crescents:
         return 0

@@ -81,7 +81,7 @@ def enlarger(
 # %% ../../nbs/03_retina/11_randomise.ipynb #86c7cc67
 def enlarge(
     nodes: np.ndarray,  # (n, n) float32
-    size,  # (height, width)
+    size: tuple[int, int],  # (height, width)
 ) -> np.ndarray:  # size float32
     "A smooth plane from a coarse grid."
     height, width = size
@@ -230,7 +230,7 @@ def draw_steps(
 # %% ../../nbs/03_retina/11_randomise.ipynb #faa6a985
 def draw_blur(
     rng: np.random.Generator,  # source of chance
-    size,  # (height, width)
+    size: tuple[int, int],  # (height, width)
     strength: float,  # > 0
     amounts: Amounts = Amounts(),  # ranges
 ) -> float:  # px
@@ -288,7 +288,7 @@ def draw_gain(
 # %% ../../nbs/03_retina/11_randomise.ipynb #e971719e
 def draw_photometry(
     rng: np.random.Generator,  # source of chance
-    size,  # (height, width)
+    size: tuple[int, int],  # (height, width)
     strength: float = 1.0,  # > 0; 1 is the training default, 1.5 is harsh
     flip: float = 0.15,  # chance of a flipped polarity at strength 1
     grain: bool = True,  # draw the noise, too; False leaves it to whoever paints
@@ -329,7 +329,7 @@ def draw_photometry(
 # %% ../../nbs/03_retina/11_randomise.ipynb #7175ad26
 def uneven_light(
     photometry: Photometry,  # of which `gain` and `rim` are used
-    size,  # (height, width)
+    size: tuple[int, int],  # (height, width)
 ) -> np.ndarray:  # size float32, a factor
     "Light that changes slowly over the view, and a darker rim."
     gain = enlarge(photometry.gain, size)

@@ -107,7 +107,7 @@ class Anatomy:
         "Distance from disc to fovea, px."
         return float(np.hypot(*(self.fovea - self.disc)))
 
-    def place(self, points) -> np.ndarray:
+    def place(self, points: np.ndarray) -> np.ndarray:
         "(N, 2) in disc-to-fovea lengths (x temporal along the disc-fovea line, y up) -> world px."
         disc, fovea = self.flat(self.disc), self.flat(self.fovea)
         along = fovea - disc
@@ -134,7 +134,7 @@ class Spread(NamedTuple):
     least: float
     most: float
 
-    def draw(self, rng):
+    def draw(self, rng: np.random.Generator) -> float:
         "One eye's value."
         return np.clip(rng.normal(self.mean, self.deviation), self.least, self.most)
 
@@ -192,7 +192,7 @@ def fellow_anatomy(
 
 # %% ../../nbs/03_retina/01_tree.ipynb #795ed5e5
 def bezier(
-    control,  # (4, 2) control points
+    control: np.ndarray,  # (4, 2) control points
     step: float,  # wanted distance between samples, same unit as the points
 ) -> np.ndarray:  # (n, 2) samples, roughly `step` apart
     "A cubic Bezier curve sampled at nearly equal steps."
@@ -461,7 +461,7 @@ class Attractors:
         self.distance, self.nearest = cKDTree(points).query(places)
         self.stalled = np.zeros(len(places), np.int64)  # rounds in which a node grew and came no nearer
 
-    def strike_off(self, kill: float):
+    def strike_off(self, kill: float) -> None:
         "Forget those that are served (a node within `kill` px) and those that no growth comes nearer to."
         keep = (self.distance > kill) & (self.stalled < 4)
         self.places = self.places[keep]
@@ -469,7 +469,7 @@ class Attractors:
         self.nearest = self.nearest[keep]
         self.stalled = self.stalled[keep]
 
-    def meet(self, new: np.ndarray, first: int, pulls: np.ndarray, influence: float):
+    def meet(self, new: np.ndarray, first: int, pulls: np.ndarray, influence: float) -> None:
         "Nodes (k, 2) have grown, numbered from `first`; `pulls` (m,) says which attractors had pulled."
         found, index = cKDTree(new).query(self.places, distance_upper_bound=influence)
         nearer = found < self.distance - 1e-9
