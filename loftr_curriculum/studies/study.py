@@ -131,6 +131,11 @@ STUDIES = {
         "studies.bending.in_words",
         resumes=True,
     ),
+    "answer-speed": Study(
+        "what the look at the vessels and the bend cost",
+        "studies.answer_speed.measure_answer_speed",
+        "studies.answer_speed.in_words",
+    ),
     "starts": Study(
         "which second start answers what the first one leaves unsure",
         "studies.starts.measure_starts",
