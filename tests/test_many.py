@@ -536,3 +536,60 @@ def test_ended_alone_the_first_process_leaves_no_traceback(tmp_path):
     said = batch.communicate(timeout=120)[1]
     assert "Traceback" not in said and "pickle" not in said
     assert processes_of(batch.pid) == []
+
+
+# ---- what is written
+
+
+def test_an_id_is_no_formula_in_a_spreadsheet(tmp_path):
+    write_batch(tmp_path, 1)
+    ids = ("=1+1", "+7", "-x", "@a", "'=b")
+    lines = "".join(f"{id},img/f.png,img/none.png\n" for id in ids)
+    (tmp_path / "pairs.csv").write_text("id,fixed,moving\n" + lines)
+    out = tmp_path / "out"
+    for _ in range(2):  # the second time the folder goes on
+        register_many(tmp_path / "pairs.csv", out, matcher=UprightSift(), progress=False)
+        with open(out / "results.csv", newline="") as file:
+            assert [row["id"] for row in csv.DictReader(file)] == [f"'{id}" for id in ids]
+        assert tuple(read_results(out / "results.csv")) == ids
+    assert tuple(read_maps(out / "maps.jsonl")) == ids
+
+
+def test_results_as_columns(tmp_path, monkeypatch):
+    parquet = pytest.importorskip("pyarrow.parquet")
+    write_batch(tmp_path, 2)
+    with open(tmp_path / "pairs.csv", "a") as table:
+        table.write("lost,img/f.png,img/none.png\n")
+    plain = dict(matcher=UprightSift(), config=QUICK, progress=False)
+    register_many(tmp_path / "pairs.csv", tmp_path / "out", parquet=True, **plain)
+    columns = parquet.read_table(tmp_path / "out" / "results.parquet").to_pydict()
+    rows = read_results(tmp_path / "out" / "results.csv")
+    assert tuple(columns) == FIELDS and columns["id"] == ["p0", "p1", "lost"]
+    assert columns["m00"] == [float(rows["p0"]["m00"]), float(rows["p1"]["m00"]), None]
+    assert "none.png" in columns["error"][2]
+
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"needs pyarrow: pip install 'loftr_curriculum\[parquet\]'"):
+        register_many(tmp_path / "pairs.csv", tmp_path / "other", parquet=True, **plain)
+    assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize("name", ["transforms.json", "maps.jsonl", "results.parquet", "results.csv"])
+def test_files_of_something_else_stay_as_they_are(name, tmp_path):
+    write_batch(tmp_path, 1)
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / name).write_text("not yours\n")
+    with pytest.raises(FileError, match=name.split(".")[0]):
+        register_many(tmp_path / "pairs.csv", out, matcher=UprightSift(), progress=False)
+    assert [path.name for path in out.iterdir()] == [name]
+    assert (out / name).read_text() == "not yours\n"
+
+
+def test_a_folder_in_which_nobody_may_write_is_noticed_before_the_work(tmp_path):
+    write_batch(tmp_path, 1)
+    (tmp_path / "file").write_text("")
+    matcher = UprightSift()
+    with pytest.raises(FileError, match="expected a folder that can be written"):
+        register_many(tmp_path / "pairs.csv", tmp_path / "file" / "out", matcher=matcher, progress=False)
+    assert matcher.calls == 0

@@ -81,6 +81,18 @@ def test_a_table_among_the_results_stays_as_it_is(tmp_path):
         register_many(tmp_path / "out" / "results.csv", tmp_path / "out", matcher=Sent(), progress=False)
 
 
+def test_a_page_of_somebody_else_stays_as_it_is(tmp_path):
+    write_batch(tmp_path, 1)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "report.html").write_text("<title>mine</title>")
+    with pytest.raises(FileError, match="report.html: is no report of a batch"):
+        run_batch(tmp_path)
+    assert (tmp_path / "out" / "report.html").read_text() == "<title>mine</title>"
+    (tmp_path / "out" / "report.html").unlink()
+    run_batch(tmp_path)
+    assert run_batch(tmp_path)["ok"] == 1, "our own page is written again"
+
+
 def page_data(page, id):
     text = re.search(rf'<script type="application/json" id="{id}">(.*?)</script>', page).group(1)
     return json.loads(text)
