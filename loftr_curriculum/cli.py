@@ -419,6 +419,8 @@ def _train(a):
 
     _hush()
     run = train(config, progress=sys.stdout.isatty(), callbacks=[Announce(config)])
+    if os.environ.get("LOCAL_RANK", "0") != "0":  # one process of several: the first speaks for all
+        return 0
     diagnose = _again("diagnose", str(run.out))
     use = _again("register", "FIXED", "MOVING", "--out", "DIR", "--weights", str(run.weights))
     print(f"weights: {run.weights}; logs: {run.out / 'logs'}; did the matches collapse: {diagnose}")

@@ -25,6 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import tracemalloc
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -94,6 +95,9 @@ def say(name, pairs, seconds, processor, memory, base):
     return rate
 
 
+KEPT = ("results.csv", "maps.jsonl", "transforms.json")
+
+
 class Nothing:
     """A matcher that finds nothing, at once."""
 
@@ -130,6 +134,12 @@ def bookkeeping(n):
             progress=False,
         )
         print(f"{n} pairs, {name}: {time.perf_counter() - start:.1f} s", flush=True)
+    tracemalloc.start()
+    rows = read_results(folder / "out" / "results.csv")
+    each = tracemalloc.get_traced_memory()[0] / len(rows) / 1000
+    sizes = {name: (folder / "out" / name).stat().st_size / n / 1000 for name in KEPT}
+    said = ", ".join(f"{name} {size:.2f} kB" for name, size in sizes.items())
+    print(f"a pair takes {each:.1f} kB of memory in the first process; {said}")
 
 
 def large_pair(folder, side):

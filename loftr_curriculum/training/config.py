@@ -165,6 +165,8 @@ class TrainConfig:
     collapse_stop: bool = False  # stop the run at the alarm instead of only warning
     resume: bool = True  # go on from the last checkpoint in `out` where there is one
     checkpoint_minutes: float = 5.0  # between checkpoints within an epoch; a run that is killed loses no more
+    devices: int | str = "auto"  # GPUs, or processes on a CPU, that train together; auto: one CPU or all GPUs
+    strategy: str = "auto"  # of Lightning for several devices: ddp; auto: what fits
 
     def __post_init__(self):
         defaults = FROM_GIVEN if self.init else FROM_RANDOM

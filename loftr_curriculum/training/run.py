@@ -89,6 +89,7 @@ from .resume import (
 # fields that may differ when a run is resumed: what only watches changes no weight
 FREE = (
     "resume",
+    "strategy",
     "out",
     "val_real",
     "keep",
@@ -382,6 +383,8 @@ def trainer_of(
     return pl.Trainer(
         max_epochs=config.epochs,
         precision=precision_of(config),
+        devices=config.devices,
+        strategy=config.strategy,
         gradient_clip_val=config.clip,
         num_sanity_val_steps=0,
         use_distributed_sampler=False,
