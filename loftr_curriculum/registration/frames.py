@@ -256,6 +256,7 @@ def plain_view(
     return once(frame, ("plain", long_side), lambda: make_plain_view(frame, long_side))
 
 
+# %% ../../nbs/06_registration/03_frames.ipynb #7be59dc1
 def make_plain_view(
     frame: Frame,  # one image
     long_side: int,  # px of the view's long side

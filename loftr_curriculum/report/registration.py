@@ -71,6 +71,7 @@ LINES = 160  # match lines in a picture, at most
 CELLS = 12  # along each side of the region that matches cover
 
 
+# %% ../../nbs/08_report/01_registration.ipynb #00ca1121
 def spread_over(
     points: np.ndarray,  # (N, 2)
     most: int,

@@ -118,6 +118,7 @@ def resident_mb(
 MOTIONS = {"mild": mild(Motion(), 0.0), "full": Motion()}
 
 
+# %% ../../nbs/11_studies/04_speed.ipynb #8efe9baf
 @dataclass(frozen=True)
 class Settings:
     "What is measured."
@@ -382,6 +383,7 @@ def read_settings(
 SYSTEMS = {"ours": ask_ours, "kornia": ask_kornia, "training": ask_training, "product": ask_product}
 
 
+# %% ../../nbs/11_studies/04_speed.ipynb #95d4ef7e
 def served_system(
     name: str,  # see `serve`
     given: dict,  # what `draw_pairs` wrote
@@ -530,6 +532,7 @@ def measure_registration(folder: str | Path, settings: Settings) -> dict:  # as 
 PRECISIONS = ("32", "bf16")
 
 
+# %% ../../nbs/11_studies/04_speed.ipynb #d38aab1b
 def measure_training(folder: str | Path, settings: Settings) -> dict:
     "A training step of both variants in both precisions."
     variants = ("fast", "reference")

@@ -411,6 +411,7 @@ GRID = 64  # px between the lines
 CAPTION = ("OD 30 deg", "ART 100", "10:22:31")
 
 
+# %% ../../nbs/11_studies/09_verification.ipynb #9ea83da8
 def burn_in(
     image: np.ndarray,  # (H, W) or (H, W, 3) uint8
     caption: bool,  # lines of text; else a grid
@@ -427,6 +428,7 @@ def burn_in(
     return image
 
 
+# %% ../../nbs/11_studies/09_verification.ipynb #2ecc7f79
 def marked_alike(
     fixed: np.ndarray,  # uint8
     moving: np.ndarray,  # uint8
