@@ -30,7 +30,7 @@ __all__ = [
 ]
 
 # %% ../../nbs/06_registration/03_frames.ipynb #a1ff0229
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field, replace
 
 import cv2
@@ -104,9 +104,9 @@ class Frame:
 # %% ../../nbs/06_registration/03_frames.ipynb #4e6f7a4c
 def once(
     frame: Frame,
-    key,  # names what is computed; hashable
+    key: Hashable,  # names what is computed; hashable
     compute: Callable,  # called without arguments the first time
-):
+) -> object:
     "What was computed of this image before, nobody changes it; computed now where it is asked for first."
     if key not in frame.kept:
         frame.kept[key] = compute()

@@ -41,6 +41,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from ..data.config import DataConfig
 from ..evaluation.metrics import at_512, corner_error
@@ -48,7 +50,7 @@ from ..evaluation.recording import Recording
 from ..geometry import Motion, centre, compose, invert, resample, similarity
 from ..io.files import read_json, write_json
 from ..io.images import write_image
-from ..model.config import MatcherConfig
+from ..model.config import MatcherConfig, Matches
 from ..model.weights import load_matcher
 from ..registration import RegistrationConfig, register
 from ..report.answer import draw_answer
@@ -113,9 +115,9 @@ LEAST, MOST = 4, 16  # epochs
 
 
 def fitted(
-    config,  # TrainConfig, from `demo_config`
+    config: TrainConfig,  # TrainConfig, from `demo_config`
     cost: Cost,  # of this machine
-    seconds=SECONDS,  # for everything
+    seconds: float = SECONDS,  # for everything
 ) -> TrainConfig:
     "The same with as many epochs as end in time, at most `MOST`."
     rendering = seconds_of_run(config, cost)[0]
@@ -130,7 +132,7 @@ def fitted(
 
 # %% ../../nbs/09_training/07_demo.ipynb #390051bf
 def begun(
-    config,  # TrainConfig, from `demo_config`
+    config: TrainConfig,  # TrainConfig, from `demo_config`
 ) -> TrainConfig | None:  # None where its folder holds no run to go on with
     "The same with the length of the run that its folder holds."
     folder = RunFolder(Path(config.out))
@@ -143,9 +145,9 @@ def begun(
 
 # %% ../../nbs/09_training/07_demo.ipynb #61b61803
 def plan(
-    out,  # folder of the run
-    epochs=None,  # of the run; None: as many as the machine does in time
-    seed=0,  # of weights and data
+    out: str | Path,  # folder of the run
+    epochs: int | None = None,  # of the run; None: as many as the machine does in time
+    seed: int = 0,  # of weights and data
 ) -> tuple[TrainConfig, str]:  # the run, and what is said before it
     "How long the run will be, and how long it will take."
     config = demo_config(out, epochs or MOST, seed)
@@ -189,8 +191,8 @@ MEASURED = {
 
 
 def draw_run(
-    rows,  # list of `read_epochs`
-):
+    rows: list[dict],  # list of `read_epochs`
+) -> Figure:
     "The curriculum above, what was measured below: a Figure."
     figure = new_figure(900, 680)
     upper, lower = figure.subplots(2, 1, sharex=True)
@@ -251,12 +253,12 @@ SHOWN = 120  # match lines at most
 
 
 def draw_lines(
-    axes,  # Axes
-    fixed,  # (H0, W0[, 3])
-    moving,  # (H1, W1[, 3])
-    matches,  # Matches
-    agree,  # (N,) bool
-    height=320,  # px of both images
+    axes: Axes,  # Axes
+    fixed: np.ndarray,  # (H0, W0[, 3])
+    moving: np.ndarray,  # (H1, W1[, 3])
+    matches: Matches,  # Matches
+    agree: np.ndarray,  # (N,) bool
+    height: int = 320,  # px of both images
 ) -> None:
     "Some of the match lines over both images, those that lie within them."
     inside = np.ones(len(matches), bool)
@@ -275,9 +277,9 @@ CAPTIONS = ("match lines: green agrees with the answer, red does not", "fixed an
 
 
 def draw_beside(
-    answers,  # name of NAMES -> what `answer` returned
-    pair,  # from `demo_pair`
-):
+    answers: dict[str, tuple],  # name of NAMES -> what `answer` returned
+    pair: tuple[np.ndarray, np.ndarray, np.ndarray],  # from `demo_pair`
+) -> Figure:
     "A row for each answer, some of its match lines and its checkerboard: a Figure."
     fixed, moving, _ = pair
     figure = new_figure(976, ROW * len(answers))
@@ -301,9 +303,9 @@ def draw_beside(
 
 
 def draw_first(
-    answers,  # name of NAMES -> what `answer` returned
-    pair,  # from `demo_pair`
-):
+    answers: dict[str, tuple],  # name of NAMES -> what `answer` returned
+    pair: tuple[np.ndarray, np.ndarray, np.ndarray],  # from `demo_pair`
+) -> Figure:
     "The answer of the weights that ship, at a glance: a Figure."
     result, found = answers["shipped"]
     error = found["corner_error_px_at_512"]
@@ -313,8 +315,8 @@ def draw_first(
 
 # %% ../../nbs/09_training/07_demo.ipynb #ee23752c
 def show_first(
-    out,  # folder for everything
-    pair,  # from `demo_pair`
+    out: str | Path,  # folder for everything
+    pair: tuple[np.ndarray, np.ndarray, np.ndarray],  # from `demo_pair`
 ) -> dict:  # "shipped" -> what `answer` returned
     "Register the pair with the weights that ship, and leave a picture of it."
     write_image(out / "fixed.png", pair[0])
@@ -326,11 +328,11 @@ def show_first(
 
 # %% ../../nbs/09_training/07_demo.ipynb #8d002448
 def train_and_compare(
-    out,  # folder for everything
-    pair,  # from `demo_pair`
-    answers,  # from `show_first`; the trained answer is added
-    epochs,  # of the run; None: as many as this machine does in time
-    seed,  # of weights and data
+    out: str | Path,  # folder for everything
+    pair: tuple[np.ndarray, np.ndarray, np.ndarray],  # from `demo_pair`
+    answers: dict[str, tuple],  # from `show_first`; the trained answer is added
+    epochs: int | None,  # of the run; None: as many as this machine does in time
+    seed: int,  # of weights and data
 ) -> list:  # of `read_epochs`
     "Train, register the same pair with what was trained, and draw both."
     config, told = plan(out / "run", epochs, seed)
@@ -344,11 +346,11 @@ def train_and_compare(
 
 # %% ../../nbs/09_training/07_demo.ipynb #076c6180
 def demo(
-    out="demo_out",  # folder for everything
-    epochs=None,  # of the training run; None: as many as this machine does in time
-    seed=0,  # of weights and data
-    quick=False,  # register only, no training
-    command="loftr-curriculum",  # how this program is called, for the advice at the end
+    out: str | Path = "demo_out",  # folder for everything
+    epochs: int | None = None,  # of the training run; None: as many as this machine does in time
+    seed: int = 0,  # of weights and data
+    quick: bool = False,  # register only, no training
+    command: str = "loftr-curriculum",  # how this program is called, for the advice at the end
 ) -> Path:
     """Register with the shipped weights and show it; train, register again, and say where to look.
 
@@ -373,9 +375,9 @@ STORY = (
 
 
 def draw_epochs(
-    recording,  # Recording
-    probe=0,  # number of the probe
-):
+    recording: Recording,  # Recording
+    probe: int = 0,  # number of the probe
+) -> Figure:
     "The match lines of a probe in four epochs, two in a row: a Figure."
     epochs = recording.epochs
     shown = sorted({epochs[round(share * (len(epochs) - 1))] for share in (0, 0.25, 0.5, 1)})
@@ -401,8 +403,8 @@ def draw_epochs(
 
 
 def draw_training(
-    out,  # folder for the pictures
-    run,  # folder of the run
+    out: str | Path,  # folder for the pictures
+    run: str | Path,  # folder of the run
 ) -> None:
     "The curriculum with what was measured, and the matches of the first probe in four epochs."
     save_figure(out / "curriculum.png", draw_run(read_epochs(run)))
@@ -422,9 +424,9 @@ FILES = {
 
 
 def summary(
-    out,  # Path
-    report,  # dict of metrics.json
-    command="loftr-curriculum",  # how this program is called
+    out: Path,  # Path
+    report: dict,  # dict of metrics.json
+    command: str = "loftr-curriculum",  # how this program is called
 ) -> str:
     "What happened, where to look, and what comes next."
     lines = []

@@ -204,6 +204,6 @@ class Announce(pl.Callback):
     ):
         self.config = config
 
-    def on_fit_start(self, trainer, pl_module):
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.ckpt_path is None and trainer.is_global_zero:
             say(trainer, in_words(self.config, measure(self.config), rendered=True))

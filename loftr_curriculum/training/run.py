@@ -64,7 +64,7 @@ from .callbacks import (
     RealPairs,
     Stopwatch,
 )
-from .config import TrainConfig
+from .config import CurriculumConfig, TrainConfig
 from .curriculum import CurriculumScheduler, independence_from, joints
 from .history import (
     RunFolder,
@@ -150,8 +150,8 @@ PLANNED = "planned_epochs"  # in config.json of a run that was made longer: its 
 
 # %% ../../nbs/09_training/06_run.ipynb #d4ee593b
 def is_longer(
-    config,  # TrainConfig
-    written,  # dict of the configuration that the folder holds
+    config: TrainConfig,  # TrainConfig
+    written: dict,  # dict of the configuration that the folder holds
 ) -> bool:
     "Does it ask for more epochs than the run in its folder had?"
     had = written.get("epochs")
@@ -160,7 +160,7 @@ def is_longer(
 
 # %% ../../nbs/09_training/06_run.ipynb #d8df00aa
 def planned_epochs(
-    config,  # TrainConfig
+    config: TrainConfig,  # TrainConfig
 ) -> int:
     "Epochs by which the phases are reckoned: those of the first plan where the folder holds a run."
     folder = RunFolder(Path(config.out))
@@ -173,8 +173,8 @@ def planned_epochs(
 
 # %% ../../nbs/09_training/06_run.ipynb #95a7d60d
 def planned_phases(
-    config,  # TrainConfig
-):  # CurriculumConfig
+    config: TrainConfig,  # TrainConfig
+) -> CurriculumConfig:  # CurriculumConfig
     "The phases of the run; in epochs of the first plan where it was made longer."
     planned = planned_epochs(config)
     if planned == config.epochs:
