@@ -10,7 +10,7 @@ from setuptools import find_namespace_packages, setup
 
 ROOT = Path(__file__).resolve().parent
 LICENSES = {"apache2": "Apache-2.0"}
-EXTRAS = ("dev", "browser", "dicom", "cluster", "parquet", "review", "docs")
+EXTRAS = ("dev", "browser", "dicom", "cluster", "parquet", "review", "baselines", "onnx", "docs")
 
 
 def read_settings() -> configparser.SectionProxy:

@@ -974,6 +974,32 @@ def _study(words):
     return 0
 
 
+# %% ../nbs/12_cli/00_cli.ipynb #a0c4e2d1
+def _add_export(parser):
+    parser.add_argument("--onnx", type=str, required=True, help="file to write, name.onnx")
+    parser.add_argument(
+        "--weights", type=str | None, default=None, help="weights to export; null: those of the package"
+    )
+    parser.add_argument(
+        "--side",
+        type=int | None,
+        default=None,
+        help="px of both images, a multiple of 32; null: the size at which the weights look first",
+    )
+
+
+# %% ../nbs/12_cli/00_cli.ipynb #a0c4e2d2
+def _export(a):
+    from .io.files import refuse_to_overwrite
+    from .model.export import export_onnx
+
+    if a.weights is not None:
+        refuse_to_overwrite([a.onnx], [a.weights])
+    path = export_onnx(a.onnx, a.weights, a.side)
+    print(f"wrote {path}: {path.stat().st_size / 2**20:.1f} MB")
+    return 0
+
+
 # %% ../nbs/12_cli/00_cli.ipynb #59245736
 COMMANDS = {
     "register": Command(
@@ -1054,6 +1080,12 @@ COMMANDS = {
         "[WEIGHTS] [--json]",
         _add_weights,
         _weights,
+    ),
+    "export": Command(
+        "write the matcher's forward pass for other runtimes",
+        "--onnx FILE [--weights FILE] [--side PX]",
+        _add_export,
+        _export,
     ),
 }
 

@@ -36,7 +36,7 @@ ROOMS = (
     "cli",
 )
 DEVELOPMENT_ONLY = ("fastcore", "nbdev", "execnb", "pytest", "playwright", "jupyterlab")
-EXTRAS = ("dev", "browser", "dicom", "cluster", "parquet", "review", "docs")
+EXTRAS = ("dev", "browser", "dicom", "cluster", "parquet", "review", "baselines", "onnx", "docs")
 NOTEBOOKS = sorted(path for path in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in path.parts)
 MODULES = sorted(PACKAGE.rglob("*.py"))
 

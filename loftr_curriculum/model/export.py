@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ["INPUTS", "OUTPUTS", "ForwardPass", "example_inputs", "require_onnx", "export_onnx"]
 
-# %% ../../nbs/05_model/11_export.ipynb #5b630eca
+# %% ../../nbs/05_model/11_export.ipynb #3f60bd8b
+import logging
 import warnings
 from pathlib import Path
 
@@ -77,6 +78,7 @@ def export_onnx(
     if side < 64 or side % 32:
         raise ValueError(f"side {side}: expected a multiple of 32 of at least 64 px")
     network = ForwardPass(matcher).eval()
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it names every library that is not installed
     with atomic_path(out) as temporary, warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
         torch.onnx.export(

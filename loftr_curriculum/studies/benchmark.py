@@ -36,6 +36,7 @@ __all__ = [
     "by_motion",
     "strangers_called_ok",
     "score_benchmark",
+    "trainings_of",
     "run_benchmark",
     "table_rows",
     "stranger_rows",
@@ -47,10 +48,11 @@ __all__ = [
     "draw_curves",
 ]
 
-# %% ../../nbs/11_studies/16_benchmark.ipynb #efb81f09
+# %% ../../nbs/11_studies/16_benchmark.ipynb #a4bb70a0
 import hashlib
 import json
 import time
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from html import escape
@@ -61,20 +63,21 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
+from ..baselines.budget import summary
 from ..baselines.protocol import Answer
-from ..baselines.systems import check_system, make_system
+from ..baselines.systems import SYSTEMS, check_system, make_system
 from ..data.landmarks import read_landmark_set
 from ..data.pairs import GeneratedSource
 from ..data.pseudo_real import pseudo_real_pairs
 from ..evaluation.metrics import at_512, auc, mauc25
 from ..geometry import Motion, decompose, overlap
-from ..io.files import atomic_path, read_json, write_json
+from ..io.files import FileError, atomic_path, read_json, write_json
 from ..io.images import read_image
 from ..report.plots import new_figure
 from ..retina.config import GENERATOR_VERSION, MODES, EyeConfig, seeds_of
 from ..retina.world import WorldBank
 from .bending import bent_pair, residual_of
-from .speed import resident_mb
+from .speed import memory_mb
 from .study import markdown_table, resample, this_machine
 
 
@@ -228,10 +231,10 @@ def ask(
 ) -> tuple[Answer, float, float]:  # answer, seconds, MB
     "The answer of a system, and what it cost."
     reset_peak()
-    before, start = resident_mb(), time.process_time()
+    before, start = memory_mb(), time.process_time()
     answer = estimate(case.fixed, case.moving)
     seconds = time.process_time() - start
-    return answer, seconds, max(0.0, resident_mb("VmHWM") - before)
+    return answer, seconds, max(0.0, memory_mb("VmHWM") - before)
 
 
 # %% ../../nbs/11_studies/16_benchmark.ipynb #1e083ad8
@@ -269,16 +272,19 @@ def keep_case(
     folder: Path,  # of the benchmark
     case: Case,
 ) -> Path:
-    "Write what is true of a pair, unless it is there; its folder."
+    "Write what is true of a pair, unless it is there; its folder. FileError where another pair is there."
     place = place_of(folder, case)
+    truth = {
+        "eye": case.eye,
+        "size": list(case.fixed.shape[:2]),
+        "fixed_points": np.round(case.fixed_points, 3).tolist(),
+        "facts": case.facts,
+        "pixels": zlib.crc32(case.moving.tobytes(), zlib.crc32(case.fixed.tobytes())),
+    }
     if not (place / "case.json").is_file():
-        truth = {
-            "eye": case.eye,
-            "size": list(case.fixed.shape[:2]),
-            "fixed_points": np.round(case.fixed_points, 3).tolist(),
-            "facts": case.facts,
-        }
         write_json(place / "case.json", truth)
+    elif read_json(place / "case.json")["pixels"] != truth["pixels"]:
+        raise FileError(f"{place}: holds predictions for another pair; choose another folder, or remove it")
     return place
 
 
@@ -453,6 +459,20 @@ def score_benchmark(
     return scores
 
 
+# %% ../../nbs/11_studies/16_benchmark.ipynb #d240efa8
+def trainings_of(
+    systems: tuple,  # names, or name:argument
+) -> dict:  # label -> pairs and minutes
+    "What the trained systems have seen."
+    found = {}
+    for system in systems:
+        name, _, argument = system.partition(":")
+        if SYSTEMS[name].takes == "file of a training":
+            told = summary(argument)
+            found[label_of(system)] = {key: told[key] for key in ("pairs", "minutes", "budget")}
+    return found
+
+
 # %% ../../nbs/11_studies/16_benchmark.ipynb #87bb6745
 def run_benchmark(
     systems: tuple[str, ...] = ("ours", "sift", "vessel-sift", "phase"),  # names, or name:argument
@@ -480,6 +500,7 @@ def run_benchmark(
         "generator": GENERATOR_VERSION,
         "seeds": f"report, {EYES} eyes from 9500",
         "pairs_of_a_set": n,
+        "trained": trainings_of(systems),
         "scores": score_benchmark(systems, sets, Path(folder)),
     }
     write_json(out, found)

@@ -81,6 +81,11 @@ STUDIES = {
         "studies.benchmark.benchmark_text",
         resumes=True,
     ),
+    "onnx": Study(
+        "the forward pass under onnxruntime: the same, and how fast",
+        "studies.onnx.measure_onnx",
+        "studies.onnx.in_words",
+    ),
     "train-baseline": Study(
         "train a system of the benchmark with the budget of all",
         "baselines.budget.train_baseline",
