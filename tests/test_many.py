@@ -593,3 +593,32 @@ def test_a_folder_in_which_nobody_may_write_is_noticed_before_the_work(tmp_path)
     with pytest.raises(FileError, match="expected a folder that can be written"):
         register_many(tmp_path / "pairs.csv", tmp_path / "file" / "out", matcher=matcher, progress=False)
     assert matcher.calls == 0
+
+
+@pytest.mark.slow
+def test_killed_again_and_again_with_workers_it_ends_as_undisturbed(tmp_path):
+    "SIGKILL to the first process, a worker, or all, at random moments."
+    write_batch(tmp_path, 12)
+    register_many(tmp_path / "pairs.csv", tmp_path / "calm", matcher=Slow(), config=QUICK, progress=False)
+    rng = np.random.default_rng(0)
+    for trial in range(6):
+        batch = start_batch(tmp_path)
+        time.sleep(rng.uniform(0, 1))
+        everybody = [int(line.split()[0]) for line in processes_of(batch.pid)]
+        for pid in (everybody, [batch.pid], everybody[-1:])[trial % 3]:
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except ProcessLookupError:
+                pass
+        batch.wait(120)
+        end = time.monotonic() + 60
+        while processes_of(batch.pid) and time.monotonic() < end:
+            time.sleep(0.1)
+        assert processes_of(batch.pid) == []
+    count = register_many(
+        tmp_path / "pairs.csv", tmp_path / "out", matcher=Slow(), config=QUICK, progress=False, workers=2
+    )
+    assert count["ok"] == 12
+    died = [row["id"] for row in read_results(tmp_path / "out" / "results.csv").values() if row["error"]]
+    assert died == [] and answers(tmp_path / "out") == answers(tmp_path / "calm")
+    assert len(read_maps(tmp_path / "out" / "maps.jsonl")) == 12

@@ -1,0 +1,69 @@
+"""Guards of triplets: three answers on the command line, and what a contradiction does to them."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from test_many import Sent
+from test_many_commands import QUICK
+from test_registration import a_pair
+
+from loftr_curriculum.cli import main
+from loftr_curriculum.geometry import Affine, corners, translation
+from loftr_curriculum.io.files import read_json
+from loftr_curriculum.io.images import write_image
+from loftr_curriculum.registration import RegistrationConfig, register_triplet
+from loftr_curriculum.registration.triplet import PAIRS, judge_triplet
+
+CONFIG = RegistrationConfig(long_side=256, second_long_sides=(256,), retry_long_sides=())
+
+
+@pytest.fixture(scope="module")
+def images():
+    fixed, moving, _ = a_pair(7)
+    _, other, _ = a_pair(7)
+    return {"cf": fixed, "oct": moving, "fa": np.ascontiguousarray(other[4:, 6:])}
+
+
+@pytest.fixture(scope="module")
+def triplet(images):
+    return register_triplet(*images.values(), matcher=Sent(), config=CONFIG)
+
+
+def test_the_round_closes_and_joint_maps_agree(triplet, images):
+    assert triplet.cycle_px < 3 and triplet.verdict == "ok"
+    points = corners(images["fa"].shape[:2])
+    around = triplet.joint["fa_to_oct"].then(triplet.joint["oct_to_cf"])(points)
+    assert np.abs(around - triplet.joint["fa_to_cf"](points)).max() < 1e-6
+    for name in PAIRS:
+        own = triplet.answers[name].point_map(points)
+        assert np.abs(triplet.joint[name](points) - own).max() < 6
+
+
+def test_a_round_that_does_not_close_takes_ok_from_all(triplet):
+    shifted = triplet.oct_to_cf.point_map.then(Affine(translation((60, 0))))
+    told = judge_triplet(triplet.answers | {"oct_to_cf": replace(triplet.oct_to_cf, point_map=shifted)})
+    assert told.verdict == "doubtful" and told.joint == dict.fromkeys(PAIRS)
+    for answer in told.answers.values():
+        assert answer.verdict == "doubtful" and "going round the three images leads" in answer.reasons[-1]
+
+
+def test_the_command_writes_three_answers_and_says_whether_they_agree(images, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("loftr_curriculum.model.weights.load_matcher", lambda path, device: Sent())
+    files = []
+    for name, image in images.items():
+        write_image(tmp_path / f"{name}.png", image)
+        files.append(str(tmp_path / f"{name}.png"))
+    out = tmp_path / "out"
+    assert main(["register-triplet", *files, "--out", str(out), *QUICK]) == 0
+    assert "going round leads" in capsys.readouterr().out
+    said = read_json(out / "triplet.json")
+    assert said["verdict"] == "ok" and said["cycle_px_at_512"] < 3 and set(said["joint"]) == set(PAIRS)
+    names = {path.name for path in out.iterdir()}
+    assert names == {"triplet.json", "oct_in_cf.png", "fa_in_cf.png", "oct-to-cf", "fa-to-cf", "fa-to-oct"}
+    assert (out / "fa-to-oct" / "transform.json").is_file()
+
+    assert (
+        main(["register-triplet", *files[:2], str(tmp_path / "none.png"), "--out", str(tmp_path / "no")]) == 2
+    )
+    assert "none.png: no such file" in capsys.readouterr().err and not (tmp_path / "no").exists()
