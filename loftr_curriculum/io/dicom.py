@@ -71,6 +71,7 @@ def need_pydicom(
         )
 
 
+# %% ../../nbs/02_io/05_dicom.ipynb #57e88e1a
 @dataclass(frozen=True, eq=False)
 class DicomImage:
     "One frame of a DICOM file, before it is decoded."
@@ -95,6 +96,7 @@ def syntax_of(
     return syntax
 
 
+# %% ../../nbs/02_io/05_dicom.ipynb #5a757a90
 def read_dataset(
     data: bytes,  # of the file
     file: Path,
@@ -123,6 +125,7 @@ def whole_number(
     return default if value in (None, "") else int(value)
 
 
+# %% ../../nbs/02_io/05_dicom.ipynb #c9fc403b
 def check_kind(
     dataset,  # pydicom's
     file: Path,  # for the error
@@ -138,6 +141,7 @@ def check_kind(
         raise ImageError(f"{file}: expected 8 to 16 bits a value, found {bits}")
 
 
+# %% ../../nbs/02_io/05_dicom.ipynb #bb68efb5
 def choose_frame(
     frames: int,  # in the file
     number: int | None,  # counted from 0; None: nobody chose
@@ -217,6 +221,7 @@ def frame_bytes(
     return image.size[0] * image.size[1] * samples * (whole_number(dataset, "BitsAllocated") // 8)
 
 
+# %% ../../nbs/02_io/05_dicom.ipynb #a544e71f
 def plain_frame(
     data: bytes,  # of the file
     image: DicomImage,
@@ -246,6 +251,7 @@ def count_fragments(
     raise ValueError("its compressed frames are damaged or cut short")
 
 
+# %% ../../nbs/02_io/05_dicom.ipynb #21f126fb
 def wrapped_frame(
     data: bytes,  # of the file
     image: DicomImage,
@@ -283,6 +289,7 @@ def check_decoder(
         raise ImageError(f"{file}: compressed as {syntax.name}, which needs one of these packages: {missing}")
 
 
+# %% ../../nbs/02_io/05_dicom.ipynb #de1532a6
 def stored_values(
     data: bytes,  # of the file
     image: DicomImage,
@@ -325,6 +332,7 @@ def to_unsigned(
     return np.clip(values, 0, (1 << stored) - 1).astype(np.uint8 if small else np.uint16)
 
 
+# %% ../../nbs/02_io/05_dicom.ipynb #562b8a3e
 def decode_dicom(
     data: bytes,  # of the file
     image: DicomImage,
@@ -335,6 +343,7 @@ def decode_dicom(
         return pixels_of(stored_values(data, image, file), image.dataset)
 
 
+# %% ../../nbs/02_io/05_dicom.ipynb #5fb0cb86
 def pixels_of(
     values: np.ndarray,  # (H, W[, 3]) as stored
     dataset,  # pydicom's
@@ -388,6 +397,7 @@ def groups_of(
     return groups
 
 
+# %% ../../nbs/02_io/05_dicom.ipynb #b55e5a21
 def spacing_of(
     values,  # what the header says
 ) -> list | None:  # mm between rows, mm between columns
@@ -399,6 +409,7 @@ def spacing_of(
     return spacing if len(spacing) == 2 and all(0 < value < 1000 for value in spacing) else None
 
 
+# %% ../../nbs/02_io/05_dicom.ipynb #b9e2e233
 def dicom_facts(
     image: DicomImage,
     file: Path,  # for the error

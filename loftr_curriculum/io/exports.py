@@ -49,6 +49,7 @@ def step_of(
     return max(FINEST, -(-max(fixed_size) // MOST))
 
 
+# %% ../../nbs/02_io/04_exports.ipynb #52eb51e6
 def affine_lines(
     matrix: np.ndarray,  # (3, 3), last row (0, 0, 1)
 ) -> list:  # lines of text

@@ -33,6 +33,7 @@ class FileError(ValueError):
     "A file is missing, unreadable or not what was expected; the message names it."
 
 
+# %% ../../nbs/02_io/00_files.ipynb #c1163512
 class ImageError(FileError):
     "An image file is missing, unreadable or of a kind that is not supported; the message names it."
 
@@ -153,6 +154,7 @@ def same_file(
     return one.resolve() == other.resolve()
 
 
+# %% ../../nbs/02_io/00_files.ipynb #ad4740f0
 def refuse_to_overwrite(
     outputs: list,  # paths that will be written
     inputs: list,  # paths that are read

@@ -68,6 +68,7 @@ def format_of(
     return None
 
 
+# %% ../../nbs/02_io/00b_headers.ipynb #77a57898
 @dataclass(frozen=True)
 class Header:
     "What an image file says before it is decoded."
@@ -119,6 +120,7 @@ def jpeg_segments(
     return segments
 
 
+# %% ../../nbs/02_io/00b_headers.ipynb #e464fdc2
 def jpeg_header(
     data: bytes,  # of a JPEG file
 ) -> Header | None:
@@ -153,6 +155,7 @@ def png_chunks(
     return chunks
 
 
+# %% ../../nbs/02_io/00b_headers.ipynb #e3856541
 def png_header(
     data: bytes,  # of a PNG file
 ) -> Header | None:
@@ -186,6 +189,7 @@ def webp_chunks(
     return chunks
 
 
+# %% ../../nbs/02_io/00b_headers.ipynb #bdbca7d6
 def webp_header(
     data: bytes,  # of a WebP file
 ) -> Header | None:
@@ -213,6 +217,7 @@ def palette_bytes(
     return 3 << (flags & 7) + 1 if flags & 0x80 else 0
 
 
+# %% ../../nbs/02_io/00b_headers.ipynb #0eceb6ca
 def skip_blocks(
     data: bytes,  # of a GIF file
     at: int,  # offset of the first block
@@ -223,6 +228,7 @@ def skip_blocks(
     return at + 1
 
 
+# %% ../../nbs/02_io/00b_headers.ipynb #e453b94c
 def gif_header(
     data: bytes,  # of a GIF file
 ) -> Header | None:
@@ -248,6 +254,7 @@ def bmp_header(
     return Header((abs(height), width))
 
 
+# %% ../../nbs/02_io/00b_headers.ipynb #dcd0ab9a
 def jpeg2000_header(
     data: bytes,  # of a JPEG 2000 file or stream
 ) -> Header | None:
@@ -259,6 +266,7 @@ def jpeg2000_header(
     return Header((low - top, right - left))
 
 
+# %% ../../nbs/02_io/00b_headers.ipynb #8ba95b06
 PNM = re.compile(rb"P[56](?:\s|#[^\n]*\n)+(\d{1,9})(?:\s|#[^\n]*\n)+(\d{1,9})\s")
 
 

@@ -55,6 +55,7 @@ def limit_from(
     return int(text) if text.isdecimal() and int(text) else default
 
 
+# %% ../../nbs/02_io/01_images.ipynb #ce64fd44
 MOST_PIXELS = limit_from(os.environ, 64_000_000)
 
 
@@ -63,6 +64,7 @@ def most_bytes() -> int:
     return 8 * MOST_PIXELS + 64_000_000
 
 
+# %% ../../nbs/02_io/01_images.ipynb #ce5c210b
 def refuse_giants(
     size: tuple,  # (height, width)
     path,  # of the file, for the error
@@ -128,6 +130,7 @@ def open_dicom(
     return Opened(path, "DICOM", data, Header(image.size), dicom=image)
 
 
+# %% ../../nbs/02_io/01_images.ipynb #80a9c348
 MOST_SCANS = 64  # of a progressive JPEG
 FORMATS = "PNG, JPEG, TIFF, DICOM, WebP, GIF, BMP, JPEG 2000, PGM or PPM"
 
@@ -179,6 +182,7 @@ class Picture:
     facts: dict = field(default_factory=dict)  # format, orientation, page, frame, spacing_mm, laterality
 
 
+# %% ../../nbs/02_io/01_images.ipynb #ebdb8c12
 def seen_through(
     alpha: np.ndarray,  # (H, W) uint8, uint16 or float in [0, 1]
 ) -> np.ndarray | None:  # (H, W) bool; None: everywhere
@@ -235,6 +239,7 @@ def picture_of_dicom(
     return Picture(decode_dicom(opened.data, opened.dicom, opened.path), facts=facts)
 
 
+# %% ../../nbs/02_io/01_images.ipynb #1344e2aa
 def read_picture(
     path: str | Path,  # image file, or one image of it as `file.tif[2]`
 ) -> Picture:
@@ -254,6 +259,7 @@ def read_picture(
     return Picture(turn_upright(pixels, turned), None if seen is None else turn_upright(seen, turned), facts)
 
 
+# %% ../../nbs/02_io/01_images.ipynb #cc095bc2
 def read_image(
     path: str | Path,  # image file, or one image of it as `file.tif[2]`
 ) -> np.ndarray:  # (H, W) or (H, W, 3) RGB, uint8 or uint16
@@ -277,6 +283,7 @@ def count_images(
     return open_dicom_image(data, Path(path), 0).frames if format_of(data) == "DICOM" else 1
 
 
+# %% ../../nbs/02_io/01_images.ipynb #349262e3
 def with_frame(
     paths: list,  # of image files; those that choose for themselves, as `file.tif[2]`, stay
     frame: int | None,  # counted from 0; None: nobody chose

@@ -64,6 +64,7 @@ def check_array(
     raise ImageError(f"{name} image: expected uint8, uint16 or floats in [0, 1], got {image.dtype}")
 
 
+# %% ../../nbs/02_io/07_inputs.ipynb #111bd4dc
 def picture_of_array(
     image: np.ndarray,
     name: str,  # how the error calls it
@@ -96,6 +97,7 @@ def array_of_pil(
     return np.asarray(image.convert("L" if grey else "RGBA" if hides else "RGB"))
 
 
+# %% ../../nbs/02_io/07_inputs.ipynb #3696c8d9
 def array_of_tensor(
     image,  # torch tensor
     name: str,  # how the error calls it
@@ -120,6 +122,7 @@ def is_a(
     return module in sys.modules and isinstance(value, getattr(sys.modules[module], name))
 
 
+# %% ../../nbs/02_io/07_inputs.ipynb #628c8f35
 def as_picture(
     image,  # path, NumPy array, PIL image or torch tensor, see the table above
     name: str,  # how an error calls what is no file: "fixed" or "moving"

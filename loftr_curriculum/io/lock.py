@@ -66,6 +66,7 @@ def is_at(
         return False
 
 
+# %% ../../nbs/02_io/05_lock.ipynb #7318a22e
 def lock(
     descriptor: int,  # of an open file
 ) -> None:
@@ -79,6 +80,7 @@ def lock(
             raise
 
 
+# %% ../../nbs/02_io/05_lock.ipynb #1bea9eff
 def open_locked(
     path: Path,  # the lock file
 ) -> int:  # its descriptor
@@ -121,6 +123,7 @@ def who_works(
         return "unknown"
 
 
+# %% ../../nbs/02_io/05_lock.ipynb #0368411f
 @contextmanager
 def only_run(
     folder: str | Path,  # made where it is missing
@@ -168,6 +171,7 @@ def heeded() -> tuple:  # of signals
     return tuple(number for number in ENDINGS if signal.getsignal(number) != signal.SIG_IGN)
 
 
+# %% ../../nbs/02_io/05_lock.ipynb #19f8d5a7
 @contextmanager
 def end_in_order() -> Iterator[None]:
     "Inside, SIGTERM and SIGHUP raise SystemExit. Does nothing outside the main thread."

@@ -77,6 +77,7 @@ def plain_name(
     return " ".join((name or "").split()).casefold()
 
 
+# %% ../../nbs/02_io/06_tables.ipynb #ec2d1f11
 def check_header(
     path,  # of the table, for the error
     names: list,  # plain names of its columns

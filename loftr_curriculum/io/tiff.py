@@ -65,6 +65,7 @@ class Layout:
         return struct.Struct(self.order + ("HHQ8x" if self.big else "HHI4x"))
 
 
+# %% ../../nbs/02_io/00a_tiff.ipynb #dbd19ecb
 def layout_of(
     data: bytes,  # of a file
 ) -> Layout | None:  # None: no TIFF
@@ -91,6 +92,7 @@ class Directory:
     size: int  # bytes that the directory takes
 
 
+# %% ../../nbs/02_io/00a_tiff.ipynb #df2180cc
 def read_directory(
     data: bytes,  # of the file
     layout: Layout,
@@ -138,6 +140,7 @@ def numbers_of(
     return np.frombuffer(data, letter, number, where)
 
 
+# %% ../../nbs/02_io/00a_tiff.ipynb #754c0d1c
 def number_of(
     data: bytes,  # of the file
     layout: Layout,
@@ -217,6 +220,7 @@ def strips_of(
     return np.empty((0, 2))
 
 
+# %% ../../nbs/02_io/00a_tiff.ipynb #ac1e51eb
 def describe_page(
     data: bytes,  # of the file
     layout: Layout,
@@ -281,6 +285,7 @@ def fingerprint_of(
     return digest.digest()
 
 
+# %% ../../nbs/02_io/00a_tiff.ipynb #961a6f6b
 def all_alike(
     data: bytes,  # of a TIFF
     pages: list,  # of Page

@@ -91,6 +91,7 @@ def whole_map(
     return record.point_map.to_dict()
 
 
+# %% ../../nbs/02_io/02_transforms.ipynb #b8e9539b
 def _read_map(value, path):
     if value is None:
         return None
@@ -100,6 +101,7 @@ def _read_map(value, path):
         raise FileError(f"{path}: {error}") from None
 
 
+# %% ../../nbs/02_io/02_transforms.ipynb #ad412f40
 def map_of_record(
     record: TransformRecord,
 ) -> PointMap | None:
@@ -156,6 +158,7 @@ def _size(
     raise FileError(f"{path}: expected {name} to be [height, width], got {str(value)[:60]}")
 
 
+# %% ../../nbs/02_io/02_transforms.ipynb #60c99166
 def _optional(
     data,  # dict as read
     name,  # of the field

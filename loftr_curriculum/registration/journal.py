@@ -101,6 +101,7 @@ def as_text(
     return f"'{value}" if FORMULA.match(value) else value
 
 
+# %% ../../nbs/06_registration/12_journal.ipynb #27acfe49
 def as_meant(
     value: str,  # of a cell, as it stands in the file
 ) -> str:
@@ -127,6 +128,7 @@ def in_words(
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
+# %% ../../nbs/06_registration/12_journal.ipynb #c731541b
 def error_row(
     pair: Pair,
     error: str,  # why it could not be tried
@@ -172,6 +174,7 @@ def row_matrix(
     return [[float(row[f"m{r}{c}"]) for c in range(3)] for r in range(3)]
 
 
+# %% ../../nbs/06_registration/12_journal.ipynb #fcfb90e2
 def row_sizes(
     row: dict,  # of FIELDS
 ) -> tuple:  # [height, width] of the fixed and of the moving image, None where unknown
@@ -191,6 +194,7 @@ def whole_lines(
     return text[: text.rfind("\n") + 1].splitlines()
 
 
+# %% ../../nbs/06_registration/12_journal.ipynb #5dd02a37
 def read_results(
     path: str | Path,  # results.csv of a batch, finished or interrupted
 ) -> dict:  # {id: dict of FIELDS}, the last row of an id counts
@@ -224,6 +228,7 @@ def need_pyarrow() -> None:
         raise ValueError(f"{PARQUET} needs pyarrow: pip install 'loftr_curriculum[parquet]'")
 
 
+# %% ../../nbs/06_registration/12_journal.ipynb #e4b828d3
 def column_of(
     name: str,  # one of FIELDS
     cells: list,  # of str
@@ -289,6 +294,7 @@ def read_map_entries(
     return entries
 
 
+# %% ../../nbs/06_registration/12_journal.ipynb #21b0017d
 def read_maps(
     path: str | Path,  # maps.jsonl of a batch, finished or interrupted
 ) -> dict:  # {id: PointMap moving to fixed, or None}
@@ -313,6 +319,7 @@ def verdict_of_row(
     }
 
 
+# %% ../../nbs/06_registration/12_journal.ipynb #07c3eb1e
 def transforms_of(
     rows: dict,  # {id: dict of FIELDS}
     ids: Iterable,  # in which order; an id without a row has no answer yet
@@ -331,6 +338,7 @@ def sizes_in(
     return {name: tuple(said[name]) for name in ("fixed_size", "moving_size") if said.get(name)}
 
 
+# %% ../../nbs/06_registration/12_journal.ipynb #ce230079
 def record_in_maps(
     path: Path,  # maps.jsonl
     id: str,  # of the pair
@@ -357,6 +365,7 @@ def record_in_transforms(
     return TransformRecord(matrix, verdict=said.get("verdict"), **sizes_in(said))
 
 
+# %% ../../nbs/06_registration/12_journal.ipynb #bcda5c3e
 def load_batch_transform(
     path: str | Path,  # folder of a batch, its transforms.json or its maps.jsonl
     id: str,  # of the pair
@@ -384,6 +393,7 @@ class Answer:
     pictures: str = ""  # line of pictures.jsonl; empty: none were asked for
 
 
+# %% ../../nbs/06_registration/12_journal.ipynb #0b25864e
 def append_line(
     path: Path,
     line: str,  # with its line end; empty: nothing is written
@@ -394,6 +404,7 @@ def append_line(
             file.write(line)
 
 
+# %% ../../nbs/06_registration/12_journal.ipynb #43463472
 def write_down(
     out: Path,  # folder of the batch
     answer: Answer,
@@ -432,6 +443,7 @@ def kind_of(
     return UNREADABLE if row["error"] else row["verdict"]
 
 
+# %% ../../nbs/06_registration/12_journal.ipynb #9e70222e
 def count_pairs(
     rows: dict,  # {id: dict of FIELDS}
     ids: Iterable,  # of the pairs that are counted

@@ -102,6 +102,7 @@ def settings_of(
     return json.loads(json.dumps({"config": asdict(config), "matcher": fingerprint(matcher)}))
 
 
+# %% ../../nbs/06_registration/14_many.ipynb #7dbc8b5f
 def images_of(
     pairs: list,  # of Pair
 ) -> dict:
@@ -122,6 +123,7 @@ def same_settings(
     return isinstance(found, dict) and all(found.get(name) == value for name, value in settings.items())
 
 
+# %% ../../nbs/06_registration/14_many.ipynb #ac0be425
 def refuse_foreign(
     out: Path,  # folder without the results of a batch
 ) -> None:
@@ -159,6 +161,7 @@ def mend_folder(
     return rows
 
 
+# %% ../../nbs/06_registration/14_many.ipynb #d401adc9
 def refuse_other_files(
     out: Path,  # folder of a batch
     rows: dict,  # {id: dict of FIELDS}
@@ -185,6 +188,7 @@ def ids_in_order(
     return ids + [id for id in rows if id not in named]
 
 
+# %% ../../nbs/06_registration/14_many.ipynb #9b7df60c
 def write_summary(
     out: Path,  # folder of a batch
     pairs: list,  # of Pair
@@ -239,6 +243,7 @@ def progress_bar(
     )
 
 
+# %% ../../nbs/06_registration/14_many.ipynb #272fdca8
 class Progress:
     "The bar with running counts and the memory of the largest process."
 
@@ -312,6 +317,7 @@ class Shard:
         return out / SHARDS / f"{self.number}-of-{self.of}"
 
 
+# %% ../../nbs/06_registration/14_many.ipynb #11057d18
 def parse_shard(
     text: str,  # such as 3/8
 ) -> Shard:
@@ -330,6 +336,7 @@ def pairs_of(
     return check_pairs("the list of pairs", table) if isinstance(table, list) else read_batch(table)
 
 
+# %% ../../nbs/06_registration/14_many.ipynb #fbfa4dbe
 def refuse_own_files(
     table,  # path of a table, or list of Pair
     out: Path,  # folder of the batch
@@ -339,6 +346,7 @@ def refuse_own_files(
         refuse_to_overwrite([out / name for name in (RESULTS, TRANSFORMS, MAPS, SETTINGS)], [table])
 
 
+# %% ../../nbs/06_registration/14_many.ipynb #3b6d5ae9
 def working_matcher(
     matcher,  # as in `register`; None: the packaged weights
 ):
@@ -437,6 +445,7 @@ def shard_folders(
     return folders
 
 
+# %% ../../nbs/06_registration/14_many.ipynb #62f54a77
 def append_lines(
     name: str,  # of a file that only grows
     folders: list,  # of Path, in which it may be

@@ -150,6 +150,7 @@ def read_review(
     return {decision.id: decision for decision in decisions}
 
 
+# %% ../../nbs/06_registration/14b_review.ipynb #3662bcf1
 def write_review(
     out: str | Path,  # folder of a batch
     decisions: Iterable,  # of Decision

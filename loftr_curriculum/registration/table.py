@@ -50,6 +50,7 @@ def in_folder(
     return path if "\\" not in name or path.exists() else folder / name.replace("\\", "/")
 
 
+# %% ../../nbs/06_registration/11_table.ipynb #4870b35c
 @dataclass(frozen=True)
 class Pair:
     "One line of a table of pairs."
@@ -79,6 +80,7 @@ def with_hash(
     return f"{name}-{hashlib.sha256(id.encode()).hexdigest()[:6]}"
 
 
+# %% ../../nbs/06_registration/11_table.ipynb #e76e3e19
 def safe_name(
     id: str,
 ) -> str:
@@ -124,6 +126,7 @@ def faults_of(
     return faults
 
 
+# %% ../../nbs/06_registration/11_table.ipynb #f021fffd
 def refuse_faults(
     source: str | Path,  # what the error names
     faults: list,  # sentences
@@ -176,6 +179,7 @@ class FoundPairs:
     alone: list  # of (path, why it has no partner)
 
 
+# %% ../../nbs/06_registration/11_table.ipynb #d4dce7d3
 def key_of(
     path: str,  # of an image
     match: re.Pattern,
@@ -187,6 +191,7 @@ def key_of(
     return "_".join(group or "" for group in found.groups()) or found[0]
 
 
+# %% ../../nbs/06_registration/11_table.ipynb #f12ad970
 def by_key(
     pattern: str,  # of files, such as cf/*.png
     match: re.Pattern,
@@ -212,6 +217,7 @@ def pairs_of_key(
     return [Pair(id, fixed, path, Path()) for id, path in zip(ids, moving)]
 
 
+# %% ../../nbs/06_registration/11_table.ipynb #b4ace768
 def find_pairs(
     fixed: str,  # pattern of the fixed images, such as cf/*.png
     moving: str,  # pattern of the moving images

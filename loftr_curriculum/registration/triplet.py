@@ -68,6 +68,7 @@ def inside(
     return ((points >= 0) & (points <= np.array(size[::-1]) - 1)).all(1)
 
 
+# %% ../../nbs/06_registration/14a_triplet.ipynb #bf67b933
 def points_over(
     size: tuple,  # (height, width)
 ) -> np.ndarray:  # (ALONG**2, 2)
@@ -113,6 +114,7 @@ def homogeneous(
     return np.c_[points, np.ones(len(points))]
 
 
+# %% ../../nbs/06_registration/14a_triplet.ipynb #8df9f68a
 def corrections(
     first: np.ndarray,  # (N, 2) A x
     second: np.ndarray,  # (M, 2) B y

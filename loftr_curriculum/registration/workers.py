@@ -188,6 +188,7 @@ def open_lot(
     ]
 
 
+# %% ../../nbs/06_registration/13_workers.ipynb #cb81b9d5
 def answer_lot(
     job: Job,
     lot: tuple,  # of Pair
@@ -239,6 +240,7 @@ def one_thread():
                 os.environ[name] = value
 
 
+# %% ../../nbs/06_registration/13_workers.ipynb #c35ac2b5
 def cores() -> int:
     "The cores that this process may use."
     if hasattr(os, "sched_getaffinity"):
@@ -260,6 +262,7 @@ def take_job(
     JOBS[key] = pickle.loads(job)
 
 
+# %% ../../nbs/06_registration/13_workers.ipynb #5dc5c99c
 def drop_job(
     key: str,  # of the batch
 ) -> None:
@@ -267,6 +270,7 @@ def drop_job(
     JOBS.pop(key, None)
 
 
+# %% ../../nbs/06_registration/13_workers.ipynb #146443d4
 def answer_here(
     key: str,  # of the batch
     lot: tuple,  # of Pair
@@ -275,6 +279,7 @@ def answer_here(
     return JOBS[key].answers(lot)
 
 
+# %% ../../nbs/06_registration/13_workers.ipynb #39c79fa0
 def pack(
     job: Job,
 ) -> bytes:
@@ -306,6 +311,7 @@ class Crew(ABC):
         raise RuntimeError("a process died, and nothing can start it again")
 
 
+# %% ../../nbs/06_registration/13_workers.ipynb #e5343734
 class OwnProcess(Crew):
     "This process answers, one pair after the other."
 
@@ -325,6 +331,7 @@ def leave_with_parent() -> None:
     os._exit(1)
 
 
+# %% ../../nbs/06_registration/13_workers.ipynb #293fe300
 def start_worker(
     key: str,  # of the batch
     job: bytes,  # pickled Job
@@ -335,6 +342,7 @@ def start_worker(
     take_job(key, job)
 
 
+# %% ../../nbs/06_registration/13_workers.ipynb #ad70c323
 def say_ready() -> bool:
     "The first task of a worker: has it started?"
     return True
@@ -460,6 +468,7 @@ def check_workers(
             raise ValueError(f"{name} {number}: expected at least 1")
 
 
+# %% ../../nbs/06_registration/13_workers.ipynb #e1aefc95
 def make_crew(
     job: Job,
     workers: int,  # processes on this machine
@@ -501,6 +510,7 @@ def lots_of(
     return deque(tuple(pairs[k : k + batch]) for k in range(0, len(pairs), batch))
 
 
+# %% ../../nbs/06_registration/13_workers.ipynb #47220d77
 def one_by_one(
     lots: Iterable,  # of tuples of Pair
 ) -> list:  # of tuples of one Pair

@@ -57,6 +57,7 @@ def as_text(
     return base64.b64encode(data.tobytes()).decode()
 
 
+# %% ../../nbs/08_report/05_batch.ipynb #d122c09e
 def small_pair(
     point_map: PointMap | None,  # moving to fixed; None: there is no answer
     fixed: np.ndarray,  # (H0, W0[, 3])
@@ -73,6 +74,7 @@ def small_pair(
     return one, to_original.then(point_map).then(to_small).warp(other, one.shape[:2])
 
 
+# %% ../../nbs/08_report/05_batch.ipynb #be1f6025
 def pictures_line(
     pair: Pair,
     result,  # Registration
@@ -115,6 +117,7 @@ def check_saved(
         raise ValueError(f"save {', '.join(strange)}: expected some of {', '.join(SAVED)}")
 
 
+# %% ../../nbs/08_report/05_batch.ipynb #f059f46a
 def write_pair(
     folder: Path,  # of one pair, made where it is missing
     names: tuple,  # some of SAVED
@@ -157,6 +160,7 @@ def places_of_lines(
     return places
 
 
+# %% ../../nbs/08_report/05_batch.ipynb #085b4df7
 def pictures_of(
     path: Path,  # pictures.jsonl
     rows: list,  # of dict of FIELDS, in the order of the page

@@ -172,6 +172,7 @@ def button(
     return made
 
 
+# %% ../../nbs/08_report/07_board.ipynb #596f7ce4
 def controls(board) -> widgets.HBox:
     "The row of buttons."
     made = {
@@ -283,6 +284,7 @@ def draw_stage(
     board.stage.value = stacked(below, above, board.mode.value, board.border.value)
 
 
+# %% ../../nbs/08_report/07_board.ipynb #10988765
 def correct(
     board: Board,
 ) -> None:

@@ -35,6 +35,7 @@ def doubt(
     return KINDS.index(kind_of(row)), float(row["probability"] or 0)
 
 
+# %% ../../nbs/08_report/04_page.ipynb #80624322
 def facts_of(
     row: dict,  # of FIELDS
 ) -> dict:
@@ -312,6 +313,7 @@ def embedded(
     return f'<script type="application/json" id="{id}">{safe}</script>\n'
 
 
+# %% ../../nbs/08_report/04_page.ipynb #a3976f71
 def kind_filters(
     rows: list,  # of dict of FIELDS
 ) -> str:
@@ -323,6 +325,7 @@ def kind_filters(
     )
 
 
+# %% ../../nbs/08_report/04_page.ipynb #d92f3eda
 def page_parts(
     rows: list,  # of dict of FIELDS, those that should be looked at first in front
     pictures: Iterable,  # of (number of the row, JSON with `fixed`, `other` and `aligned`)

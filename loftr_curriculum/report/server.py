@@ -42,6 +42,7 @@ def need_voila() -> None:
         raise ValueError("a review needs Voila: pip install 'loftr_curriculum[review]'")
 
 
+# %% ../../nbs/08_report/08_server.ipynb #4174448b
 def free_port() -> int:
     "A port that nobody listens on."
     with socket.socket() as free:

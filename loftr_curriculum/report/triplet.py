@@ -28,6 +28,7 @@ def folder_of(
     return Path(out) / name.replace("_", "-")
 
 
+# %% ../../nbs/08_report/09_triplet.ipynb #3ad1479d
 def refuse_inputs(
     out: str | Path,
     images: dict,  # cf, oct, fa -> path
@@ -51,6 +52,7 @@ def joint_as_json(
     }
 
 
+# %% ../../nbs/08_report/09_triplet.ipynb #6d67b3fc
 def write_joint(
     triplet: Triplet,
     images: dict,  # cf, oct, fa -> path or array
