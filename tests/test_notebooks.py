@@ -8,7 +8,7 @@ import pytest
 
 FOLDER = Path(__file__).resolve().parents[1] / "nbs" / "experiments"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
-READ = [path for path in NOTEBOOKS if path.stem != "review"]  # that one is opened as a page of controls
+READ = [path for path in NOTEBOOKS if path.stem != "review"]  # opened by a command with a batch
 
 
 @pytest.mark.parametrize("path", READ, ids=lambda path: path.stem)
@@ -27,7 +27,7 @@ def test_the_board_is_seen_without_a_kernel():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", READ, ids=lambda path: path.stem)
 def test_it_runs_from_top_to_bottom_in_a_kernel(path, record_property, monkeypatch):
     import nbformat
     from nbclient import NotebookClient
