@@ -81,6 +81,11 @@ STUDIES = {
         "studies.benchmark.benchmark_text",
         resumes=True,
     ),
+    "refinement": Study(
+        "FractMorph after our affine, beside the maps that bend",
+        "studies.refinement.measure_refinement",
+        "studies.refinement.in_words",
+    ),
     "onnx": Study(
         "the forward pass under onnxruntime: the same, and how fast",
         "studies.onnx.measure_onnx",
