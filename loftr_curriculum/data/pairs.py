@@ -150,7 +150,10 @@ def view_from_level(
     frame_size: tuple[int, int],  # (height, width) of the frame
     half_size: tuple[int, int],  # (height, width) of the half-size level
 ) -> tuple[np.ndarray, bool]:  # level -> view (3, 3); is it the half-size level?
-    "The level that a view is cut from, and how it leads to the view."
+    """The level that a view is cut from, and how it leads to the view.
+
+    Convention: both matrices map px to px of the view; the levels are related by the one resize rule.
+    """
     half = bool(np.sqrt(abs(np.linalg.det(frame_to_view[:2, :2]))) < SHRINKS)
     if half:
         return compose(resize_matrix(half_size, frame_size), frame_to_view), half

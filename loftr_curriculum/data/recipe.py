@@ -263,7 +263,12 @@ def place_views(
     rng: np.random.Generator,  # source of chance
     field: tuple[float, float] = FIELD,  # range of the side of a view
 ) -> tuple[np.ndarray, np.ndarray]:  # frame_to_fixed, frame_to_moving (3, 3)
-    "Choose where in the frame the two views lie: as large as allowed, inside the frame as far as they fit."
+    """Choose where in the frame the two views lie: as large as allowed, inside the frame as far as they fit.
+
+    Convention: `fixed_to_moving` maps px (x, y) of the fixed view to px of the moving one, both answers map
+    px of the frame to px of a view; the centre of the top-left pixel is (0, 0). With the answers F and M,
+    fixed_to_moving = M @ inv(F).
+    """
     ratio = np.sqrt(abs(np.linalg.det(fixed_to_moving[:2, :2])))
     zoom = draw_zoom(rng, ratio, frame_size, size, field)
     turn = draw_turn(rng)
@@ -284,7 +289,10 @@ def frame_outline(
     frame_to_view: np.ndarray,  # (3, 3)
     size: tuple[int, int],  # (height, width) of the view
 ) -> np.ndarray:  # size uint8, 1 where the view shows the frame
-    "The frame as a polygon of the view, less 2 px at its border."
+    """The frame as a polygon of the view, less 2 px at its border.
+
+    Convention: `frame_to_view` maps px of the frame to px of the view.
+    """
     inwards = 2.0 * np.array([[1, 1], [-1, 1], [-1, -1], [1, -1]])
     outline = apply_transform(frame_to_view, corners(frame_size) + inwards)
     seen = np.zeros(size, np.uint8)
@@ -299,7 +307,10 @@ def bent_field(
     frame_to_view: np.ndarray,  # (3, 3)
     unbent: np.ndarray,  # (H, W, 2) float32: where the view's pixels lay before it was bent
 ) -> np.ndarray:  # (H, W) uint8, above 0 where the view shows what the frame saw
-    "The field of the frame in a bent view."
+    """The field of the frame in a bent view.
+
+    Convention: a pixel of the view shows the frame at inv(frame_to_view) of its entry of `unbent`.
+    """
     at = cv2.transform(unbent, invert(frame_to_view)[:2])
     if frame_fov is not None:
         return cv2.remap(frame_fov, at, None, cv2.INTER_NEAREST)
@@ -317,7 +328,10 @@ def view_fov(
     shares: FieldShares,  # how often each shape of a field is drawn
     unbent: np.ndarray | None = None,  # (H, W, 2) float32: where pixels lay before the view was bent
 ) -> np.ndarray:  # size bool
-    "The field of view of a view: its optics, within what the frame holds."
+    """The field of view of a view: its optics, within what the frame holds.
+
+    Convention: `frame_to_view` maps px of the frame to px of the view, before it was bent.
+    """
     fov = draw_fov(rng, size, shares)
     if unbent is not None:
         seen = bent_field(frame_fov, frame_size, frame_to_view, unbent)
@@ -505,7 +519,10 @@ def to_fixed(
     residual: Residual | Gaze,  # of the moving view
     points: np.ndarray,  # (..., 2) pixels of the moving image
 ) -> np.ndarray:  # (..., 2) pixels of the fixed image
-    "Where points of the moving image truly lie in the fixed one."
+    """Where points of the moving image truly lie in the fixed one.
+
+    Convention: inv(fixed_to_moving) of a point plus its displacement.
+    """
     return apply_transform(invert(fixed_to_moving), points + residual.at(points))
 
 
@@ -515,7 +532,10 @@ def to_moving(
     residual: Residual | Gaze,  # of the moving view
     points: np.ndarray,  # (..., 2) pixels of the fixed image
 ) -> np.ndarray:  # (..., 2) pixels of the moving image
-    "Where points of the fixed image truly lie in the moving one."
+    """Where points of the fixed image truly lie in the moving one.
+
+    Convention: the inverse of `to_fixed`; where q + residual.at(q) = fixed_to_moving(p).
+    """
     return residual.bent(apply_transform(fixed_to_moving, points))
 
 
