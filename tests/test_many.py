@@ -1,5 +1,6 @@
 """Guards of batches: tables, interruptions, several processes, a cluster, shards, files of before."""
 
+import contextlib
 import csv
 import json
 import os
@@ -606,10 +607,8 @@ def test_killed_again_and_again_with_workers_it_ends_as_undisturbed(tmp_path):
         time.sleep(rng.uniform(0, 1))
         everybody = [int(line.split()[0]) for line in processes_of(batch.pid)]
         for pid in (everybody, [batch.pid], everybody[-1:])[trial % 3]:
-            try:
+            with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
         batch.wait(120)
         end = time.monotonic() + 60
         while processes_of(batch.pid) and time.monotonic() < end:

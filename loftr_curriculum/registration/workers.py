@@ -376,6 +376,9 @@ class LocalProcesses(Crew):
             raise ValueError(
                 f"no worker process could start, see above; {guarded}, or use workers=1"
             ) from None
+        except BaseException:  # somebody ends the batch while its processes start
+            self.__exit__()
+            raise
         return self
 
     def __exit__(self, *error):
