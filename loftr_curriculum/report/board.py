@@ -308,7 +308,7 @@ TOLD = "LOFTR_CURRICULUM_REVIEW"  # JSON: arguments of `Review`
 
 
 def board_as_told() -> widgets.Widget:
-    "The board of the batch that the environment names; FileError where it names none."
+    "The board of the batch that the environment names; how to start it where it names none."
     if TOLD not in os.environ:
-        raise FileError(f"{TOLD} is not set: start the board with loftr-curriculum review BATCH")
+        return widgets.HTML("start this page with <code>loftr-curriculum review BATCH</code>")
     return Board(Review(**json.loads(os.environ[TOLD]))).widget
