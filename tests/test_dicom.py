@@ -297,9 +297,10 @@ def test_damage_in_what_the_answer_keeps_is_one_line_and_no_remark(tmp_path, cap
     path = saved(tmp_path / "a.dcm", grey(), "MONOCHROME2", **more)
     assert read_picture(path).facts["spacing_mm"] == [0.01, 0.01]
     data = path.read_bytes()
-    for tag in (b"\x28\x00\x30\x00DS", b"\x20\x00\x72\x90CS"):  # spacing, laterality of a frame
-        assert tag in data
-        path.write_bytes(data.replace(tag, tag[:4] + b"??"))
+    spacing, laterality = b"\x28\x00\x30\x00", b"\x20\x00\x72\x90"
+    for tag, kind, wrong in ((spacing, b"DS", b"DW"), (laterality, b"CS", b"LS")):
+        assert tag + kind in data
+        path.write_bytes(data.replace(tag + kind, tag + wrong))
         with pytest.raises(ImageError, match="a.dcm: expected a whole DICOM image") as error:
             read_picture(path)
         assert "\n" not in str(error.value)
