@@ -13,9 +13,9 @@ from loftr_curriculum.baselines import classical, intensity
 from loftr_curriculum.baselines.budget import Budget, train_baseline
 from loftr_curriculum.baselines.fourier import fractional_fourier
 from loftr_curriculum.baselines.protocol import Answer
+from loftr_curriculum.baselines.retinal import Foreign
 from loftr_curriculum.baselines.systems import SYSTEMS, check_system, make_system
 from loftr_curriculum.cli import main
-from loftr_curriculum.geometry import Affine
 from loftr_curriculum.io.files import FileError
 from loftr_curriculum.studies import benchmark
 from loftr_curriculum.studies.benchmark import Case, figures, keep_case, prediction, run_benchmark
@@ -56,8 +56,8 @@ def test_a_folder_with_another_pair_is_refused(tmp_path):
         keep_case(tmp_path, case_of(1))
 
 
-def test_a_map_that_leads_nowhere_is_an_error_and_not_a_crash(tmp_path):
-    far = Affine(np.array([[1e300, 0, 0], [0, 1e300, 0], [0, 0, 1]]))
+def test_a_map_that_leads_nowhere_is_an_error_and_not_a_crash():
+    far = Foreign(lambda points: points * np.inf, lambda points: points * np.nan)
     kept = prediction(lambda fixed, moving: Answer(far, support=3), case_of(0))
     assert np.isfinite(kept["points"]).all() and kept["answered"]
     json.dumps(kept, allow_nan=False)
@@ -124,8 +124,7 @@ def test_a_training_that_was_interrupted_goes_on(tmp_path):
 
 
 def test_an_export_needs_a_name_that_ends_in_onnx(tmp_path, capsys):
-    with pytest.raises(SystemExit):
-        main(["export", "--onnx", str(tmp_path / "m.pt")])
+    assert main(["export", "--onnx", str(tmp_path / "m.pt")]) != 0
     assert "expected a name that ends in .onnx" in capsys.readouterr().err
 
 
