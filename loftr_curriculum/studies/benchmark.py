@@ -77,7 +77,7 @@ from ..report.plots import new_figure
 from ..retina.config import GENERATOR_VERSION, MODES, EyeConfig, seeds_of
 from ..retina.world import WorldBank
 from .bending import bent_pair, residual_of
-from .speed import memory_mb
+from .speed import resident_mb
 from .study import markdown_table, resample, this_machine
 
 
@@ -231,10 +231,10 @@ def ask(
 ) -> tuple[Answer, float, float]:  # answer, seconds, MB
     "The answer of a system, and what it cost."
     reset_peak()
-    before, start = memory_mb(), time.process_time()
+    before, start = resident_mb(), time.process_time()
     answer = estimate(case.fixed, case.moving)
     seconds = time.process_time() - start
-    return answer, seconds, max(0.0, memory_mb("VmHWM") - before)
+    return answer, seconds, max(0.0, resident_mb("VmHWM") - before)
 
 
 # %% ../../nbs/11_studies/16_benchmark.ipynb #1e083ad8
