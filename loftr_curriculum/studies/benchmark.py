@@ -646,6 +646,6 @@ def draw_curves(
             ax.set(ylim=(0, 20), ylabel="median error, px at 512")
         else:
             ax.set(ylim=(-0.03, 1.03), ylabel="right answers")
-    axes[0, 0].legend(fontsize=7)
-    fig.tight_layout()
+    fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="lower center", ncols=len(scores), fontsize=7)
+    fig.tight_layout(rect=(0, 0.08, 1, 1))
     return fig
