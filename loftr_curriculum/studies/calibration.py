@@ -86,7 +86,7 @@ def _strictness(at, grid):
 # %% ../../nbs/11_studies/08_calibration.ipynb #4bb08d8b
 def passing(
     evidence: np.ndarray,  # (N, 4), columns as in `EVIDENCE`
-    grid: dict[str, Sequence[float]],  # values tried of each threshold
+    grid: Sequence[Sequence[float]],  # values tried of each threshold
 ) -> list[np.ndarray]:  # of each threshold: (values, N) bool
     "Which answers pass each value of each threshold."
     passes = []
@@ -99,7 +99,7 @@ def passing(
 def honest_combinations(
     evidence: np.ndarray,  # (N, 4), columns as in `EVIDENCE`
     right: np.ndarray,  # (N,) bool: which answers are right
-    grid: dict[str, Sequence[float]],  # values tried of each threshold
+    grid: Sequence[Sequence[float]],  # values tried of each threshold
 ) -> list[tuple]:  # (answers that are ok, strictness, places in the grid)
     "The combinations of thresholds that call no false answer ok."
     passes = passing(evidence, grid)
@@ -115,7 +115,7 @@ def honest_combinations(
 def choose_thresholds(
     evidence: np.ndarray,  # (N, 4), columns as in `EVIDENCE`; nan, which passes nothing, for no answer
     errors: np.ndarray,  # (N,) px at 512 px, inf for no answer
-    grid: dict[str, Sequence[float]] = GRID,  # values tried of each threshold
+    grid: Sequence[Sequence[float]] = GRID,  # values tried of each threshold
     margin: float = MARGIN,  # share of the most ok answers that stricter thresholds may lose
 ) -> Thresholds:
     """The strictest combination that promises nothing false and nearly as much that is right as any.

@@ -69,7 +69,7 @@ def calibration_pairs(
 def scatter(
     rng: np.random.Generator,
     field: np.ndarray,  # (H, W) bool
-    n: int,  # number of points
+    n: int | np.integer,  # number of points
     weight: np.ndarray | None = None,  # (H, W) >= 0: more points where it is higher
 ) -> np.ndarray:  # (n, 2) points inside the field
     "Random points of a field."
@@ -115,7 +115,7 @@ def at_one_point(
     rng: np.random.Generator,
     target: np.ndarray,  # (1, 2)
     spread: float,  # px
-    n: int,  # number of points
+    n: int | np.integer,  # number of points
 ) -> np.ndarray:  # (n, 2)
     "All ends beside one point."
     return target + rng.normal(0, spread, (n, 2))
@@ -125,7 +125,7 @@ def at_one_point(
 def in_the_top_third(
     rng: np.random.Generator,
     fov: np.ndarray,  # (H, W) bool
-    n: int,  # number of points
+    n: int | np.integer,  # number of points
 ) -> np.ndarray:  # (n, 2)
     "Ends all over the uppermost third of the field."
     _, top, _, bottom = field_box(fov)
@@ -137,7 +137,7 @@ def in_the_top_third(
 def at_few_places(
     rng: np.random.Generator,
     fov: np.ndarray,  # (H, W) bool
-    n: int,  # number of points
+    n: int | np.integer,  # number of points
 ) -> np.ndarray:  # (n, 2)
     "Many ends share a few places."
     places = scatter(rng, fov, rng.integers(3, max(4, min(25, n // 8))))
@@ -148,7 +148,7 @@ def at_few_places(
 def collapsed_ends(
     kind: str,  # one of SICK
     rng: np.random.Generator,
-    n: int,  # number of points
+    n: int | np.integer,  # number of points
     fov1: np.ndarray,  # (H, W) bool
 ) -> np.ndarray:  # (n, 2)
     "Where the lines of a collapse end."

@@ -354,7 +354,7 @@ def key_of(
 
 # %% ../../nbs/11_studies/00_study.ipynb #0406c9ab
 def resample(
-    eyes: np.ndarray,  # (N,) name of the eye behind each pair
+    eyes: Sequence,  # (N,) name of the eye behind each pair
     draws: int = 1000,  # samples
     seed: int = 0,  # of the draws
 ) -> Iterator[np.ndarray]:  # generator of (M,) int: which pairs a sample holds
