@@ -50,7 +50,6 @@ __all__ = [
 
 # %% ../../nbs/11_studies/16_benchmark.ipynb #a4bb70a0
 import hashlib
-import json
 import time
 import zlib
 from collections.abc import Iterator

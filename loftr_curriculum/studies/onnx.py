@@ -19,7 +19,7 @@ from ..data.batch import collate_pairs
 from ..data.module import to_tensors
 from ..data.pairs import GeneratedSource
 from ..geometry import Motion
-from ..io.files import read_json, write_json
+from ..io.files import write_json
 from ..model.export import INPUTS, ForwardPass, export_onnx
 from ..model.weights import load_matcher
 from ..retina.config import EyeConfig, seeds_of
