@@ -22,8 +22,9 @@ from .metrics import at_512, landmark_error, summarise
 def matrix_of(
     answer: object,  # (3, 3), None, or an object that has `moving_to_fixed`, as `registration.register` gives
 ) -> PointMap | ArrayLike | None:  # (3, 3) or None
-    "The transform in an answer."
-    return getattr(answer, "moving_to_fixed", answer)
+    "The whole map in an answer where it has one, else its matrix."
+    whole = getattr(answer, "point_map", None)
+    return getattr(answer, "moving_to_fixed", answer) if whole is None else whole
 
 
 # %% ../../nbs/07_evaluation/03_pseudo_real.ipynb #5993688b

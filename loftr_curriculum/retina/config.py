@@ -179,10 +179,8 @@ class Amounts:
     "Ranges (lowest, highest) at strength 1."
 
     gamma: tuple[float, float] = (-0.5, 0.5)  # logarithm of the exponent
-    blur: tuple[float, float] = (
-        0.3,
-        0.9,
-    )  # px in a view of 256: least; what the strength adds to 0.5 at most
+    # px in a view of 256: least; what the strength adds to 0.5 at most
+    blur: tuple[float, float] = (0.3, 0.9)
     spots: float = 0.35  # amplitude at most
     count: tuple[int, int] = (1, 10)  # number of spots, the second excluded
     gain: float = 0.22  # log amplitude of uneven light, before a factor of 0 to 1.5

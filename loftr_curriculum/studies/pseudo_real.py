@@ -9,10 +9,10 @@ __all__ = ["system_named", "score_system", "figure_text", "lines_of"]
 from collections.abc import Callable
 from importlib import import_module
 
-from ..data.pseudo_real import PSEUDO_REAL_VERSION
+from ..data.pseudo_real import LISTS, PSEUDO_REAL_VERSION
 from ..evaluation.pseudo_real import evaluate_pseudo_real
 from ..io.files import write_json
-from ..retina.config import GENERATOR_VERSION, MODES
+from ..retina.config import GENERATOR_VERSION
 
 
 # %% ../../nbs/11_studies/18_pseudo_real.ipynb #f17a562d
@@ -33,18 +33,24 @@ def system_named(
 # %% ../../nbs/11_studies/18_pseudo_real.ipynb #9103d0b7
 def score_system(
     system: str = "loftr_curriculum.registration.register",  # (fixed, moving) -> moving_to_fixed or None
-    modes: tuple[str, ...] = MODES,  # modes to score
+    modes: tuple[str, ...] = (),  # modes to score; none named: all of the list
     limit: int | None = None,  # pairs of each mode; None: all
     folder: str | None = None,  # where the pairs are kept, or will be
     out: str | None = None,  # JSON file to write
     workers: int = 2,  # processes that make pairs
     progress: bool = True,  # show a progress bar
+    version: int = PSEUDO_REAL_VERSION,  # of the list, one of `data.pseudo_real.LISTS`
 ) -> dict:  # what was written
-    "Score a system, given by its dotted name, and write the figures and the error of every pair."
+    """Score a system, given by its dotted name, and write the figures and the error of every pair.
+
+    Raises ValueError for a system or a list that there is not."""
+    if version not in LISTS:
+        raise ValueError(f"version {version}: expected one of {', '.join(map(str, LISTS))}")
+    spec = LISTS[version]
     scores = evaluate_pseudo_real(
-        system_named(system), modes, limit, folder, workers, progress, per_pair=True
+        system_named(system), modes or spec.modes, limit, folder, workers, progress, True, spec
     )
-    result = {"list": PSEUDO_REAL_VERSION, "generator": GENERATOR_VERSION, "system": system, **scores}
+    result = {"list": version, "generator": GENERATOR_VERSION, "system": system, **scores}
     if out:
         write_json(out, result)
     return result
