@@ -2302,6 +2302,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                                       'loftr_curriculum/registration/registrar.py'),
                                                          'loftr_curriculum.registration.registrar.nudge': ( '06_registration/registrar.html#nudge',
                                                                                                             'loftr_curriculum/registration/registrar.py'),
+                                                         'loftr_curriculum.registration.registrar.second_pass': ( '06_registration/registrar.html#second_pass',
+                                                                                                                  'loftr_curriculum/registration/registrar.py'),
                                                          'loftr_curriculum.registration.registrar.second_passes': ( '06_registration/registrar.html#second_passes',
                                                                                                                     'loftr_curriculum/registration/registrar.py'),
                                                          'loftr_curriculum.registration.registrar.second_request': ( '06_registration/registrar.html#second_request',

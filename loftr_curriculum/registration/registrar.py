@@ -13,6 +13,7 @@ __all__ = [
     "nudge",
     "second_request",
     "confirmation",
+    "second_pass",
     "second_passes",
     "to_original",
     "look_at_vessels",
@@ -132,12 +133,13 @@ def nudge(
 def second_request(
     best: Pass,  # with a map
     number: int,  # of the second pass, 0, 1, ...
+    long_side: int,  # px of the view
     fixed: Frame,
     moving: Frame,
     config: RegistrationConfig,
 ) -> PassRequest:
     "The fixed image, and the moving one warped by the answer and nudged."
-    view0 = plain_view(fixed, config.second_long_sides[number])
+    view0 = plain_view(fixed, long_side)
     displaced = nudge(number, fixed.size, config.nudge)
     moving_to_view = best.fixed_to_moving.inverse().then(displaced).then(view0.from_working)
     view1 = warped_view(moving, moving_to_view, view0.fov.shape)
@@ -163,6 +165,26 @@ def confirmation(
     }
 
 
+# %% ../../nbs/06_registration/09_registrar.ipynb #3defcd3a
+def second_pass(
+    best: Pass,  # with a map
+    number: int,  # of the second pass, 0, 1, ...
+    long_side: int,  # px of the view
+    fixed: Frame,
+    moving: Frame,
+    config: RegistrationConfig,
+) -> Generator:  # returns (Pass, dict of `confirmation`)
+    "Warp by the answer, nudge, match again; keep what has at least as much support."
+    request = second_request(best, number, long_side, fixed, moving, config)
+    (matches,) = yield [request]
+    again = finish_pass(request, matches, fixed.fov, config)
+    confirmed = confirmation(best, again, request, fixed, moving, config)
+    as_good = again.support(config.threshold_px) >= best.support(config.threshold_px)
+    if again.fixed_to_moving is not None and as_good:
+        best = again
+    return best, confirmed
+
+
 # %% ../../nbs/06_registration/09_registrar.ipynb #f7849732
 def second_passes(
     best: Pass,  # with a map
@@ -170,16 +192,12 @@ def second_passes(
     moving: Frame,
     config: RegistrationConfig,
 ) -> Generator:  # returns (Pass, dict of `confirmation`, empty where there was no second pass)
-    "Warp by the answer, nudge, match again; keep what has at least as much support."
+    "All second passes, and one more where the last one leads elsewhere."
     confirmed = {}
-    for number in range(len(config.second_long_sides)):
-        request = second_request(best, number, fixed, moving, config)
-        (matches,) = yield [request]
-        again = finish_pass(request, matches, fixed.fov, config)
-        confirmed = confirmation(best, again, request, fixed, moving, config)
-        as_good = again.support(config.threshold_px) >= best.support(config.threshold_px)
-        if again.fixed_to_moving is not None and as_good:
-            best = again
+    for number, long_side in enumerate(config.second_long_sides):
+        best, confirmed = yield from second_pass(best, number, long_side, fixed, moving, config)
+    if confirmed and confirmed["agreement_px"] > config.ok_agreement_px:
+        best, confirmed = yield from second_pass(best, number + 1, long_side, fixed, moving, config)
     return best, confirmed
 
 
