@@ -551,6 +551,16 @@ def _add_register(parser):
     add_settings(parser, RegistrationConfig)
 
 
+# %% ../nbs/12_cli/00_cli.ipynb #991e7154
+def _simpler(r, config):
+    "A line where the answer bends less than was asked for."
+    found = r.evidence.model
+    if config.transform not in ("quadratic", "flow") or r.point_map is None or found == config.transform:
+        return []
+    straight = "an affine" if found in ("matches", "affine") else f"a {found} map"
+    return [f"  answered with {straight}: the patches do not support {config.transform}"]
+
+
 # %% ../nbs/12_cli/00_cli.ipynb #fb7e95f9
 def _register(a):
     from .io.files import refuse_to_overwrite
@@ -586,6 +596,7 @@ def _register(a):
             [
                 f"{r.verdict}: {agree}",
                 *(f"  because {reason}" for reason in r.reasons),
+                *_simpler(r, config),
                 f"look at {a.out}: {', '.join(p.name for p in written)}",
             ]
         )

@@ -149,8 +149,11 @@ def test_faulty_predictions_are_refused_or_named(tmp_path):
         evaluate_set(tmp_path / "set", tmp_path / "list.json")
     with pytest.raises(ValueError, match="either predictions or a matcher"):
         evaluate_set(tmp_path / "set")
+    known = next(iter(references))
     with pytest.warns(UserWarning, match="not in the set: 0101"):
-        assert evaluate_set(tmp_path / "set", {"0101": np.eye(3)})["no_answer"] == 2
+        assert evaluate_set(tmp_path / "set", {"0101": np.eye(3), known: None})["no_answer"] == 2
+    with pytest.raises(FileError, match="none of the predictions belongs to the set: 0101"):
+        evaluate_set(tmp_path / "set", {"0101": np.eye(3)})
     with pytest.raises(FileError, match="landmarks"):
         evaluate_set(tmp_path / "nothing", references)
 

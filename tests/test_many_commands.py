@@ -89,3 +89,15 @@ def test_what_cannot_be_done_is_refused_in_one_line(words, says, folders, tmp_pa
     (tmp_path / "wrong.csv").write_text("Id;Fixed\n1;a\n")
     assert says in complains(*words.split())
     assert not (tmp_path / "out" / "results.csv").exists()
+
+
+def test_a_dry_run_names_files_that_are_missing(tmp_path, capsys):
+    (tmp_path / "pairs.csv").write_text("id,fixed,moving\na,nope.png,gone.png\n")
+    assert run("register-many", tmp_path / "pairs.csv", "--out", tmp_path / "o", "--dry-run") == 0
+    said = capsys.readouterr().out
+    assert "missing: " in said and "1 pairs, 0 images alone, 2 files missing" in said
+
+
+def test_a_folder_in_place_of_its_files_is_told_what_to_write(tmp_path, complains):
+    given = ("--fixed", tmp_path, "--moving", tmp_path, "--match", r"(\w+)_", "--out", "o")
+    assert "a folder; name its files, as in" in complains("register-many", *given)

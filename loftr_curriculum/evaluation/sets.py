@@ -77,8 +77,10 @@ Answers = Mapping[str, PointMap | ArrayLike | None]  # of pairs by their names; 
 
 # %% ../../nbs/07_evaluation/02_sets.ipynb #111e7101
 def warn_of_strangers(pairs: Sequence[LandmarkPair], predictions: Answers) -> None:
-    "A warning that names answers to pairs that are not in the set."
+    "A warning that names answers to pairs that are not in the set; FileError where none is in it."
     strange = sorted(set(predictions) - {pair.id for pair in pairs})
+    if strange and len(strange) == len(predictions):
+        raise FileError(f"none of the predictions belongs to the set: {', '.join(strange[:5])}")
     if not strange:
         return
     more = " ..." if len(strange) > 5 else ""

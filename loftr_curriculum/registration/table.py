@@ -33,7 +33,7 @@ from dataclasses import dataclass, replace
 from glob import glob
 from pathlib import Path
 
-from ..io.files import FileError
+from ..io.files import FileError, split_number
 from ..io.tables import read_table
 
 # %% ../../nbs/06_registration/11_table.ipynb #08dec047
@@ -199,6 +199,8 @@ def by_key(
     "The files of a pattern, sorted by what their names share; FileError where there are none."
     paths = sorted(path for path in glob(pattern, recursive=True) if Path(path).is_file())
     if not paths:
+        if Path(pattern).is_dir():
+            raise FileError(f"{pattern}: a folder; name its files, as in {pattern.rstrip('/')}/*.png")
         raise FileError(f"{pattern}: no files")
     keyed = {}
     for path in paths:
@@ -251,8 +253,12 @@ def find_pairs(
 def describe_pairs(
     found: FoundPairs,
 ) -> str:
-    "A line a pair, then a line for every image without a partner."
+    "A line a pair, then a line for every image without a partner and for every file that is not there."
     lines = [f"{pair.id}: {pair.fixed} <- {pair.moving}" for pair in found.pairs]
     lines += [f"alone: {path}: {why}" for path, why in found.alone]
-    lines.append(f"{len(found.pairs)} pairs, {len(found.alone)} images alone")
+    files = {path for pair in found.pairs for path in pair.files}
+    missing = sorted(str(path) for path in files if not split_number(path)[0].is_file())
+    lines += [f"missing: {path}" for path in missing]
+    lost = f", {len(missing)} files missing" if missing else ""
+    lines.append(f"{len(found.pairs)} pairs, {len(found.alone)} images alone{lost}")
     return "\n".join(lines)

@@ -7,6 +7,7 @@ __all__ = [
     "MOST_KEPT",
     "THREADS",
     "JOBS",
+    "ENDING",
     "PATIENCE",
     "DIED",
     "memory_mb",
@@ -27,6 +28,8 @@ __all__ = [
     "Crew",
     "OwnProcess",
     "leave_with_parent",
+    "born_deaf",
+    "hear",
     "start_worker",
     "say_ready",
     "LocalProcesses",
@@ -331,13 +334,38 @@ def leave_with_parent() -> None:
     os._exit(1)
 
 
+# %% ../../nbs/06_registration/13_workers.ipynb #8abe2887
+ENDING = {getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)}
+
+
+@contextmanager
+def born_deaf():
+    "Processes that are started inside hear no signal that ends a run until `hear`; nor does this thread."
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+# %% ../../nbs/06_registration/13_workers.ipynb #503ea95c
+def hear() -> None:
+    "Let in what `born_deaf` held back; Ctrl-C is the parent's to heed."
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING)
+
+
 # %% ../../nbs/06_registration/13_workers.ipynb #293fe300
 def start_worker(
     key: str,  # of the batch
     job: bytes,  # pickled Job
 ) -> None:
     "What a worker process does first."
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    hear()
     threading.Thread(target=leave_with_parent, daemon=True).start()
     take_job(key, job)
 
@@ -368,7 +396,7 @@ class LocalProcesses(Crew):
 
     def __enter__(self):
         try:
-            with later():
+            with later(), born_deaf():
                 first, *_ = [self.pool.submit(say_ready) for _ in range(self.workers)]
             first.result()
         except BrokenExecutor:
@@ -385,7 +413,10 @@ class LocalProcesses(Crew):
         self.pool.shutdown(cancel_futures=True)
 
     def submit(self, lot: tuple) -> Future:
-        with later():  # a signal between the start of a process and its first words would leave it puzzled
+        with (
+            later(),
+            born_deaf(),
+        ):  # a signal between the start of a process and its first words would leave it puzzled
             return self.pool.submit(answer_here, self.start[0], lot)
 
 
