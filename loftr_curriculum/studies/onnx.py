@@ -117,6 +117,6 @@ def in_words(
     ratio = found["onnxruntime_cpu_s"] / found["pytorch_cpu_s"]
     return (
         f"{found['pairs']} pairs of {found['side']} px: at most {found['largest_difference']} apart\n"
-        f"PyTorch {found['pytorch_s']} s, onnxruntime {found['onnxruntime_s']} s ({ratio:.2f} of it), "
-        f"{found['threads']} threads"
+        f"PyTorch {found['pytorch_cpu_s']} s, onnxruntime {found['onnxruntime_cpu_s']} s "
+        f"({ratio:.2f} of it) of processor time, {found['threads']} threads"
     )
