@@ -305,7 +305,7 @@ def test_a_fresh_start_with_a_larger_first_look_saves_what_the_small_one_missed(
             return [m if sees else m[:0]]
 
     fixed, moving, truth = a_pair(5)
-    config = RegistrationConfig(long_side=384, retry_long_sides=(), retry_turn_deg=0)
+    config = RegistrationConfig(long_side=384, retry_long_sides=(), retry_turns_deg=(0,))
     lost = register(fixed, moving, matcher=FarSighted(), config=config)
     assert lost.verdict == Verdict.FAILED and lost.evidence.first_long_side == 256
     found = register(fixed, moving, matcher=FarSighted(), config=replace(config, retry_long_sides=(384,)))
@@ -319,7 +319,12 @@ def test_a_fresh_start_looks_between_the_quarter_turns():
     fixed, moving, truth = a_pair(45)
     without = register(fixed, moving, matcher=UprightSift(), config=QUICK)
     assert without.verdict == Verdict.FAILED
-    found = register(fixed, moving, matcher=UprightSift(), config=replace(QUICK, retry_long_sides=(256,)))
+    found = register(
+        fixed,
+        moving,
+        matcher=UprightSift(),
+        config=replace(QUICK, retry_long_sides=(256,), retry_turns_deg=(45,)),
+    )
     assert found.verdict == Verdict.OK and found.evidence.turned_deg % 90 == 45 and error(found, truth) < 2
 
 

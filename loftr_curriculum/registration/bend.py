@@ -179,7 +179,7 @@ def robust_fit(
 # %% ../../nbs/06_registration/06_bend.ipynb #37aeb591
 BLOCKS = 5  # along each side of the region
 LEAST_SAMPLES = 20  # below, nothing is fitted
-STANDARD_ERRORS, LEAST_GAIN = 2.2, 0.02
+STANDARD_ERRORS, LEAST_GAIN = 1.5, 0.02
 
 
 def blocks_of(

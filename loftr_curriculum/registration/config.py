@@ -81,9 +81,9 @@ class RegistrationConfig:
     long_side: int = 512  # px of the long side of both images in the working frame
     first_long_side: int = 256  # px of the long side in the first and the turned passes
     # px of the long side in the first pass of each fresh start, made where the answer is not ok
-    retry_long_sides: tuple[int, ...] = (320,)
-    # by how much the moving image is turned before the first pass of a fresh start, degrees
-    retry_turn_deg: int = 45
+    retry_long_sides: tuple[int, ...] = (384, 320)
+    # by how much the moving image is turned before the first pass of each fresh start, degrees
+    retry_turns_deg: tuple[int, ...] = (0, 45)
     # px of the long side in each second pass: warp the moving image by the answer, match again, fit again
     second_long_sides: tuple[int, ...] = (320,)
     cells: int = 8  # spatial binning: cells x cells over the fixed field of view
@@ -123,6 +123,9 @@ class RegistrationConfig:
             sides = getattr(self, name)
             if not all(64 <= side <= 2048 for side in (sides if isinstance(sides, tuple) else (sides,))):
                 raise ValueError(f"{name} {sides}: expected 64 to 2048 pixels")
+        if len(self.retry_turns_deg) < len(self.retry_long_sides):
+            given = f"{len(self.retry_turns_deg)} for {len(self.retry_long_sides)} fresh starts"
+            raise ValueError(f"retry_turns_deg: expected an angle for each of retry_long_sides, got {given}")
         for name in ("cells", "best_per_cell", "min_side"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} {getattr(self, name)}: expected at least 1")

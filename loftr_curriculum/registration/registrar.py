@@ -191,12 +191,13 @@ def second_passes(
     fixed: Frame,
     moving: Frame,
     config: RegistrationConfig,
+    once_more: bool = False,  # where the last one leads elsewhere
 ) -> Generator:  # returns (Pass, dict of `confirmation`, empty where there was no second pass)
-    "All second passes, and one more where the last one leads elsewhere."
+    "All second passes."
     confirmed = {}
     for number, long_side in enumerate(config.second_long_sides):
         best, confirmed = yield from second_pass(best, number, long_side, fixed, moving, config)
-    if confirmed and confirmed["agreement_px"] > config.ok_agreement_px:
+    if once_more and confirmed and confirmed["agreement_px"] > config.ok_agreement_px:
         best, confirmed = yield from second_pass(best, number + 1, long_side, fixed, moving, config)
     return best, confirmed
 
@@ -242,7 +243,7 @@ def attempt(
     best, turned = yield from first_pass(fixed, moving, config, long_side, degrees)
     confirmed = {}
     if best.fixed_to_moving is not None:
-        best, confirmed = yield from second_passes(best, fixed, moving, config)
+        best, confirmed = yield from second_passes(best, fixed, moving, config, once_more=degrees != 0)
     about = {"turned_deg": turned, "first_long_side": long_side}
     evidence = gather_evidence(best, fixed, moving, config, **confirmed, **about)
     return look_at_vessels(best, evidence, fixed, moving, config)
@@ -303,7 +304,7 @@ def starts(
     config: RegistrationConfig,
 ) -> list:  # of (px of the long side, degrees by which the moving image is turned)
     "Where a walk begins, and begins again."
-    again = [(long_side, config.retry_turn_deg) for long_side in config.retry_long_sides]
+    again = zip(config.retry_long_sides, config.retry_turns_deg)
     return [(config.first_long_side, 0), *again]
 
 
