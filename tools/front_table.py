@@ -82,28 +82,37 @@ def rows(words: dict) -> list[tuple[str, ...]]:
     """The cells of the table."""
     card, sift, speed = read(CARD), read(SIFT)["all"], read(SPEED)["registration"]["full"]
     ours, real = card["scores"]["all"], card["real"]
-    strangers = {kind: sum(found.values()) for kind, found in card["unmatchable"].items()}
-    accepted = sum(found.get("ok", 0) for found in card["unmatchable"].values())
+    hopeless = card.get("unmatchable", {})
+    strangers = sum(sum(found.values()) for found in hopeless.values())
+    accepted = sum(found.get("ok", 0) for found in hopeless.values())
     wrong = card["verdicts"]["ok"]["over 20 px"] + card["verdicts"]["ok"]["no answer"]
     median = words["none"].format(sift["no_answer"], sift["pairs"])
     if sift["median"] is not None:
         median = f"{sift['median']:.1f} px"
     unknown, silent = words["open"], words["no verdict"]
     share = f"{100 * sift['SR@10']:.0f} %"
-    return [
+    lines = [
         (words["right"].format(ours["pairs"]), percent(ours["SR@10"]), share, unknown),
         (words["median"], f"{ours['median_px'][0]:.1f} px", median, unknown),
         (words["wrong"], words["of"].format(wrong, called_ok(card["verdicts"])), silent, silent),
-        (words["stranger"].format(sum(strangers.values())), f"{accepted}", silent, silent),
+        (words["stranger"].format(strangers), f"{accepted}", silent, silent),
         (words["real"].format(real["pairs"]), percent(real["SR@10"]), unknown, unknown),
         (words["real median"], f"{real['median_px'][0]:.1f} px", unknown, unknown),
         (words["seconds"], f"{speed['ours']['median_s']:.1f}", unknown, f"{speed['kornia']['median_s']:.1f}"),
     ]
+    return [line for line in lines if strangers or line[0] != words["stranger"].format(strangers)]
+
+
+LEAST_MINUTES = 20  # of training, below which a trained system is not held against others here
 
 
 def peers(words: dict) -> list[tuple[str, ...]]:
-    """All systems on the hard list, the best first; nothing where they were not measured."""
-    found = read(PEERS).get("scores", {}).get("pseudo-real", {}) if PEERS.is_file() else {}
+    """The systems on the hard list, the best first; nothing where they were not measured."""
+    record = read(PEERS) if PEERS.is_file() else {}
+    found = dict(record.get("scores", {}).get("pseudo-real", {}))
+    for name, facts in record.get("trained", {}).items():
+        if facts["minutes"] < LEAST_MINUTES:
+            found.pop(name, None)
     if not found:
         return []
     count = max(scores["pairs"] for scores in found.values())
