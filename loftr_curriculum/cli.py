@@ -827,9 +827,8 @@ def _add_review(parser):
 # %% ../nbs/12_cli/00_cli.ipynb #ae56021e
 def _review(a):
     from .registration.review import Review, check_kinds
-    from .report.server import need_voila, serve
+    from .report.server import serve
 
-    need_voila()
     kinds = check_kinds(a.kinds)
     told = {"out": str(Path(a.batch).absolute()), "images": a.images and str(Path(a.images).absolute())}
     Review(**told, kinds=kinds)
