@@ -25,6 +25,7 @@ __all__ = [
     "as_matrix",
     "climb",
     "best_affine",
+    "affine_or_reason",
     "in_files",
     "estimate_mutual_information",
     "spline_on_top",
@@ -241,6 +242,19 @@ def best_affine(
     return max(last, key=lambda found: found[0], default=(-np.inf, np.eye(3)))
 
 
+# %% ../../nbs/10_baselines/03_intensity.ipynb #cc1c893d
+def affine_or_reason(
+    fixed,  # Prepared
+    moving,  # Prepared
+) -> tuple[float, np.ndarray, str]:  # mutual information, (3, 3) fixed -> moving, why there is none
+    "The affine of the highest mutual information; the reason is empty where there is one."
+    if not fixed.image.any() or not moving.image.any():
+        return -np.inf, np.eye(3), "nothing to compare"
+    information, matrix = best_affine(fixed, moving)
+    lost = not np.isfinite(information) or abs(np.linalg.det(matrix)) < 0.05
+    return information, matrix, "no start led anywhere" if lost else ""
+
+
 # %% ../../nbs/10_baselines/03_intensity.ipynb #408a8c09
 def in_files(
     fixed,  # Prepared
@@ -257,11 +271,9 @@ def estimate_mutual_information(
 ) -> Answer:
     "An affine of the highest mutual information, from many starts."
     picture0, picture1 = prepare(fixed, LONG_SIDE), prepare(moving, LONG_SIDE)
-    if not picture0.image.any() or not picture1.image.any():
-        return Answer(None, "nothing to compare")
-    information, matrix = best_affine(picture0, picture1)
-    if not np.isfinite(information) or abs(np.linalg.det(matrix)) < 0.05:
-        return Answer(None, "no start led anywhere")
+    information, matrix, reason = affine_or_reason(picture0, picture1)
+    if reason:
+        return Answer(None, reason)
     return Answer(in_files(picture0, picture1, Affine(matrix)), support=float(information))
 
 
@@ -296,11 +308,9 @@ def estimate_spline(
 ) -> Answer:
     "The affine of the highest mutual information, and a B-spline on top."
     picture0, picture1 = prepare(fixed, LONG_SIDE), prepare(moving, LONG_SIDE)
-    if not picture0.image.any() or not picture1.image.any():
-        return Answer(None, "nothing to compare")
-    information, matrix = best_affine(picture0, picture1)
-    if not np.isfinite(information) or abs(np.linalg.det(matrix)) < 0.05:
-        return Answer(None, "no start led anywhere")
+    information, matrix, reason = affine_or_reason(picture0, picture1)
+    if reason:
+        return Answer(None, reason)
     try:
         bent, displacement = spline_on_top(picture0, picture1, matrix)
     except RuntimeError:

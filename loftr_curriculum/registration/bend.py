@@ -37,6 +37,7 @@ __all__ = [
     "candidates",
     "bend_px",
     "Refined",
+    "samples_under",
     "refine_once",
     "share_of",
     "held_out_shares",
@@ -356,6 +357,21 @@ class Refined:
     predicted: np.ndarray  # (N, 2) px of that frame: where the final map expects each patch
 
 
+# %% ../../nbs/06_registration/06_bend.ipynb #f28802ce
+def samples_under(
+    fixed: Frame,
+    patches: Patches,
+    fixed_to_moving: PointMap,  # original pixels: what the moving image was warped by
+    settings: PatchSettings,
+) -> tuple:  # (Samples, Coordinates, px of the fixed image around a sample that it speaks for)
+    "What patches say, ready to be fitted."
+    size = fixed.gray.shape
+    _, to_frame = comparison_frame(fixed, settings)
+    samples = samples_of(patches, to_frame, fixed_to_moving, size)
+    margin = settings.side / 4 / local_scale(to_frame, centre(size))
+    return samples, coordinates_of(samples, size), margin
+
+
 # %% ../../nbs/06_registration/06_bend.ipynb #b7912850
 def refine_once(
     fixed: Frame,
@@ -371,10 +387,7 @@ def refine_once(
     if not models or len(patches) < LEAST_SAMPLES:
         return fixed_to_moving, None, patches
     size = fixed.gray.shape
-    _, to_frame = comparison_frame(fixed, settings)
-    samples = samples_of(patches, to_frame, fixed_to_moving, size)
-    coordinates = coordinates_of(samples, size)
-    margin = settings.side / 4 / local_scale(to_frame, centre(size))
+    samples, coordinates, margin = samples_under(fixed, patches, fixed_to_moving, settings)
     chosen = choose(samples, coordinates, fixed_to_moving, models, better)
     while chosen is not None:
         found = map_of_fit(samples, coordinates, chosen, size, margin)
@@ -408,10 +421,7 @@ def held_out_shares(
     patches = compare(fixed, moving, fixed_to_moving.inverse(), settings)
     if len(patches) < LEAST_SAMPLES:
         return {}
-    size = fixed.gray.shape
-    _, to_frame = comparison_frame(fixed, settings)
-    samples = samples_of(patches, to_frame, fixed_to_moving, size)
-    coordinates = coordinates_of(samples, size)
+    samples, coordinates, _ = samples_under(fixed, patches, fixed_to_moving, settings)
     block, group = blocks_of(samples.points)
     found = {"as it is": losses(fixed_to_moving(samples.points), samples)}
     for model in MODELS:
