@@ -152,6 +152,12 @@ STUDIES = {
         "studies.starts.table_of",
         resumes=True,
     ),
+    "robustness": Study(
+        "turned, resized, padded, badly exposed: what is still registered",
+        "studies.robustness.measure_robustness",
+        "studies.robustness.table_of",
+        resumes=True,
+    ),
     "curves": Study(
         "error curves on sets of real pairs, with and without a bend",
         "studies.curves.measure_curves",
