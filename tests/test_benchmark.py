@@ -145,3 +145,11 @@ def test_records_hold_what_the_notebooks_say(name):
     else:
         assert {"ours", "sift"} <= set(found["scores"]["generated"])
         assert str(Path.home()) not in json.dumps(found)
+
+
+def test_errors_of_a_system_cross_its_process_and_memory_is_that_of_the_process():
+    with benchmark.in_own_process("nobody") as asked, pytest.raises(ValueError, match="nobody"):
+        asked(case_of(0))
+    with benchmark.in_own_process("sift") as asked:
+        found = asked(case_of(0))
+    assert found["memory_mb"] > 50  # an interpreter with OpenCV takes more

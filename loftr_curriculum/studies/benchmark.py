@@ -8,6 +8,7 @@ __all__ = [
     "DEFORM",
     "SIDE",
     "CASES",
+    "HELD",
     "RIGHT",
     "BINS",
     "KEEPS",
@@ -28,6 +29,9 @@ __all__ = [
     "prediction",
     "place_of",
     "keep_case",
+    "answer_here",
+    "watch_parent",
+    "in_own_process",
     "predict",
     "read_rows",
     "error_of",
@@ -52,10 +56,14 @@ __all__ = [
 import hashlib
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from html import escape
+from multiprocessing import get_context
 from pathlib import Path
+from threading import Thread
 
 import cv2
 import numpy as np
@@ -72,6 +80,7 @@ from ..evaluation.metrics import at_512, auc, mauc25
 from ..geometry import Motion, decompose, overlap
 from ..io.files import FileError, atomic_path, read_json, write_json
 from ..io.images import read_image
+from ..registration.workers import leave_with_parent
 from ..report.plots import new_figure
 from ..retina.config import GENERATOR_VERSION, MODES, EyeConfig, seeds_of
 from ..retina.world import WorldBank
@@ -230,10 +239,10 @@ def ask(
 ) -> tuple[Answer, float, float]:  # answer, seconds, MB
     "The answer of a system, and what it cost."
     reset_peak()
-    before, start = resident_mb(), time.process_time()
+    start = time.process_time()
     answer = estimate(case.fixed, case.moving)
     seconds = time.process_time() - start
-    return answer, seconds, max(0.0, resident_mb("VmHWM") - before)
+    return answer, seconds, resident_mb("VmHWM")
 
 
 # %% ../../nbs/11_studies/16_benchmark.ipynb #1e083ad8
@@ -288,6 +297,39 @@ def keep_case(
 
 
 # %% ../../nbs/11_studies/16_benchmark.ipynb #f203adb5
+HELD = {}  # name -> estimate, in the process of a system
+
+
+def answer_here(
+    system: str,  # name, or name:argument
+    case: Case,
+) -> dict:  # of `prediction`
+    "The prediction of a system, which is made before its first one."
+    if system not in HELD:
+        torch.set_num_threads(1)
+        cv2.setNumThreads(1)
+        HELD[system] = make_system(system)
+    return prediction(HELD[system], case)
+
+
+def watch_parent() -> None:
+    "End this process with the one that started it, however that ends."
+    Thread(target=leave_with_parent, daemon=True).start()
+
+
+@contextmanager
+def in_own_process(
+    system: str,  # name, or name:argument
+) -> Iterator[Callable[[Case], dict]]:
+    "Asks a system in a process that holds nothing else. Errors of the system arise here."
+    pool = ProcessPoolExecutor(1, get_context("spawn"), watch_parent)
+    try:
+        yield lambda case: pool.submit(answer_here, system, case).result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+# %% ../../nbs/11_studies/16_benchmark.ipynb #5ab1e07c
 def predict(
     systems: tuple,  # names, or name:argument
     sets: tuple,  # of `cases_of`
@@ -296,20 +338,18 @@ def predict(
     progress: bool = True,  # show a progress bar
 ) -> None:
     "Ask every system for every pair that it has not seen."
-    torch.set_num_threads(1)
-    cv2.setNumThreads(1)
     labels = {label_of(system): system for system in systems}
-    made = {}
     for name in sets:
-        bar = tqdm(cases_of(name, n, folder), desc=Path(name).name, total=n, disable=not progress)
-        for case in bar:
-            place = keep_case(folder, case)
-            for label, system in labels.items():
-                if (place / f"{label}.json").is_file():
-                    continue
-                if label not in made:
-                    made[label] = make_system(system)
-                write_json(place / f"{label}.json", prediction(made[label], case))
+        cases = list(cases_of(name, n, folder))
+        places = [keep_case(folder, case) for case in cases]
+        for label, system in labels.items():
+            files = [place / f"{label}.json" for place in places]
+            missing = [(file, case) for file, case in zip(files, cases) if not file.is_file()]
+            if not missing:
+                continue
+            with in_own_process(system) as ask_system:
+                for file, case in tqdm(missing, desc=f"{Path(name).name}: {label}", disable=not progress):
+                    write_json(file, ask_system(case))
 
 
 # %% ../../nbs/11_studies/16_benchmark.ipynb #180471ab
