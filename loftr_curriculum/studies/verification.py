@@ -6,6 +6,7 @@
 __all__ = [
     "RIGHT_PX",
     "STRANGERS",
+    "CALIBRATION_MARKS",
     "BELIEVING",
     "PRIOR",
     "PENALTY",
@@ -18,8 +19,11 @@ __all__ = [
     "REPORTED",
     "OTHERS",
     "NO_EYES",
-    "GRID",
-    "CAPTION",
+    "REPORTED_MARKS",
+    "Marks",
+    "burn_in",
+    "marked_alike",
+    "marked_pairs",
     "case_pairs",
     "error_of",
     "collect",
@@ -35,14 +39,13 @@ __all__ = [
     "thresholds",
     "false_accept_table",
     "report",
+    "halves",
     "summarise",
     "calibrate_verifier",
     "in_words",
     "no_eye",
     "turned_over",
     "fellow_pairs",
-    "burn_in",
-    "marked_alike",
     "unmatchable",
     "verdicts_of_mode",
     "report_unmatchable",
@@ -51,8 +54,9 @@ __all__ = [
 
 # %% ../../nbs/11_studies/09_verification.ipynb #8180006a
 import json
+import re
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import product
 
 import cv2
@@ -79,11 +83,61 @@ RIGHT_PX = 10.0  # px at 512 px: below, an answer is right
 STRANGERS = 2  # other eyes for every fixed image
 
 
+# %% ../../nbs/11_studies/09_verification.ipynb #94bcda9e
+@dataclass(frozen=True)
+class Marks:
+    "What a camera burns into its pictures."
+
+    grid: int = 0  # px between the lines of a grid; 0: no grid
+    caption: tuple[str, ...] = ()  # lines of text
+
+
+CALIBRATION_MARKS = (Marks(grid=80), Marks(caption=("OS 45", "FA 1:12.4")))
+
+
+# %% ../../nbs/11_studies/09_verification.ipynb #9ea83da8
+def burn_in(
+    image: np.ndarray,  # (H, W) or (H, W, 3) uint8
+    marks: Marks,
+) -> np.ndarray:
+    "The image with marks of a camera."
+    image = image.copy()
+    if marks.grid:
+        image[marks.grid // 2 :: marks.grid] = 255
+        image[:, marks.grid // 2 :: marks.grid] = 255
+    for line, text in enumerate(marks.caption):
+        at = (image.shape[1] // 4, image.shape[0] // 2 + 24 * line)
+        cv2.putText(image, text, at, cv2.FONT_HERSHEY_SIMPLEX, 0.7, (255, 255, 255), 2)
+    return image
+
+
+# %% ../../nbs/11_studies/09_verification.ipynb #2ecc7f79
+def marked_alike(
+    fixed: np.ndarray,  # uint8
+    moving: np.ndarray,  # uint8
+    marks: Marks,
+) -> tuple:  # fixed, and moving at its size, both with the same marks
+    "Two images as one device would export them."
+    same_size = resize_image(moving, fixed.shape[:2])
+    return burn_in(fixed, marks), burn_in(same_size, marks)
+
+
 # %% ../../nbs/11_studies/09_verification.ipynb #c1762b2e
+def marked_pairs(
+    pair: RawPair,
+    other: RawPair,  # of another eye
+    marks: Marks,
+) -> Iterator:  # as from `case_pairs`
+    "The pair, and its fixed image with another eye, with the same marks in both images."
+    yield "right, same marks", f"{pair.id}-marked", *marked_alike(pair.fixed, pair.moving, marks), pair
+    both = marked_alike(pair.fixed, other.moving, marks)
+    yield "stranger, same marks", f"{pair.id}-with-{other.id}-marked", *both, None
+
+
 def case_pairs(
-    pairs: list[RawPair],  # of one mode
+    pairs: list[RawPair],  # of one mode; both images of a pair have one size
 ) -> Iterator:  # of (kind, id, fixed, moving, RawPair or None where there is no right answer)
-    "Every pair as it is, with other eyes, and mirrored."
+    "Every pair as it is, with other eyes, and mirrored; every second one with marks of a camera too."
     for k, pair in enumerate(pairs):
         yield "right", pair.id, pair.fixed, pair.moving, pair
         for step in range(1, STRANGERS + 1):
@@ -91,6 +145,9 @@ def case_pairs(
             yield "stranger", f"{pair.id}-with-{other.id}", pair.fixed, other.moving, None
         mirrored = np.ascontiguousarray(pair.moving[:, ::-1])
         yield "mirrored", f"{pair.id}-mirrored", pair.fixed, mirrored, None
+        if k % 2 == 0:
+            marks = CALIBRATION_MARKS[k // 2 % len(CALIBRATION_MARKS)]
+            yield from marked_pairs(pair, pairs[(k + 1) % len(pairs)], marks)
 
 
 # %% ../../nbs/11_studies/09_verification.ipynb #f5faa0ac
@@ -313,22 +370,32 @@ def report(
     }
 
 
+# %% ../../nbs/11_studies/09_verification.ipynb #6c11e0aa
+def halves(
+    rows: list,  # from `collect`
+) -> tuple[list, list]:
+    "The rows of the first and of the second half of the eyes of the fixed images."
+    numbers = [int(re.search(r"_(\d+)", row["id"])[1]) for row in rows]
+    middle = np.median(np.unique(numbers))
+    first = [row for row, number in zip(rows, numbers) if number <= middle]
+    return first, [row for row, number in zip(rows, numbers) if number > middle]
+
+
 # %% ../../nbs/11_studies/09_verification.ipynb #7f1e75ca
 def summarise(
     rows: list,  # from `collect`, of all modes
 ) -> dict:
     "Curve, thresholds, and how they do on the half that did not make them."
     known = answered(rows)
-    first, second = known[::2], known[1::2]
+    first, second = halves(known)
     curve = fit_curve(first)
     limits = thresholds(first, curve)
     final = fit_curve(known)
     p, right = probabilities(known, final), is_right(known)
-    without = sum(row["kind"] != "right" for row in rows)
+    kinds = [row["kind"] for row in rows]
+    without = sum(not kind.startswith("right") for kind in kinds)
     return {
-        "pairs": {
-            kind: sum(row["kind"] == kind for row in rows) for kind in ("right", "stranger", "mirrored")
-        },
+        "pairs": {kind: kinds.count(kind) for kind in dict.fromkeys(kinds)},
         "prior": PRIOR,
         "on_the_other_half": report(second, curve, limits),
         "curve": {name: getattr(final, name) for name in Curve.__dataclass_fields__},
@@ -348,7 +415,8 @@ def calibrate_verifier(
 
     Raises FileError for a cache of another collection."""
     spec = replace(SPECIFICATION, split="calibration", per_mode=per_mode)
-    settings = {"per_mode": per_mode, "generator": GENERATOR_VERSION, "config": asdict(RegistrationConfig())}
+    told = {"per_mode": per_mode, "generator": GENERATOR_VERSION, "config": asdict(RegistrationConfig())}
+    settings = {**told, "marks": [asdict(marks) for marks in CALIBRATION_MARKS]}
     known = begun(cache, settings) or settings
     for mode in MODES:
         if mode not in known:
@@ -374,6 +442,7 @@ UNMATCHABLE_VERSION = 3
 REPORTED = replace(SPECIFICATION, split="report", per_mode=60)
 OTHERS = 2  # other eyes for every fixed image
 NO_EYES = 10  # of each mode: half noise, half shades
+REPORTED_MARKS = (Marks(grid=64), Marks(caption=("OD 30 deg", "ART 100", "10:22:31")))
 
 
 # %% ../../nbs/11_studies/09_verification.ipynb #e2211269
@@ -406,39 +475,6 @@ def fellow_pairs(
     return [pseudo_real_pair(mode, number, REPORTED, fellow=True) for number in range(count)]
 
 
-# %% ../../nbs/11_studies/09_verification.ipynb #94bcda9e
-GRID = 64  # px between the lines
-CAPTION = ("OD 30 deg", "ART 100", "10:22:31")
-
-
-# %% ../../nbs/11_studies/09_verification.ipynb #9ea83da8
-def burn_in(
-    image: np.ndarray,  # (H, W) or (H, W, 3) uint8
-    caption: bool,  # lines of text; else a grid
-) -> np.ndarray:
-    "The image with marks of a camera."
-    image = image.copy()
-    if not caption:
-        image[GRID // 2 :: GRID] = 255
-        image[:, GRID // 2 :: GRID] = 255
-        return image
-    for line, text in enumerate(CAPTION):
-        at = (image.shape[1] // 4, image.shape[0] // 2 + 24 * line)
-        cv2.putText(image, text, at, cv2.FONT_HERSHEY_SIMPLEX, 0.7, (255, 255, 255), 2)
-    return image
-
-
-# %% ../../nbs/11_studies/09_verification.ipynb #2ecc7f79
-def marked_alike(
-    fixed: np.ndarray,  # uint8
-    moving: np.ndarray,  # uint8
-    caption: bool,  # as in `burn_in`
-) -> tuple:  # fixed, and moving at its size, both with the same marks
-    "Two images as one device would export them."
-    same_size = resize_image(moving, fixed.shape[:2])
-    return burn_in(fixed, caption), burn_in(same_size, caption)
-
-
 # %% ../../nbs/11_studies/09_verification.ipynb #f9e089f3
 def unmatchable(
     pairs: list[RawPair],  # of one mode of `REPORTED`
@@ -448,7 +484,7 @@ def unmatchable(
     for k, (pair, fellow) in enumerate(zip(pairs, fellows)):
         other, third = pairs[(k + 1) % len(pairs)], pairs[(k + 2) % len(pairs)]
         yield "other eye", f"{pair.id}-with-{other.id}", pair.fixed, other.moving
-        both = marked_alike(pair.fixed, third.moving, caption=k % 2 == 1)
+        both = marked_alike(pair.fixed, third.moving, REPORTED_MARKS[k % 2])
         yield "other eye, same marks", f"{pair.id}-with-{third.id}-marked", *both
         kind = "fellow eye, turned over" if k % 2 else "fellow eye"
         yield kind, f"{pair.id}-fellow", pair.fixed, turned_over(fellow.moving) if k % 2 else fellow.moving
