@@ -159,6 +159,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                           'loftr_curriculum/baselines/matchers.py'),
                                                      'loftr_curriculum.baselines.matchers.registration_system': ( '10_baselines/matchers.html#registration_system',
                                                                                                                   'loftr_curriculum/baselines/matchers.py'),
+                                                     'loftr_curriculum.baselines.matchers.unguided_system': ( '10_baselines/matchers.html#unguided_system',
+                                                                                                              'loftr_curriculum/baselines/matchers.py'),
                                                      'loftr_curriculum.baselines.matchers.vismatch_system': ( '10_baselines/matchers.html#vismatch_system',
                                                                                                               'loftr_curriculum/baselines/matchers.py')},
             'loftr_curriculum.baselines.networks': { 'loftr_curriculum.baselines.networks.as_map': ( '10_baselines/networks.html#as_map',

@@ -27,6 +27,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -100,9 +101,10 @@ def matcher_loss(
     matcher,  # of `make_matcher`
     batch: PairBatch,
     share: float,  # of the budget that is used
+    curriculum: str = "v2.2",  # one of `CURRICULA`
 ) -> torch.Tensor:  # ()
-    "The loss of our matcher under its curriculum."
-    guidance = schedule(as_fractions(CURRICULA["v2.2"]), share, 1)
+    "The loss of our matcher under a curriculum."
+    guidance = schedule(as_fractions(CURRICULA[curriculum]), share, 1)
     result = forward_batch(matcher, batch, guidance)
     truth = cell_frame(batch, result.grid0, result.grid1)
     maps = truth.fixed_to_moving, result.grid0, result.grid1, result.seen0, result.seen1
@@ -116,6 +118,7 @@ LEARNERS = {
     "fractmorph": Learner(FractMorph, lambda net, batch, share: deformation_loss(net, batch)),
     "regression": Learner(AffineRegression, lambda net, batch, share: affine_loss(net, batch)),
     "ours": Learner(lambda: make_matcher(MatcherConfig()), matcher_loss),
+    "ours-v2.1": Learner(lambda: make_matcher(MatcherConfig()), partial(matcher_loss, curriculum="v2.1")),
 }
 
 # %% ../../nbs/10_baselines/07_budget.ipynb #59f4f0ff
@@ -229,7 +232,7 @@ def take_step(
 
 # %% ../../nbs/10_baselines/07_budget.ipynb #af9b9bed
 def train_baseline(
-    system: str,  # fractmorph, regression or ours
+    system: str,  # fractmorph, regression, ours, or ours-v2.1: without masks
     out: str,  # file of the training: weights and what is needed to go on
     budget: Budget = Budget(),
     cache: str | None = None,  # folder where rendered eyes are kept; None: in memory

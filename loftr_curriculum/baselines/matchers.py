@@ -8,6 +8,7 @@ __all__ = [
     "registration_system",
     "ours_system",
     "budget_system",
+    "unguided_system",
     "match_prepared",
     "loftr_system",
     "as_rgb_tensor",
@@ -53,15 +54,23 @@ def ours_system(
 
 
 def budget_system(
-    path: str,  # file of `train_baseline ours`
+    path: str,  # file of `train_baseline`
+    system: str = "ours",  # whose training it is
 ) -> Estimate:
     "The registration with weights that had the same budget as the other networks."
     held = read_state(path)
-    if held["system"] != "ours":
-        raise FileError(f"{path}: holds {held['system']}, expected ours")
-    matcher = LEARNERS["ours"].build()
+    if held["system"] != system:
+        raise FileError(f"{path}: holds {held['system']}, expected {system}")
+    matcher = LEARNERS[system].build()
     matcher.load_state_dict(held["network"])
     return registration_system(matcher.eval())
+
+
+def unguided_system(
+    path: str,  # file of `train_baseline ours-v2.1`
+) -> Estimate:
+    "The same without masks: version 2.1 of the plan."
+    return budget_system(path, "ours-v2.1")
 
 
 # %% ../../nbs/10_baselines/09_matchers.ipynb #c1dd775f

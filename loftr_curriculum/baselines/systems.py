@@ -32,6 +32,9 @@ SYSTEMS = {
     "ours-budget": System(
         "this package, with the budget of the other networks", "matchers:budget_system", "file of a training"
     ),
+    "ours-budget-v2.1": System(
+        "the same, trained without masks", "matchers:unguided_system", "file of a training"
+    ),
     "fractmorph": System("FractMorph in two dimensions", "networks:fractmorph_system", "file of a training"),
     "regression": System(
         "direct regression of an affine", "networks:regression_system", "file of a training"
