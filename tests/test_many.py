@@ -506,6 +506,62 @@ def test_one_fixed_image_is_opened_once(tmp_path, monkeypatch):
     assert np.array_equal(load_batch_transform(out, "p2").matrix, plain.moving_to_fixed)
 
 
+class Counted:
+    "Counts the images that a backbone sees, and notes the fixed views that a matcher is shown."
+
+    def __init__(self, matcher, monkeypatch):
+        self.images, self.views, really = 0, [], matcher.match
+        matcher.backbone.register_forward_hook(lambda _, given, __: self.count(len(given[0])))
+        monkeypatch.setattr(
+            matcher, "match", lambda fixed, *rest, **how: self.see(really, fixed, *rest, **how)
+        )
+
+    def count(self, images):
+        self.images += images
+
+    def see(self, really, fixed, *rest, **how):
+        self.views.append(fixed.numpy().tobytes())
+        return really(fixed, *rest, **how)
+
+
+def test_the_backbone_sees_every_view_of_a_fixed_image_once(tmp_path, monkeypatch):
+    from loftr_curriculum.model.weights import PACKAGED, load_matcher
+
+    if not PACKAGED.is_file():
+        pytest.skip("no packaged weights in this checkout")
+    write_batch(tmp_path, 3)
+    out, matcher = tmp_path / "out", load_matcher()
+    counted = Counted(matcher, monkeypatch)
+    register_many(tmp_path / "pairs.csv", out, matcher=matcher, config=QUICK, progress=False)
+    assert counted.images == len(counted.views) + len(set(counted.views)) < 2 * len(counted.views)
+    assert matcher.kept_maps is None, "weights may change again"
+    plain = register(tmp_path / "img/f.png", tmp_path / "img/m.png", matcher=load_matcher(), config=QUICK)
+    row = read_results(out / "results.csv")["p2"]
+    assert row["verdict"] == plain.verdict
+    if plain.moving_to_fixed is not None:
+        assert np.abs(load_batch_transform(out, "p2").matrix - plain.moving_to_fixed).max() < 1e-6
+
+
+def test_the_memory_of_a_fixed_image_ends_with_it(tmp_path):
+    import torch
+
+    from loftr_curriculum.model.matcher import MOST_VIEWS
+    from loftr_curriculum.registration.workers import LastFixed
+
+    fixed, moving, _ = a_pair(7)
+    path, last = tmp_path / "f.png", LastFixed()
+    write_image(path, fixed)
+    last.open(path, QUICK)
+    for k in range(MOST_VIEWS + 3):
+        last.maps.of(torch.full((1, 1, 16, 16), float(k)), lambda image: image)
+    assert len(last.maps.views) == MOST_VIEWS
+    last.open(path, QUICK)
+    assert len(last.maps.views) == MOST_VIEWS
+    write_image(path, moving)
+    last.open(path, QUICK)
+    assert len(last.maps.views) == 0
+
+
 def test_a_fixed_image_that_changed_is_opened_again(tmp_path):
     from loftr_curriculum.registration.workers import LastFixed
 

@@ -46,6 +46,26 @@ def test_a_round_that_does_not_close_takes_ok_from_all(triplet):
     assert told.verdict == "doubtful" and told.joint == dict.fromkeys(PAIRS)
     for answer in told.answers.values():
         assert answer.verdict == "doubtful" and "going round the three images leads" in answer.reasons[-1]
+        assert answer.evidence.cycle_px == told.cycle_px > CONFIG.ok_starts_px
+
+
+def test_the_cycle_error_is_evidence_held_against_the_setting(triplet):
+    assert {answer.evidence.cycle_px for answer in triplet.answers.values()} == {triplet.cycle_px}
+    strict = judge_triplet(triplet.answers, replace(CONFIG, ok_starts_px=triplet.cycle_px / 2))
+    assert {answer.verdict for answer in strict.answers.values()} == {"doubtful"}
+
+
+def test_the_photograph_is_shown_to_the_backbone_once_a_size(images, monkeypatch):
+    from test_many import Counted
+
+    from loftr_curriculum.model.weights import PACKAGED, load_matcher
+
+    if not PACKAGED.is_file():
+        pytest.skip("no packaged weights in this checkout")
+    matcher = load_matcher()
+    counted = Counted(matcher, monkeypatch)
+    register_triplet(*images.values(), matcher=matcher, config=CONFIG)
+    assert counted.images == len(counted.views) + len(set(counted.views)) < 2 * len(counted.views)
 
 
 def test_the_command_writes_three_answers_and_says_whether_they_agree(images, tmp_path, monkeypatch, capsys):

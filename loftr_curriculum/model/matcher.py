@@ -4,11 +4,14 @@
 
 # %% auto #0
 __all__ = [
+    "MOST_VIEWS",
     "STEP",
     "STAGES",
     "Merge",
     "stack",
     "unstack",
+    "KeptMaps",
+    "keep_maps",
     "seen_cells",
     "vessel_cells",
     "TokenStage",
@@ -18,7 +21,9 @@ __all__ = [
 ]
 
 # %% ../../nbs/05_model/07_matcher.ipynb #05563d60
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -73,6 +78,51 @@ def unstack(
     return batches[0].chunk(2) if len(batches) == 1 else tuple(batches)
 
 
+# %% ../../nbs/05_model/07_matcher.ipynb #5d0c1a71
+MOST_VIEWS = 4  # of one image that are kept: a registration shows it at three sizes; 4 MB each at 384 px
+
+
+class KeptMaps:
+    "The backbone's maps of the views of image 0 that came last."
+
+    def __init__(self):
+        self.views = deque(maxlen=MOST_VIEWS)  # of (image, maps)
+
+    def of(
+        self,
+        image: torch.Tensor,  # (1, 1, h, w)
+        backbone: nn.Module,
+    ) -> Sequence[torch.Tensor]:
+        "The maps of the image, computed where it is not among those that came last."
+        for known, maps in tuple(self.views):
+            if known.shape == image.shape and torch.equal(known, image):
+                return maps
+        maps = backbone(image)
+        self.views.append((image, maps))
+        return maps
+
+    def clear(self) -> None:
+        "Forget all of them."
+        self.views.clear()
+
+
+# %% ../../nbs/05_model/07_matcher.ipynb #5d0c1a72
+@contextmanager
+def keep_maps(
+    matcher: object,  # with a field `kept_maps`, as `Matcher` has it; of another one nothing is kept
+    maps: KeptMaps,
+) -> Iterator[None]:
+    "Context manager: keep the maps of fixed views. The weights must stay as they are while `maps` is used."
+    if not hasattr(matcher, "kept_maps"):
+        yield
+        return
+    before, matcher.kept_maps = matcher.kept_maps, maps
+    try:
+        yield
+    finally:
+        matcher.kept_maps = before
+
+
 # %% ../../nbs/05_model/07_matcher.ipynb #e9d96e66
 STEP = 16  # pixels a side of a token's cell; images are padded to a multiple
 
@@ -124,8 +174,7 @@ class TokenStage:
     def features(self, view0: BatchView, view1: BatchView, lam: float) -> tuple[tuple, tuple, tuple]:
         "Tokens at 1/16, cell features at 1/8 and fine features at 1/4, of both images each."
         net = self.matcher
-        images = stack(pad_to(view0.image, STEP), pad_to(view1.image, STEP))
-        maps = [net.backbone(x) for x in images]
+        maps = net.maps(pad_to(view0.image, STEP), pad_to(view1.image, STEP))
         tokens = attend(net.transformer, *unstack([m[2] for m in maps]), view0, view1, lam)
         cells = [net.merge8(t, m[1]) for t, m in zip(stack(*tokens), maps)]
         fine = [net.merge4(c, m[0]) for c, m in zip(cells, maps)]
@@ -174,6 +223,7 @@ class Matcher(TwoStageMatcher):
     ):
         super().__init__()
         self.config = config
+        self.kept_maps = None  # see `keep_maps`
         _, d4, d8 = config.dims
         self.backbone = Backbone(config.dims)
         self.transformer = Transformer(d8, config.heads, config.layers, config.attention)
@@ -181,6 +231,18 @@ class Matcher(TwoStageMatcher):
         self.merge4 = Merge(d8, d4, config.fine_dim)
         self.flow_head = FlowHead(config.flow_width)
         self.log_temperature = nn.Parameter(torch.tensor(float(config.temperature)).log())
+
+    def maps(
+        self,
+        image0: torch.Tensor,  # (B, 1, h0, w0) padded
+        image1: torch.Tensor,  # (B, 1, h1, w1) padded
+    ) -> list:
+        "The backbone's maps at 1/4, 1/8 and 1/16, as `stack` batches both images."
+        kept = self.kept_maps
+        if kept is None or len(image0) > 1:
+            return [self.backbone(x) for x in stack(image0, image1)]
+        levels = [stack(*level) for level in zip(kept.of(image0, self.backbone), self.backbone(image1))]
+        return list(zip(*levels))
 
     @property
     def coarse_stage(self) -> TokenStage:

@@ -5,13 +5,12 @@
 # %% auto #0
 __all__ = [
     "PAIRS",
-    "OK_CYCLE_PX",
     "ALONG",
     "Triplet",
     "inside",
     "points_over",
     "cycle_error",
-    "contradicted",
+    "with_cycle",
     "homogeneous",
     "corrections",
     "close_round",
@@ -26,8 +25,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from ..geometry import Affine
+from ..model.matcher import KeptMaps, keep_maps
 from .config import RegistrationConfig, Verdict
 from .pair import Registration, open_side, register, shipped_matcher
+from .verdict import CLOSES
 
 # %% ../../nbs/06_registration/14a_triplet.ipynb #c713cae0
 PAIRS = ("oct_to_cf", "fa_to_cf", "fa_to_oct")  # moving_to_fixed
@@ -56,7 +57,6 @@ class Triplet:
 
 
 # %% ../../nbs/06_registration/14a_triplet.ipynb #04e6e22b
-OK_CYCLE_PX = 10.0  # px at 512 px: what `RegistrationConfig.ok_starts_px` allows two starts
 ALONG = 24  # points along each side of the fixed image
 
 
@@ -96,14 +96,18 @@ def cycle_error(
 
 
 # %% ../../nbs/06_registration/14a_triplet.ipynb #3c3829a6
-def contradicted(
+def with_cycle(
     answer: Registration,
     cycle_px: float,  # px at 512 px
+    config: RegistrationConfig,
 ) -> Registration:
-    "The answer, at most doubtful, with the reason."
-    sentence = f"going round the three images leads {cycle_px:.0f} px away at 512 px"
-    verdict = Verdict.DOUBTFUL if answer.verdict == Verdict.OK else answer.verdict
-    return replace(answer, verdict=verdict, reasons=(*answer.reasons, f"{sentence}, at most {OK_CYCLE_PX:g}"))
+    "The answer with the cycle error in its evidence; at most doubtful where that is too large."
+    evidence = replace(answer.evidence, cycle_px=cycle_px)
+    objection = CLOSES.objection(evidence, config)
+    if not objection:
+        return replace(answer, evidence=evidence)
+    verdict = CLOSES.level if answer.verdict == Verdict.OK else answer.verdict
+    return replace(answer, evidence=evidence, verdict=verdict, reasons=(*answer.reasons, objection))
 
 
 # %% ../../nbs/06_registration/14a_triplet.ipynb #779c72a3
@@ -168,15 +172,16 @@ def joint_maps(
 # %% ../../nbs/06_registration/14a_triplet.ipynb #7b655f7e
 def judge_triplet(
     answers: dict,  # PAIRS -> Registration
+    config: RegistrationConfig = RegistrationConfig(),
 ) -> Triplet:
     "Three answers held against each other."
     if any(answer.point_map is None for answer in answers.values()):
         return Triplet(**answers, joint=joint_maps(answers))
     cycle_px = cycle_error(*answers.values())
-    if cycle_px > OK_CYCLE_PX:
-        wrong = {name: contradicted(answer, cycle_px) for name, answer in answers.items()}
-        return Triplet(**wrong, cycle_px=cycle_px, joint=dict.fromkeys(PAIRS))
-    return Triplet(**answers, cycle_px=cycle_px, joint=joint_maps(answers))
+    told = {name: with_cycle(answer, cycle_px, config) for name, answer in answers.items()}
+    closes = CLOSES.holds(told["fa_to_oct"].evidence, config)
+    joint = joint_maps(answers) if closes else dict.fromkeys(PAIRS)
+    return Triplet(**told, cycle_px=cycle_px, joint=joint)
 
 
 # %% ../../nbs/06_registration/14a_triplet.ipynb #c5b4afe7
@@ -190,14 +195,16 @@ def register_triplet(
 ) -> Triplet:
     """Register OCT and angiogram onto the photograph, and the angiogram onto the OCT.
 
-    `cycle_px` says how far going round the three leads away. Where that is more than 10 px at 512 px, none
-    of them stays ok, and there are no joint maps. Raises what `register` raises.
+    `cycle_px` says how far going round the three leads away, and so does the evidence of each answer. Where
+    that is more than `config.ok_starts_px`, none of them stays ok, and there are no joint maps. Raises what
+    `register` raises.
     """
     config, matcher = config or RegistrationConfig(), matcher or shipped_matcher()
     images = {"cf": cf, "oct": oct, "fa": fa}
     sides = {name: open_side(image, name, config) for name, image in images.items()}
-    answers = {}
+    answers, maps = {}, KeptMaps()
     for name in PAIRS:
         moving, fixed = name.split("_to_")
-        answers[name] = register(sides[fixed], sides[moving], matcher=matcher, config=config)
-    return judge_triplet(answers)
+        with keep_maps(matcher, maps):
+            answers[name] = register(sides[fixed], sides[moving], matcher=matcher, config=config)
+    return judge_triplet(answers, config)

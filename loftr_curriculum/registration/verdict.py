@@ -12,6 +12,7 @@ __all__ = [
     "RIGHT",
     "CRITERIA",
     "ABOUT",
+    "CLOSES",
     "Evidence",
     "seen_by_both",
     "distance",
@@ -53,6 +54,7 @@ class Evidence:
     agreement_px: float | None = None  # between the answers of the last two passes, px at 512 px
     straight_px: float | None = None  # between the last answer and straight matches, px at 512 px
     starts_px: float | None = None  # from the answer of another start that did not fail, px at 512 px
+    cycle_px: float | None = None  # of three images: how far going round leads away, px at 512 px
     patches: int | None = None  # patches of the overlap that could be compared
     vessel_share: float | None = None  # share of them that agree with the answer, 0..1
     vessel_margin: float | None = None  # mean lead of the expected place, correlation in -1..1
@@ -390,3 +392,17 @@ def judge(
         if objections:
             return level, objections
     return Verdict.OK, ()
+
+
+# %% ../../nbs/06_registration/08_verdict.ipynb #5d0c1a75
+CLOSES = Criterion(
+    name="closes the round",
+    measures="how far going round three images leads away, px at 512 px",
+    field="cycle_px",
+    threshold="ok_starts_px",
+    direction=AT_MOST,
+    level=Verdict.DOUBTFUL,
+    sentence="going round the three images leads {e.cycle_px:.0f} px away at 512 px, "
+    "at most {c.ok_starts_px:g} px is expected",
+    infinite="under the three answers no place is seen by all three images",
+)  # asked of answers for three images of one eye

@@ -74,6 +74,7 @@ import torch
 
 from ..io.files import FileError, split_number
 from ..io.lock import later
+from ..model.matcher import KeptMaps, keep_maps
 from .config import RegistrationConfig
 from .journal import Answer, error_row, map_line, result_row
 from .pair import Side, open_side, register, register_batch
@@ -111,7 +112,7 @@ class LastFixed:
     "The fixed image of the last pair. Another process begins without one."
 
     def __init__(self):
-        self.stamp, self.side = None, None
+        self.stamp, self.side, self.maps = None, None, KeptMaps()
 
     def __reduce__(self):
         return LastFixed, ()
@@ -121,6 +122,7 @@ class LastFixed:
         stamp = stamp_of(path)
         if stamp is None or stamp != self.stamp:
             self.stamp, self.side = None, None  # before the next one takes room
+            self.maps.clear()
             side = open_side(path, "fixed", config)
             self.side = side if side.pixels.nbytes <= MOST_KEPT else replace(side, pixels=None)
             self.stamp = stamp
@@ -173,7 +175,8 @@ def answer_alone(
     start = time.perf_counter()
     try:
         fixed = job.last.open(pair.files[0], job.config)
-        result = register(fixed, pair.files[1], matcher=job.matcher, config=job.config)
+        with keep_maps(job.matcher, job.last.maps):
+            result = register(fixed, pair.files[1], matcher=job.matcher, config=job.config)
         return finished(job, pair, result, fixed, time.perf_counter() - start)
     except Exception as error:
         return unanswered(pair, error, time.perf_counter() - start)
