@@ -3,6 +3,7 @@ refused, no half-made record, systems without an answer, exports that name what 
 """
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,8 @@ from loftr_curriculum.baselines.protocol import Answer
 from loftr_curriculum.baselines.retinal import Foreign
 from loftr_curriculum.baselines.systems import SYSTEMS, check_system, make_system
 from loftr_curriculum.cli import main
+from loftr_curriculum.data.pseudo_real import SPECIFICATION, pseudo_real_pair
+from loftr_curriculum.geometry import Similarity, centre, similarity, warp_image
 from loftr_curriculum.io.files import FileError
 from loftr_curriculum.studies import benchmark
 from loftr_curriculum.studies.benchmark import Case, figures, keep_case, prediction, run_benchmark
@@ -153,3 +156,14 @@ def test_errors_of_a_system_cross_its_process_and_memory_is_that_of_the_process(
     with benchmark.in_own_process("sift") as asked:
         found = asked(case_of(0))
     assert found["memory_mb"] > 50  # an interpreter with OpenCV takes more
+
+
+def test_ants_finds_a_small_motion():
+    pytest.importorskip("ants", reason="antspyx is not installed")
+    spec = replace(SPECIFICATION, size=(256, 256), per_mode=1, split="validation")
+    fixed = pseudo_real_pair("cf-octa", 0, spec).fixed
+    motion = Similarity(similarity(3, 1.03, (4, -3), centre((256, 256))))
+    answer = intensity.estimate_ants(fixed, warp_image(fixed, motion.matrix, (256, 256)))
+    points = np.array([[60.0, 60], [128, 128], [180, 90], [100, 190]])
+    off = np.linalg.norm(answer.point_map(motion(points)) - points, axis=1)
+    assert off.max() < 1

@@ -6,6 +6,7 @@
 __all__ = [
     "LONG_SIDE",
     "BINS",
+    "WANTED",
     "SMALL",
     "LEVELS",
     "SCALES",
@@ -36,6 +37,7 @@ __all__ = [
 
 # %% ../../nbs/10_baselines/03_intensity.ipynb #10b00d07
 from importlib import import_module
+from types import ModuleType
 
 import cv2
 import numpy as np
@@ -59,17 +61,17 @@ from .protocol import Answer, DenseMap
 # %% ../../nbs/10_baselines/03_intensity.ipynb #c7ce4dce
 LONG_SIDE = 256  # px
 BINS = 32  # of the joint histogram
+WANTED = {"SimpleITK": "'loftr_curriculum[baselines]'", "ants": "antspyx"}  # module -> what pip installs
 
 
 def toolkit(
-    name: str = "SimpleITK",  # of a package
-):
+    name: str = "SimpleITK",  # of a module
+) -> ModuleType:
     "A package that is only needed here; ImportError says how to get it."
     try:
         return import_module(name)
     except ImportError:
-        extra = "pip install 'loftr_curriculum[baselines]'" if name == "SimpleITK" else f"pip install {name}"
-        raise ImportError(f"this baseline needs {name}: {extra}") from None
+        raise ImportError(f"this baseline needs {name}: pip install {WANTED.get(name, name)}") from None
 
 
 # %% ../../nbs/10_baselines/03_intensity.ipynb #27da27ae
@@ -327,7 +329,8 @@ def estimate_ants(
     "Affine and SyN of ANTs, mutual information; ImportError where `antspyx` is missing."
     ants = toolkit("ants")
     picture0, picture1 = prepare(fixed, LONG_SIDE), prepare(moving, LONG_SIDE)
-    images = [ants.from_numpy(picture.image.T.copy()) for picture in (picture0, picture1)]
+    # it begins at the centres of mass, and mass is positive
+    images = [ants.from_numpy((p.image - p.image.min()).T.copy()) for p in (picture0, picture1)]
     found = ants.registration(*images, type_of_transform="SyN", random_seed=1)
     points = lattice(picture0.image.shape)
     table = import_module("pandas").DataFrame(points.reshape(-1, 2), columns=["x", "y"])
