@@ -355,18 +355,19 @@ def _add_synth(parser):
 
 # %% ../nbs/12_cli/00_cli.ipynb #084cbc1c
 def _synth_pairs(a):
-    from .data.practice import write_practice
+    from .data.practice import easiest, write_practice
     from .retina.config import EyeConfig
 
     cases = 5 if a.cases is None else a.cases
     names = write_practice(a.out, cases, a.seed, a.size, a.modes, settings(EyeConfig, a.eye), a.workers)
     folder = Path(a.out)
-    first = f"{folder / 'images' / names[0]}"
-    one = _again("register", f"{first}_fixed.png", f"{first}_moving.png", "--out", f"{folder}_one")
+    mild = f"{folder / 'images' / easiest(folder, names)}"
+    one = _again("register", f"{mild}_fixed.png", f"{mild}_moving.png", "--out", f"{folder}_one")
     many = _again("register-many", f"{folder / 'pairs.csv'}", "--out", f"{folder}_batch")
     score = _again("evaluate", "--set", f"{folder}", "--pred", f"{folder}_batch")
     print(f"{len(names)} pairs in {folder}, their true maps in {folder / 'landmarks'}")
-    print(f"register one of them: {one}\nregister all: {many}\nscore the answers: {score}")
+    print(f"register the one that turns and scales least: {one}")
+    print(f"register all: {many}\nscore the answers: {score}")
     return 0
 
 
@@ -530,7 +531,9 @@ def _add_register(parser):
         "--out",
         type=str,
         required=True,
-        help="folder for transform.json, warped.png, checkerboard.png and matches.png",
+        help="folder for transform.json (the answer), warped.png, checkerboard.png, matches.png, "
+        "transform.tfm and inverse.tfm (ITK), landmarks.csv (BigWarp), matches.csv; transform_bent.tfm where "
+        "the map bends, transform_mm.tfm where both images state their spacing",
     )
     _add_matcher(parser)
     parser.add_argument(
@@ -678,7 +681,11 @@ def _add_many(parser):
         help="table with the columns id, fixed, moving; paths relative to it; or see --match",
     )
     parser.add_argument(
-        "--out", type=str, required=True, help="folder for report.html, results.csv and transforms.json"
+        "--out",
+        type=str,
+        required=True,
+        help="folder for report.html, results.csv, transforms.json, maps.jsonl, pictures.jsonl and "
+        "settings.json; pairs/ with --save, results.parquet with --parquet, shards/ with --shard",
     )
     _add_patterns(parser)
     _add_work(parser)
@@ -733,6 +740,16 @@ def _is_done(pairs, out, shard):
     return all(pair.id in rows and not rows[pair.id]["error"] for pair in pairs)
 
 
+# %% ../nbs/12_cli/00_cli.ipynb #5d0c1a7e
+def _rows_of_before(folder, count):
+    "A line where the files hold more pairs than the table names, so that their numbers are understood."
+    from .registration.journal import RESULTS, read_results
+
+    answered = sum(count.values()) - count.get("missing", 0)
+    more = len(read_results(folder / RESULTS)) - answered
+    return [f"the files of the folder hold {more} more, which this table does not name"] if more else []
+
+
 # %% ../nbs/12_cli/00_cli.ipynb #25ffcbed
 def _many(a):
     from .registration.config import RegistrationConfig
@@ -768,10 +785,12 @@ def _many(a):
             shard=shard,
             pictures=pictures,
         )
+    folder = Path(a.out) if shard is None else shard.folder(Path(a.out))
+    print(", ".join(f"{n} {what}" for what, n in count.items()))
     print(
-        ", ".join(f"{n} {what}" for what, n in count.items())
-        + f"\nlook at {a.out if shard is None else shard.folder(Path(a.out))}: "
-        + "report.html, results.csv, transforms.json"
+        *_rows_of_before(folder, count),
+        f"look at {folder}: report.html, results.csv, transforms.json",
+        sep="\n",
     )
     return worst_status(count)
 
@@ -782,7 +801,13 @@ def _add_triplet(parser):
 
     for name, what in (("cf", "photograph"), ("oct", "OCT en-face image"), ("fa", "angiogram")):
         parser.add_argument(name, type=str, help=f"{what} of the eye, in any format that register reads")
-    parser.add_argument("--out", type=str, required=True, help="folder for triplet.json and three folders")
+    parser.add_argument(
+        "--out",
+        type=str,
+        required=True,
+        help="folder for triplet.json, oct_in_cf.png, fa_in_cf.png, and the files of register in the folders "
+        "oct-to-cf, fa-to-cf and fa-to-oct",
+    )
     _add_matcher(parser)
     add_settings(parser, RegistrationConfig)
 

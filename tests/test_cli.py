@@ -743,7 +743,14 @@ def test_practice_pairs_are_read_by_register_many_and_evaluate(tmp_path, capsys)
     practice = tmp_path / "practice"
     words = ("--cases", "2", "--size", "192", "--modes", "cf-fa, cf-oct", "--workers", "1")
     assert run("synth", practice, "--pairs", *" ".join(words).split()) == 0
-    assert f"register-many {practice / 'pairs.csv'}" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"register-many {practice / 'pairs.csv'}" in said
+    truth = {
+        p.stem: np.array(read_json(p)["moving_to_fixed"]) for p in (practice / "landmarks").glob("*.json")
+    }
+    effort = {name: np.linalg.norm(matrix[:2, :2] - np.eye(2)) for name, matrix in truth.items()}
+    mild = min(effort, key=effort.get)
+    assert f"register {practice / 'images' / mild}_fixed.png" in said
     assert run("register-many", practice / "pairs.csv", "--out", tmp_path / "b", "--dry-run") == 0
     assert "000_cf-fa" in capsys.readouterr().out
     truth = {p.stem: read_json(p)["moving_to_fixed"] for p in (practice / "landmarks").glob("*.json")}

@@ -113,3 +113,14 @@ def test_bigwarp_finds_name_flag_moving_and_target(tmp_path):
     numbers = np.array([row[2:] for row in cells], float)
     assert np.abs(numbers[:, :2] - apply_transform(T, numbers[:, 2:])).max() < 1e-3
     assert (numbers[:, :2] >= 0).all() and (numbers[:, :2] <= (339, 299)).all()
+
+
+def test_warp_names_the_file_that_it_wants_instead_of_one_for_itk(tmp_path, capsys):
+    from loftr_curriculum.cli import main
+
+    save_itk(tmp_path / "transform.tfm", Affine(np.eye(3)), (40, 60))
+    words = ["warp", str(tmp_path / "mask.png"), str(tmp_path / "transform.tfm"), "--out"]
+    assert main([*words, str(tmp_path / "w.png")]) == 2
+    said = capsys.readouterr().err
+    assert "transform.tfm: is a transform for ITK" in said and "expected the transform.json" in said
+    assert "JSON," not in said and not (tmp_path / "w.png").exists()

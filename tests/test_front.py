@@ -96,6 +96,22 @@ def test_every_link_to_a_file_leads_somewhere(page):
     assert [link for link in links if not (page.parent / link).exists()] == []
 
 
+@pytest.mark.parametrize("page", [*READMES, "docs/guides/register.md"])
+def test_every_file_of_an_answer_is_named(page):
+    from loftr_curriculum.report.registration import outputs_of
+
+    text = (ROOT / page).read_text(encoding="utf-8")
+    assert [path.name for path in outputs_of("registered") if f"`{path.name}`" not in text] == []
+
+
+def test_help_names_every_file_of_an_answer():
+    from loftr_curriculum.cli import make_parser
+    from loftr_curriculum.report.registration import outputs_of
+
+    (out,) = (action.help for action in make_parser("register")._actions if action.dest == "out")
+    assert [path.name for path in outputs_of("registered") if path.name not in out] == []
+
+
 def commands_in_guides():
     for page in PAGES:
         for block in re.findall(r"```(?:sh|bash)\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL):

@@ -1,5 +1,7 @@
 """Guards of `register-many` and `warp --id` on the command line."""
 
+import re
+
 import numpy as np
 import pytest
 from test_cli import complains, run  # noqa: F401
@@ -55,6 +57,36 @@ def test_the_status_is_0_only_where_every_pair_was_answered(tmp_path):
     write_image(tmp_path / "img" / "none.png", read_image(tmp_path / "img" / "m.png"))
     assert run(*words) == 0
     assert run(*words[:-6], "--ok-inliers", "5000", "--out", tmp_path / "doubt", *QUICK) == 3
+
+
+def numbers_of(line):
+    "`1 ok, 0 failed` as a dict."
+    return {kind: int(n) for n, kind in re.findall(r"(\d+) (\w+)", line)}
+
+
+def test_the_screen_the_table_and_the_report_count_alike(tmp_path, capsys):
+    write_batch(tmp_path, 2)
+    whole = tmp_path / "pairs.csv"
+    short = tmp_path / "short.csv"
+    short.write_text("\n".join(whole.read_text().splitlines()[:2]) + "\n")
+    with open(whole, "a") as table:
+        table.write("lost,img/f.png,img/none.png\n")
+    out = tmp_path / "out"
+    assert run("register-many", whole, "--out", out, *QUICK) == 4
+    said = capsys.readouterr().out.splitlines()
+    screen = numbers_of(said[0])
+    rows = read_results(out / "results.csv").values()
+    table = {verdict: 0 for verdict in ("ok", "doubtful", "failed")} | {"unreadable": 0}
+    for row in rows:
+        table["unreadable" if row["error"] else row["verdict"]] += 1
+    page = (out / "report.html").read_text(encoding="utf-8")
+    report = {kind: int(n) for kind, n in re.findall(r"checked> (\w+) \((\d+)\)", page)}
+    assert screen == table == report and screen["unreadable"] == 1 and sum(screen.values()) == len(rows)
+    assert not any("more, which this table does not name" in line for line in said)
+    assert run("register-many", short, "--out", out, *QUICK) == 0
+    said = capsys.readouterr().out
+    assert "1 ok, 0 doubtful" in said
+    assert "the files of the folder hold 2 more, which this table does not name" in said
 
 
 def test_shards_are_registered_and_merged(tmp_path, capsys):

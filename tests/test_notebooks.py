@@ -8,10 +8,9 @@ import pytest
 
 FOLDER = Path(__file__).resolve().parents[1] / "nbs" / "experiments"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
-READ = [path for path in NOTEBOOKS if path.stem != "review"]  # opened by a command with a batch
 
 
-@pytest.mark.parametrize("path", READ, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_the_top_says_what_it_shows_and_how_long_it_takes(path):
     first = json.loads(path.read_text(encoding="utf-8"))["cells"][0]
     text = "".join(first["source"])
@@ -27,7 +26,7 @@ def test_the_board_is_seen_without_a_kernel():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("path", READ, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_it_runs_from_top_to_bottom_in_a_kernel(path, record_property, monkeypatch):
     import nbformat
     from nbclient import NotebookClient

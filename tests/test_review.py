@@ -97,6 +97,25 @@ def test_warp_takes_what_was_decided(batch, tmp_path, capsys):
 # ---- the page
 
 
+@pytest.mark.slow
+def test_the_kernel_of_the_page_is_this_python_and_keeps_quiet(tmp_path, monkeypatch, capfd):
+    import nbformat
+    from nbclient import NotebookClient
+
+    from loftr_curriculum.report.server import write_kernel, write_notebook
+
+    monkeypatch.setenv("JUPYTER_PATH", "")
+    write_kernel(tmp_path)
+    notebook = nbformat.read(write_notebook(tmp_path), as_version=4)
+    assert notebook.metadata.kernelspec.name == "review"
+    notebook.cells.append(nbformat.v4.new_code_cell("import sys; print(sys.executable)"))
+    NotebookClient(notebook, timeout=600).execute(cwd=str(tmp_path))
+    board, python = (cell.outputs for cell in notebook.cells)
+    assert "HTML" in board[0]["data"]["text/plain"]
+    assert python[0]["text"].strip() == sys.executable
+    assert "WARNING" not in capfd.readouterr().err
+
+
 @pytest.fixture(scope="module")
 def chromium():
     for name in ("voila", "ipyevents", "playwright"):
@@ -133,7 +152,7 @@ def address(batch, tmp_path):
         )
     try:
         end = time.monotonic() + WAIT
-        while "is running at" not in log.read_text():
+        while "review on" not in log.read_text():
             assert server.poll() is None and time.monotonic() < end, log.read_text()
             time.sleep(0.2)
         yield re.search(r"http://127\.0\.0\.1:\d+/\?token=\w+", log.read_text())[0]

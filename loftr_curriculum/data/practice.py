@@ -11,14 +11,19 @@ __all__ = [
     "check_practice",
     "write_table",
     "write_practice",
+    "turn_and_scale",
+    "easiest",
 ]
 
 # %% ../../nbs/04_data/08_practice.ipynb #97e018c7
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import numpy as np
+
 from ..io.files import atomic_path
 from ..io.lock import only_run, remove_unfinished
+from ..io.transforms import load_transform
 from ..retina.config import GENERATOR_VERSION, MODES, EyeConfig, split_mode
 from ..retina.jobs import run_jobs
 from ..retina.synth import world_for
@@ -127,3 +132,24 @@ def write_practice(
         names = sorted(path.stem for path in (out / "landmarks").glob("*.json"))
         write_table(out, names)
     return names
+
+
+# %% ../../nbs/04_data/08_practice.ipynb #5d0c1a7b
+def turn_and_scale(
+    matrix: np.ndarray,  # (3, 3) affine
+) -> float:  # 0 for a shift
+    "How far an affine is from a shift: Frobenius norm of its linear part less the identity."
+    return float(np.linalg.norm(matrix[:2, :2] / matrix[2, 2] - np.eye(2)))
+
+
+def easiest(
+    folder: str | Path,  # practice set
+    names: list[str],  # ids of its pairs, at least one
+) -> str:
+    "The id of the pair whose true map turns and scales least, the first of equals."
+    folder = Path(folder)
+
+    def effort(name):
+        return turn_and_scale(load_transform(folder / "landmarks" / f"{name}.json").matrix)
+
+    return min(names, key=effort)

@@ -5,12 +5,14 @@
 # %% auto #0
 __all__ = [
     "DIRECTION",
+    "ITK",
     "versions",
     "TransformRecord",
     "as_matrix",
     "whole_map",
     "map_of_record",
     "save_transform",
+    "refuse_itk",
     "load_transform",
     "save_matches",
     "load_matches",
@@ -26,7 +28,7 @@ import numpy as np
 import loftr_curriculum
 
 from ..geometry import PointMap, map_from_dict, map_from_matrix
-from .files import FileError, atomic_path, read_json, write_json
+from .files import FileError, atomic_path, read_bytes, read_json, write_json
 from .images import MOST_PIXELS
 
 # %% ../../nbs/02_io/02_transforms.ipynb #55423b3d
@@ -172,11 +174,28 @@ def _optional(
     return value
 
 
+# %% ../../nbs/02_io/02_transforms.ipynb #5d0c1a79
+ITK = b"#Insight Transform File"  # how such files begin
+
+
+def refuse_itk(
+    path,  # file
+) -> None:
+    "FileError that names the right file where this one is for ITK."
+    if not read_bytes(path).startswith(ITK):
+        return
+    raise FileError(
+        f"{path}: is a transform for ITK, which does not say how large the fixed image is; "
+        "expected the transform.json that was written beside it"
+    )
+
+
 # %% ../../nbs/02_io/02_transforms.ipynb #98156622
 def load_transform(
     path,  # JSON file as written by `save_transform`, or {"moving_to_fixed": 3x3}
 ) -> TransformRecord:
     "The transform in a file; raises FileError that names the file and what was expected."
+    refuse_itk(path)
     data = read_json(path)
     if not isinstance(data, dict) or DIRECTION not in data:
         raise FileError(f'{path}: expected a JSON object with the key "{DIRECTION}"')
