@@ -96,6 +96,21 @@ def test_every_link_to_a_file_leads_somewhere(page):
     assert [link for link in links if not (page.parent / link).exists()] == []
 
 
+def test_every_link_of_a_page_leads_somewhere_on_the_site(in_root, tmp_path):
+    "As `make docs` lays the pages out, without the theme and the reference."
+    import docs
+
+    docs.copy_pages(tmp_path)
+    docs.write_gallery(tmp_path)
+    lost, found = [], 0
+    for page in sorted(tmp_path.rglob("*.md")):
+        text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+        links = re.findall(r"\]\((?!https?:|#|mailto:)([^)#\s]+)", text)
+        found += len(links)
+        lost += [f"{page.name}: {link}" for link in links if not (page.parent / link).exists()]
+    assert lost == [] and found > 40
+
+
 @pytest.mark.parametrize("page", [*READMES, "docs/guides/register.md"])
 def test_every_file_of_an_answer_is_named(page):
     from loftr_curriculum.report.registration import outputs_of
