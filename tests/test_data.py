@@ -16,7 +16,7 @@ from loftr_curriculum.data.config import DataConfig, patient_of
 from loftr_curriculum.data.landmarks import LANDMARK_COLUMNS, PairTableSource, read_landmark_set, read_pairs
 from loftr_curriculum.data.masks import vesselness
 from loftr_curriculum.data.module import EpochSampler, PairDataModule, split_sources
-from loftr_curriculum.data.pairs import GeneratedSource, cut, cut_views, half_size, make_frame
+from loftr_curriculum.data.pairs import GeneratedSource, cut, cut_views, half_size, make_planes
 from loftr_curriculum.data.preprocess import estimate_fov, normalise, prepare, to_gray
 from loftr_curriculum.data.recipe import (
     STEEPEST,
@@ -475,7 +475,7 @@ def test_a_bent_view_shows_nothing_from_beyond_the_frame_or_its_field(world, own
         plane *= cv2.dilate(
             fov.astype(np.uint8), np.ones((5, 5))
         )  # a warp blends the outermost pixels with the black beyond
-    frame = make_frame(plane, plane, world.vessels, fov, fov)
+    frame = make_planes(plane, plane, world.vessels, fov, fov)
     for k in range(12):
         s = cut_views(
             frame, np.random.default_rng(k), SIZE, Motion(), 0, optics=False, deform=6.0, field=(0.9, 1.0)
@@ -487,7 +487,7 @@ def test_a_bent_view_shows_nothing_from_beyond_the_frame_or_its_field(world, own
 
 
 def test_a_residual_changes_the_moving_view_alone(world):
-    frame = make_frame(to_gray(world.images["cf"]), to_gray(world.images["fa"]), world.vessels)
+    frame = make_planes(to_gray(world.images["cf"]), to_gray(world.images["fa"]), world.vessels)
     motion = Motion(shift=0.1, rotation_deg=20)
     for k in range(6):
         rngs = [np.random.default_rng(k) for _ in range(3)]
@@ -703,6 +703,12 @@ def test_configuration_and_files_do_not_import_torch():
 def test_names_of_before_say_where_they_are_now(old, new):
     with pytest.warns(DeprecationWarning, match=f"recipe.{new}"):
         assert getattr(pairs, old) is getattr(recipe, new)
+
+
+@pytest.mark.parametrize(("old", "new"), [("Frame", "AlignedPlanes"), ("make_frame", "make_planes")])
+def test_a_frame_of_the_data_is_now_aligned_planes(old, new):
+    with pytest.warns(DeprecationWarning, match=f"pairs.{old} is now .*pairs.{new}"):
+        assert getattr(pairs, old) is getattr(pairs, new)
 
 
 def test_cell_points_of_before_are_those_of_the_grid():

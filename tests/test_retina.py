@@ -13,7 +13,7 @@ import cv2
 import numpy as np
 import pytest
 
-from loftr_curriculum.data.pairs import Frame, GeneratedSource, cut_views, make_frame
+from loftr_curriculum.data.pairs import AlignedPlanes, GeneratedSource, cut_views, make_planes
 from loftr_curriculum.geometry import Motion, apply_transform, decompose, overlap
 from loftr_curriculum.retina.config import MODES, EyeConfig, eye_settings, seeds_of, split_mode
 from loftr_curriculum.retina.cover import draw_cover, paint_cover
@@ -113,7 +113,7 @@ def test_vessel_share_of_the_tokens():
     for seed in range(6):
         mask = make_world(seed, modalities=()).vessels
         half = half_of(mask[None])[0]
-        frame = Frame(mask, mask, mask, (half, half, half))
+        frame = AlignedPlanes(mask, mask, mask, (half, half, half))
         for k in range(12):
             p = cut_views(frame, np.random.default_rng((seed, k)), (256, 256), strength=0)
             for m, f in ((p.mask0, p.fov0), (p.mask1, p.fov1)):
@@ -152,7 +152,7 @@ def test_the_true_transform_is_exact():
         rng = np.random.default_rng(i)
         at = rng.uniform(250, 350, 2)
         plane = np.uint8(np.round(250 * np.exp(-((x - at[0]) ** 2 + (y - at[1]) ** 2) / (2 * 9.0**2))))
-        p = cut_views(make_frame(plane, plane, plane), rng, (192, 256), strength=0, optics=False)
+        p = cut_views(make_planes(plane, plane, plane), rng, (192, 256), strength=0, optics=False)
         found = []
         for m in (p.mask0, p.mask1):
             m = np.where(m > 0.02, m, 0)
@@ -188,7 +188,7 @@ def test_modes_show_the_planes_that_they_name(bank):
 
     def pair_of(fixed, moving):
         planes = [fixed, moving, vessels]
-        frame = Frame(*full[planes], tuple(half[planes]))
+        frame = AlignedPlanes(*full[planes], tuple(half[planes]))
         rng = np.random.default_rng(0)
         return cut_views(frame, rng, (256, 256), still, 0, "oct-fa", optics=False)
 

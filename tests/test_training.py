@@ -9,7 +9,7 @@ import torch
 
 from loftr_curriculum.data.config import DataConfig
 from loftr_curriculum.data.module import PairDataModule
-from loftr_curriculum.data.pairs import cut_views, make_frame
+from loftr_curriculum.data.pairs import cut_views, make_planes
 from loftr_curriculum.data.recipe import STRIDE, map_grid
 from loftr_curriculum.geometry import Grid, Motion
 from loftr_curriculum.io.images import write_image
@@ -208,7 +208,7 @@ def test_presets_are_the_plan():
 def test_overfitting_one_pair_registers_it():
     size = 96
     world = make_world(7, EyeConfig(size=512), ("cf", "fa"))
-    frame = make_frame(world.images["cf"][..., 1], world.images["fa"], world.vessels)
+    frame = make_planes(world.images["cf"][..., 1], world.images["fa"], world.vessels)
     s = cut_views(
         frame,
         np.random.default_rng(2),

@@ -17,6 +17,7 @@ __all__ = [
     "read_state",
     "resume",
     "take_step",
+    "training_pairs",
     "train_baseline",
     "summary",
     "in_words",
@@ -67,7 +68,7 @@ class Budget:
     lr: float = 1e-3  # peak learning rate of AdamW
     seed: int = 0  # of weights and pairs
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.minutes <= 0 or min(self.batch, self.worlds) < 1:
             raise ValueError("minutes, batch and worlds: expected numbers above 0")
         data_of(self)
@@ -97,8 +98,9 @@ class Learner:
     loss: Callable  # (network, PairBatch, share of the budget used) -> ()
 
 
+# %% ../../nbs/10_baselines/07_budget.ipynb #c8239301
 def matcher_loss(
-    matcher,  # of `make_matcher`
+    matcher: torch.nn.Module,  # of `make_matcher`
     batch: PairBatch,
     share: float,  # of the budget that is used
     curriculum: str = "v2.2",  # one of `CURRICULA`
@@ -146,6 +148,7 @@ class State:
     losses: tuple = ()  # mean of every hundred steps
 
 
+# %% ../../nbs/10_baselines/07_budget.ipynb #a23de14a
 def begin(
     name: str,  # one of `LEARNERS`
     budget: Budget,
@@ -230,6 +233,19 @@ def take_step(
     return float(loss.detach())
 
 
+# %% ../../nbs/10_baselines/07_budget.ipynb #022018c4
+def training_pairs(
+    budget: Budget,
+    cache: str | None,  # folder where rendered eyes are kept; None: in memory
+    progress: bool,  # show a progress bar
+) -> TrainPairs:
+    "The generated pairs of a training, the same for every system."
+    bank = WorldBank(seeds_of("train", budget.worlds), EyeConfig(size=budget.eye), cache, 1, progress)
+    data = data_of(budget)
+    source = GeneratedSource(bank, data.modes, data.strength, deform=data.deform)
+    return TrainPairs([(source, 1.0)], data)
+
+
 # %% ../../nbs/10_baselines/07_budget.ipynb #af9b9bed
 def train_baseline(
     system: str,  # fractmorph, regression, ours, or ours-v2.1: without masks
@@ -245,10 +261,7 @@ def train_baseline(
         raise ValueError(f"system {system!r}: expected one of {', '.join(LEARNERS)}")
     torch.set_num_threads(1)
     state = resume(out, system, budget)
-    seeds = seeds_of("train", budget.worlds)
-    bank = WorldBank(seeds, EyeConfig(size=budget.eye), cache, 1, progress)
-    data = data_of(budget)
-    pairs = TrainPairs([(GeneratedSource(bank, data.modes, data.strength, deform=data.deform), 1.0)], data)
+    pairs = training_pairs(budget, cache, progress)
     whole, since_saved, recent = 60 * budget.minutes, state.seconds, []
     bar = tqdm(total=round(whole), initial=round(state.seconds), unit="s", disable=not progress)
     while state.seconds < whole:
@@ -285,6 +298,7 @@ def summary(
     }
 
 
+# %% ../../nbs/10_baselines/07_budget.ipynb #05f1991a
 def in_words(
     found: dict,  # from `train_baseline`
 ) -> str:

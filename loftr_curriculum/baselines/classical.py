@@ -45,6 +45,7 @@ LEAST = 8  # inliers
 THRESHOLD = 3.0  # px at 512: largest residual of an inlier
 
 
+# %% ../../nbs/10_baselines/02_classical.ipynb #7071e3eb
 def answer_of_matches(
     points0: np.ndarray,  # (N, 2) px of the fixed image
     points1: np.ndarray,  # (N, 2) px of the moving image
@@ -68,6 +69,7 @@ FEATURES = 4000  # key points of an image
 RATIO = 0.85  # a match must be this much nearer than the second nearest
 
 
+# %% ../../nbs/10_baselines/02_classical.ipynb #5885c582
 def estimate_words(
     fixed: tuple,  # points (N, 2) px, descriptors (N, 128)
     moving: tuple,  # the same of the moving image
@@ -82,6 +84,7 @@ def estimate_words(
     return answer_of_matches(points0[matches[:, 0]], points1[matches[:, 1]], fixed_size)
 
 
+# %% ../../nbs/10_baselines/02_classical.ipynb #48d36a0d
 def estimate_sift(
     fixed: np.ndarray,  # (H, W) or (H, W, 3), uint8 or uint16
     moving: np.ndarray,  # the same of any size
@@ -107,6 +110,7 @@ def vessel_words(
     return back(np.array([key.pt for key in keys])), np.sqrt(shares)
 
 
+# %% ../../nbs/10_baselines/02_classical.ipynb #553f2f42
 def estimate_vessel_sift(
     fixed: np.ndarray,  # (H, W) or (H, W, 3), uint8 or uint16
     moving: np.ndarray,  # the same of any size
@@ -119,6 +123,7 @@ def estimate_vessel_sift(
 SIDE = 256  # px
 
 
+# %% ../../nbs/10_baselines/02_classical.ipynb #d2545deb
 def vessels_in_square(
     image: np.ndarray,  # (H, W) or (H, W, 3)
 ) -> tuple[np.ndarray, Affine]:  # (SIDE, SIDE) float32, and points of the image -> points of the square

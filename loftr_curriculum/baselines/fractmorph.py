@@ -13,8 +13,8 @@ __all__ = [
     "Branch",
     "FractionalCrossAttention",
     "layer",
-    "Head",
     "enlarge",
+    "Head",
     "FractMorph",
     "warp_by_flow",
     "window_mean",
@@ -28,6 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ..data.batch import PairBatch
 from .fourier import fractional_fourier
 
 # %% ../../nbs/10_baselines/05_fractmorph.ipynb #5da67b56
@@ -75,10 +76,10 @@ class Branch(nn.Module):
         self.key_value = nn.Conv2d(width, 2 * dim, 1)
         self.out = nn.Conv2d(dim, width, 1)
 
-    def tokens(self, x):
+    def tokens(self, x: torch.Tensor) -> torch.Tensor:
         return x.flatten(2).unflatten(1, (self.heads, -1)).mT.contiguous()
 
-    def forward(self, own, other):
+    def forward(self, own: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
         own = self.norm(into_domain(own, self.order))
         other = self.norm(into_domain(other, self.order))
         query, (key, value) = self.query(own), self.key_value(other).chunk(2, 1)
@@ -104,11 +105,11 @@ class FractionalCrossAttention(nn.Module):
             nn.GroupNorm(1, dim), nn.Conv2d(dim, 2 * dim, 1), nn.GELU(), nn.Conv2d(2 * dim, dim, 1)
         )
 
-    def update(self, own, other):
+    def update(self, own: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
         own = own + self.fuse(torch.cat([branch(own, other) for branch in self.branches], 1))
         return own + self.mix(own)
 
-    def forward(self, fixed, moving):
+    def forward(self, fixed: torch.Tensor, moving: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return self.update(fixed, moving), self.update(moving, fixed)
 
 
@@ -123,6 +124,14 @@ def layer(
     return nn.Sequential(
         nn.Conv2d(inputs, outputs, 3, stride, 1), nn.GroupNorm(groups, outputs), nn.LeakyReLU(0.1)
     )
+
+
+# %% ../../nbs/10_baselines/05_fractmorph.ipynb #bb27a23c
+def enlarge(
+    x: torch.Tensor,  # (B, C, h, w)
+) -> torch.Tensor:  # (B, C, 2h, 2w)
+    "Twice the size, linear."
+    return F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=False)
 
 
 # %% ../../nbs/10_baselines/05_fractmorph.ipynb #839d0a88
@@ -142,19 +151,12 @@ class Head(nn.Module):
         nn.init.normal_(self.flow.weight, std=1e-4)
         nn.init.zeros_(self.flow.bias)
 
-    def forward(self, levels):
+    def forward(self, levels: list[torch.Tensor]) -> torch.Tensor:
         x2, x4, x8 = levels
         x = self.at8(x8)
         x = self.at4(torch.cat([enlarge(x), x4], 1))
         x = self.at2(torch.cat([enlarge(x), x2], 1))
         return enlarge(self.flow(x))
-
-
-def enlarge(
-    x: torch.Tensor,  # (B, C, h, w)
-) -> torch.Tensor:  # (B, C, 2h, 2w)
-    "Twice the size, linear."
-    return F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=False)
 
 
 # %% ../../nbs/10_baselines/05_fractmorph.ipynb #ccc9e9f6
@@ -177,7 +179,7 @@ class FractMorph(nn.Module):
         self.blocks = nn.ModuleList(FractionalCrossAttention(d8, heads) for _ in range(blocks))
         self.head = Head(dims)
 
-    def pyramid(self, image):
+    def pyramid(self, image: torch.Tensor) -> list[torch.Tensor]:
         levels = []
         for step in self.stem:
             image = step(image)
@@ -225,6 +227,7 @@ def window_mean(
     return F.avg_pool2d(rows, (1, WINDOW), 1, (0, half), count_include_pad=False)
 
 
+# %% ../../nbs/10_baselines/05_fractmorph.ipynb #d61fd787
 def local_correlation(
     fixed: torch.Tensor,  # (B, 1, H, W)
     moving: torch.Tensor,  # (B, 1, H, W) in the frame of the fixed image
@@ -254,7 +257,7 @@ def slope(
 # %% ../../nbs/10_baselines/05_fractmorph.ipynb #5dff473f
 def deformation_loss(
     network: FractMorph,
-    batch,  # PairBatch
+    batch: PairBatch,
 ) -> torch.Tensor:  # ()
     "Negative correlation where both images see something, and smoothness; no truth is used."
     flow = network(batch.image0, batch.image1)

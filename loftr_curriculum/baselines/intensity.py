@@ -21,18 +21,18 @@ __all__ = [
     "small_levels",
     "spectra",
     "informative_shift",
+    "start_at",
     "starts",
     "as_itk",
     "as_matrix",
     "climb",
     "best_affine",
     "affine_or_reason",
-    "in_files",
     "estimate_mutual_information",
     "spline_on_top",
     "estimate_spline",
-    "estimate_ants",
     "lattice",
+    "estimate_ants",
 ]
 
 # %% ../../nbs/10_baselines/03_intensity.ipynb #10b00d07
@@ -43,10 +43,9 @@ import cv2
 import numpy as np
 from scipy.fft import irfft2, rfft2
 
-from ..data.preprocess import prepare
+from ..data.preprocess import Prepared, prepare
 from ..geometry import (
     Affine,
-    PointMap,
     centre,
     fit_size,
     invert,
@@ -56,7 +55,7 @@ from ..geometry import (
     translation,
 )
 from ..geometry.maps import LATTICE
-from .protocol import Answer, DenseMap
+from .protocol import Answer, DenseMap, in_files
 
 # %% ../../nbs/10_baselines/03_intensity.ipynb #c7ce4dce
 LONG_SIDE = 256  # px
@@ -64,6 +63,7 @@ BINS = 32  # of the joint histogram
 WANTED = {"SimpleITK": "'loftr_curriculum[baselines]'", "ants": "antspyx"}  # module -> what pip installs
 
 
+# %% ../../nbs/10_baselines/03_intensity.ipynb #1dbaf0a8
 def toolkit(
     name: str = "SimpleITK",  # of a module
 ) -> ModuleType:
@@ -77,7 +77,7 @@ def toolkit(
 # %% ../../nbs/10_baselines/03_intensity.ipynb #27da27ae
 def itk_image(
     pixels: np.ndarray,  # (H, W)
-):  # SimpleITK image whose points are pixels
+) -> object:  # SimpleITK image whose points are pixels
     "An image of SimpleITK: spacing 1, origin 0."
     sitk = toolkit()
     kind = np.uint8 if pixels.dtype == bool else np.float32
@@ -88,7 +88,7 @@ def itk_image(
 def method_for(
     fixed_fov: np.ndarray,  # (H, W) bool
     share: float,  # of the pixels that are looked at
-):  # SimpleITK registration method
+) -> object:  # SimpleITK registration method
     "Mutual information inside the field of view."
     sitk = toolkit()
     method = sitk.ImageRegistrationMethod()
@@ -108,6 +108,7 @@ SCALES = (0.7, 0.84, 1.0, 1.19, 1.41)
 TURNS = tuple(range(0, 360, 5))  # degrees
 
 
+# %% ../../nbs/10_baselines/03_intensity.ipynb #adc13067
 def information(
     joint: np.ndarray,  # (LEVELS, LEVELS, ...) counts of pixels
 ) -> np.ndarray:  # (...) nats
@@ -125,7 +126,7 @@ def information(
 
 # %% ../../nbs/10_baselines/03_intensity.ipynb #87da86ee
 def small_levels(
-    picture,  # Prepared
+    picture: Prepared,
 ) -> tuple[np.ndarray, np.ndarray]:  # (SMALL, SMALL) uint8, LEVELS outside the field, and its matrix (3, 3)
     "A small smooth version in few levels, equally often each, in the corner of a square."
     size = fit_size(picture.image.shape, SMALL)
@@ -147,6 +148,7 @@ def spectra(
     return rfft2(masks.astype(np.float32), (2 * SMALL, 2 * SMALL))
 
 
+# %% ../../nbs/10_baselines/03_intensity.ipynb #0ba15d76
 def informative_shift(
     fixed: np.ndarray,  # `spectra` of the fixed image
     moving: np.ndarray,  # (SMALL, SMALL) uint8: the moving image, turned and scaled
@@ -161,33 +163,42 @@ def informative_shift(
     return float(values[y, x]), np.array([x, y]) - SMALL // 2
 
 
+# %% ../../nbs/10_baselines/03_intensity.ipynb #62fe7bc2
+def start_at(
+    turn: float,  # degrees by which the moving image is turned
+    scale: float,  # by which it is enlarged
+    levels1: np.ndarray,  # `small_levels` of the moving image
+    spectra0: np.ndarray,  # `spectra` of the fixed image
+    least: float,  # px that both must see
+) -> tuple[float, np.ndarray]:  # nats, and fixed -> moving (3, 3) between the small images
+    "The best of all shifts for one rotation and scale."
+    move = similarity(turn, scale, (0, 0), centre(levels1.shape))
+    flags = cv2.INTER_NEAREST | cv2.WARP_INVERSE_MAP
+    seen = cv2.warpAffine(levels1, move[:2], levels1.shape, flags=flags, borderValue=LEVELS)
+    value, shift = informative_shift(spectra0, seen, least)
+    return value, move @ translation(shift)
+
+
 # %% ../../nbs/10_baselines/03_intensity.ipynb #b9fea6d4
 def starts(
-    fixed,  # Prepared
-    moving,  # Prepared
+    fixed: Prepared,
+    moving: Prepared,
     count: int,  # wanted
 ) -> list:  # of (3, 3) fixed -> moving, prepared pixels; the most informative first
     "The best shift of every rotation and scale, and of these the best."
     levels0, to_small0 = small_levels(fixed)
     levels1, to_small1 = small_levels(moving)
     spectra0, least = spectra(levels0), max(50, 0.25 * (levels0 < LEVELS).sum())
-    found = []
-    for scale in SCALES:
-        for turn in TURNS:
-            move = similarity(turn, scale, (0, 0), centre(levels1.shape))
-            flags = cv2.INTER_NEAREST | cv2.WARP_INVERSE_MAP
-            seen = cv2.warpAffine(levels1, move[:2], levels1.shape, flags=flags, borderValue=LEVELS)
-            value, shift = informative_shift(spectra0, seen, least)
-            shifted = move @ translation(shift)
-            found.append((value, invert(to_small1) @ shifted @ to_small0))
+    found = [start_at(turn, scale, levels1, spectra0, least) for scale in SCALES for turn in TURNS]
     found.sort(key=lambda candidate: -candidate[0])
-    return [matrix for value, matrix in found[:count] if np.isfinite(value)]
+    to_moving = invert(to_small1)
+    return [to_moving @ small @ to_small0 for value, small in found[:count] if np.isfinite(value)]
 
 
 # %% ../../nbs/10_baselines/03_intensity.ipynb #5fe7b2b1
 def as_itk(
     matrix: np.ndarray,  # (3, 3) fixed -> moving
-):  # SimpleITK affine transform
+) -> object:  # SimpleITK affine transform
     "A matrix as a transform that can be optimised."
     transform = toolkit().AffineTransform(2)
     transform.SetMatrix(matrix[:2, :2].ravel().tolist())
@@ -195,8 +206,9 @@ def as_itk(
     return transform
 
 
+# %% ../../nbs/10_baselines/03_intensity.ipynb #6420902b
 def as_matrix(
-    transform,  # SimpleITK affine transform
+    transform: object,  # SimpleITK affine transform
 ) -> np.ndarray:  # (3, 3)
     "The matrix of a transform, whatever its centre is."
     linear = np.reshape(transform.GetMatrix(), (2, 2))
@@ -207,8 +219,8 @@ def as_matrix(
 
 # %% ../../nbs/10_baselines/03_intensity.ipynb #eaf1c0e5
 def climb(
-    fixed,  # Prepared
-    moving,  # Prepared
+    fixed: Prepared,
+    moving: Prepared,
     start: np.ndarray,  # (3, 3) fixed -> moving
     shrinks: tuple,  # shrink factors, coarse to fine
     steps: int,  # at most, at each of them
@@ -234,8 +246,8 @@ TRIED, KEPT = 12, 3  # starts that begin to climb, and that climb to the end
 
 
 def best_affine(
-    fixed,  # Prepared
-    moving,  # Prepared
+    fixed: Prepared,
+    moving: Prepared,
 ) -> tuple[float, np.ndarray]:  # mutual information, and fixed -> moving (3, 3) in prepared pixels
     "The highest summit that is found from all starts."
     first = [climb(fixed, moving, start, (4,), 25, 0.5) for start in starts(fixed, moving, TRIED)]
@@ -246,8 +258,8 @@ def best_affine(
 
 # %% ../../nbs/10_baselines/03_intensity.ipynb #cc1c893d
 def affine_or_reason(
-    fixed,  # Prepared
-    moving,  # Prepared
+    fixed: Prepared,
+    moving: Prepared,
 ) -> tuple[float, np.ndarray, str]:  # mutual information, (3, 3) fixed -> moving, why there is none
     "The affine of the highest mutual information; the reason is empty where there is one."
     if not fixed.image.any() or not moving.image.any():
@@ -257,16 +269,7 @@ def affine_or_reason(
     return information, matrix, "no start led anywhere" if lost else ""
 
 
-# %% ../../nbs/10_baselines/03_intensity.ipynb #408a8c09
-def in_files(
-    fixed,  # Prepared
-    moving,  # Prepared
-    fixed_to_moving: PointMap,  # prepared pixels
-) -> PointMap:  # moving -> fixed, original pixels
-    "A map between prepared images as a map between the files."
-    return moving.to_prepared.then(fixed_to_moving.inverse()).then(fixed.to_prepared.inverse())
-
-
+# %% ../../nbs/10_baselines/03_intensity.ipynb #dd3043c9
 def estimate_mutual_information(
     fixed: np.ndarray,  # (H, W) or (H, W, 3), uint8 or uint16
     moving: np.ndarray,  # the same of any size
@@ -284,8 +287,8 @@ MESH = (6, 6)  # cells of the spline
 
 
 def spline_on_top(
-    fixed,  # Prepared
-    moving,  # Prepared
+    fixed: Prepared,
+    moving: Prepared,
     affine: np.ndarray,  # (3, 3) fixed -> moving, prepared pixels
 ) -> tuple[float, np.ndarray]:  # mutual information, displacement (H, W, 2) px
     "What a spline adds to the affine: displacements of pixels of the fixed image before the affine."
@@ -304,6 +307,7 @@ def spline_on_top(
     return -method.GetMetricValue(), sitk.GetArrayFromImage(field)
 
 
+# %% ../../nbs/10_baselines/03_intensity.ipynb #856b4510
 def estimate_spline(
     fixed: np.ndarray,  # (H, W) or (H, W, 3), uint8 or uint16
     moving: np.ndarray,  # the same of any size
@@ -319,6 +323,17 @@ def estimate_spline(
         return Answer(in_files(picture0, picture1, Affine(matrix)), support=float(information))
     whole = DenseMap(displacement).then(Affine(matrix))
     return Answer(in_files(picture0, picture1, whole), support=float(bent))
+
+
+# %% ../../nbs/10_baselines/03_intensity.ipynb #101d5ea3
+def lattice(
+    size: tuple,  # (height, width)
+) -> np.ndarray:  # (h, w, 2) px
+    "Points such that resizing what is known there gives every pixel its own."
+    height, width = (max(2, round(length / LATTICE)) for length in size)
+    x = (np.arange(width) + 0.5) * size[1] / width - 0.5
+    y = (np.arange(height) + 0.5) * size[0] / height - 0.5
+    return np.stack(np.meshgrid(x, y), -1)
 
 
 # %% ../../nbs/10_baselines/03_intensity.ipynb #592795c5
@@ -338,13 +353,3 @@ def estimate_ants(
     displacement = (there[["x", "y"]].to_numpy() - points.reshape(-1, 2)).reshape(points.shape)
     dense = cv2.resize(np.float32(displacement), picture0.image.shape[::-1], interpolation=cv2.INTER_LINEAR)
     return Answer(in_files(picture0, picture1, DenseMap(dense)))
-
-
-def lattice(
-    size: tuple,  # (height, width)
-) -> np.ndarray:  # (h, w, 2) px
-    "Points such that resizing what is known there gives every pixel its own."
-    height, width = (max(2, round(length / LATTICE)) for length in size)
-    x = (np.arange(width) + 0.5) * size[1] / width - 0.5
-    y = (np.arange(height) + 0.5) * size[0] / height - 0.5
-    return np.stack(np.meshgrid(x, y), -1)

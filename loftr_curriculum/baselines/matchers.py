@@ -33,7 +33,7 @@ from .protocol import Answer, Estimate
 
 # %% ../../nbs/10_baselines/09_matchers.ipynb #d3035f93
 def registration_system(
-    matcher,  # as in `registration.register`; None: the packaged weights
+    matcher: object | None,  # as in `registration.register`; None: the packaged weights
 ) -> Estimate:
     "The registration with a matcher."
 
@@ -46,6 +46,7 @@ def registration_system(
     return estimate
 
 
+# %% ../../nbs/10_baselines/09_matchers.ipynb #688904df
 def ours_system(
     path: str | None = None,  # weights; None: those that ship with the package
 ) -> Estimate:
@@ -53,6 +54,7 @@ def ours_system(
     return registration_system(load_matcher(path) if path else None)
 
 
+# %% ../../nbs/10_baselines/09_matchers.ipynb #f71299de
 def budget_system(
     path: str,  # file of `train_baseline`
     system: str = "ours",  # whose training it is
@@ -66,6 +68,7 @@ def budget_system(
     return registration_system(matcher.eval())
 
 
+# %% ../../nbs/10_baselines/09_matchers.ipynb #c9317c0a
 def unguided_system(
     path: str,  # file of `train_baseline ours-v2.1`
 ) -> Estimate:
@@ -77,8 +80,9 @@ def unguided_system(
 LONG_SIDE = 640  # px: that of LoFTR's training
 
 
+# %% ../../nbs/10_baselines/09_matchers.ipynb #a05202cf
 def match_prepared(
-    matcher,  # object with `match`, of `model`
+    matcher: object,  # object with `match`, of `model`
     fixed: np.ndarray,  # (H, W) or (H, W, 3), uint8 or uint16
     moving: np.ndarray,  # the same of any size
 ) -> tuple[np.ndarray, np.ndarray]:  # points (N, 2) of the fixed and of the moving image, px
@@ -92,6 +96,7 @@ def match_prepared(
     return tuple(picture.to_prepared.inverse()(points) for picture, points in sides)
 
 
+# %% ../../nbs/10_baselines/09_matchers.ipynb #933f5786
 def loftr_system(
     weights: str = "outdoor",  # a name that kornia knows, or a file in its format
 ) -> Estimate:
@@ -116,6 +121,7 @@ def as_rgb_tensor(
     return torch.from_numpy(np.ascontiguousarray(planes.transpose(2, 0, 1)))
 
 
+# %% ../../nbs/10_baselines/09_matchers.ipynb #48aff863
 def vismatch_system(
     name: str,  # of a matcher that vismatch knows, such as xfeat
 ) -> Estimate:

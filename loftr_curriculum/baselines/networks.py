@@ -21,12 +21,12 @@ import numpy as np
 import torch
 
 from ..data.preprocess import Prepared, prepare
-from ..geometry import Affine
+from ..geometry import Affine, PointMap
 from ..io.files import FileError
 from .budget import LEARNERS, read_state
-from .fractmorph import local_correlation, warp_by_flow
-from .protocol import Answer, DenseMap, Estimate
-from .regression import in_pixels
+from .fractmorph import FractMorph, local_correlation, warp_by_flow
+from .protocol import Answer, DenseMap, Estimate, in_files
+from .regression import AffineRegression, in_pixels
 
 
 # %% ../../nbs/10_baselines/08_networks.ipynb #0d8eafbd
@@ -56,7 +56,7 @@ def similarity_under(
 
 # %% ../../nbs/10_baselines/08_networks.ipynb #91d095a8
 def flow_of(
-    network,  # FractMorph
+    network: FractMorph,
     square0: tuple,  # of `in_square`, the fixed image
     square1: tuple,  # of the moving image
 ) -> torch.Tensor:  # (1, 2, S, S) px
@@ -64,8 +64,9 @@ def flow_of(
     return network(square0[0], square1[0])
 
 
+# %% ../../nbs/10_baselines/08_networks.ipynb #a45e90a7
 def flow_of_affine(
-    network,  # AffineRegression
+    network: AffineRegression,
     square0: tuple,  # of `in_square`, the fixed image
     square1: tuple,  # of the moving image
 ) -> torch.Tensor:  # (1, 2, S, S) px
@@ -82,10 +83,11 @@ def flow_of_affine(
 FLOWS = {"fractmorph": flow_of, "regression": flow_of_affine}
 
 
+# %% ../../nbs/10_baselines/08_networks.ipynb #5cfaeb38
 def as_map(
     flow: np.ndarray,  # (S, S, 2) px
     straight: bool,  # is it an affine?
-):  # PointMap, fixed -> moving
+) -> PointMap:  # PointMap, fixed -> moving
     "A displacement as a map."
     if not straight:
         return DenseMap(flow)
@@ -126,17 +128,18 @@ def network_system(
         found = as_map(flow[0].permute(1, 2, 0).numpy(), system == "regression")
         if found.matrix is not None and abs(np.linalg.det(found.matrix)) < 1e-3:
             return Answer(None, "a map that cannot be inverted")
-        whole = picture1.to_prepared.then(found.inverse()).then(picture0.to_prepared.inverse())
-        return Answer(whole, support=support)
+        return Answer(in_files(picture0, picture1, found), support=support)
 
     return estimate
 
 
+# %% ../../nbs/10_baselines/08_networks.ipynb #9df7de92
 def fractmorph_system(path: str) -> Estimate:
     "FractMorph as a system, from a file of `train_baseline`."
     return network_system(path, "fractmorph")
 
 
+# %% ../../nbs/10_baselines/08_networks.ipynb #2577e98d
 def regression_system(path: str) -> Estimate:
     "The affine regression as a system, from a file of `train_baseline`."
     return network_system(path, "regression")

@@ -11,6 +11,7 @@ __all__ = [
     "DenseInverse",
     "read_dense",
     "read_dense_inverse",
+    "in_files",
 ]
 
 # %% ../../nbs/10_baselines/01_protocol.ipynb #a445dd79
@@ -19,6 +20,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ..data.preprocess import Prepared
 from ..geometry import PointMap
 from ..geometry.maps import reads
 
@@ -33,11 +35,12 @@ class Answer:
     support: float = 0.0  # what the system itself counts for its answer: more is surer
     verdict: str | None = None  # ok, doubtful or failed, where the system gives one
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.point_map is None and not self.reason:
             raise ValueError("expected a map, or a reason why there is none")
 
 
+# %% ../../nbs/10_baselines/01_protocol.ipynb #908eb453
 Estimate = Callable[[np.ndarray, np.ndarray], Answer]
 
 
@@ -54,15 +57,15 @@ class DenseMap(PointMap):
 
     model = "dense"
 
-    def __call__(self, points):
+    def __call__(self, points: np.ndarray) -> np.ndarray:
         points = np.asarray(points, float)
         flat = points.reshape(-1, 2)
         return (flat + displacement_at(self.displacement, flat)).reshape(points.shape)
 
-    def inverse(self):
+    def inverse(self) -> PointMap:
         return DenseInverse(self)
 
-    def to_dict(self):
+    def to_dict(self) -> dict:
         return {"model": self.model, "displacement": self.displacement.tolist()}
 
 
@@ -91,7 +94,7 @@ class DenseInverse(PointMap):
 
     model = "dense-inverse"
 
-    def __call__(self, points):
+    def __call__(self, points: np.ndarray) -> np.ndarray:
         points = np.asarray(points, float)
         target = points.reshape(-1, 2)
         found = target
@@ -103,16 +106,16 @@ class DenseInverse(PointMap):
                 break
         return found.reshape(points.shape)
 
-    def inverse(self):
+    def inverse(self) -> DenseMap:
         return self.of
 
-    def to_dict(self):
+    def to_dict(self) -> dict:
         return {"model": self.model, "of": self.of.to_dict()}
 
 
 # %% ../../nbs/10_baselines/01_protocol.ipynb #117d952a
 @reads("dense")
-def read_dense(values):
+def read_dense(values: dict) -> DenseMap:
     "A map of displacements from its dict."
     displacement = np.asarray(values["displacement"], np.float32)
     if displacement.ndim != 3 or displacement.shape[2] != 2 or not np.isfinite(displacement).all():
@@ -120,7 +123,18 @@ def read_dense(values):
     return DenseMap(displacement)
 
 
+# %% ../../nbs/10_baselines/01_protocol.ipynb #28edaf7a
 @reads("dense-inverse")
-def read_dense_inverse(values):
+def read_dense_inverse(values: dict) -> DenseInverse:
     "The inverse of a map of displacements from its dict."
     return DenseInverse(read_dense(values["of"]))
+
+
+# %% ../../nbs/10_baselines/01_protocol.ipynb #408a8c09
+def in_files(
+    fixed: Prepared,
+    moving: Prepared,
+    fixed_to_moving: PointMap,  # prepared pixels
+) -> PointMap:  # moving -> fixed, original pixels
+    "A map between prepared images as a map between the files."
+    return moving.to_prepared.then(fixed_to_moving.inverse()).then(fixed.to_prepared.inverse())

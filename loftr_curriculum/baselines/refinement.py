@@ -13,6 +13,7 @@ from ..data.preprocess import prepare
 from ..geometry import PointMap
 from ..registration.frames import make_frame
 from ..registration.patches import compare, displacements
+from .fractmorph import FractMorph
 from .networks import flow_of, in_square, load_network
 from .protocol import DenseMap
 
@@ -38,7 +39,7 @@ def left_over(
 
 # %% ../../nbs/10_baselines/13_refinement.ipynb #06f056c0
 def refined_map(
-    network,  # FractMorph in evaluation mode
+    network: FractMorph,  # FractMorph in evaluation mode
     side: int,  # px of its squares
     fixed: np.ndarray,  # (H, W) or (H, W, 3)
     moving: np.ndarray,  # of any size

@@ -9,6 +9,7 @@ __all__ = ["AffineRegression", "normalising", "in_pixels", "grid_points", "affin
 import torch
 from torch import nn
 
+from ..data.batch import PairBatch
 from .fractmorph import layer
 
 
@@ -73,9 +74,10 @@ def grid_points(
     return torch.stack([x.flatten(), y.flatten(), torch.ones(count * count)])
 
 
+# %% ../../nbs/10_baselines/06_regression.ipynb #08245ab3
 def affine_loss(
     network: AffineRegression,
-    batch,  # PairBatch
+    batch: PairBatch,
 ) -> torch.Tensor:  # ()
     "Mean distance from the true places, in half sides."
     found = network(batch.image0, batch.image1)

@@ -16,7 +16,7 @@ from ..registration.estimate import estimate_transform
 
 # %% ../../nbs/10_baselines/00_sift.ipynb #6955ccfe
 def describe(
-    image,  # (H, W) or (H, W, 3), uint8 or uint16
+    image: np.ndarray,  # (H, W) or (H, W, 3), uint8 or uint16
     features: int,  # key points kept, the strongest
 ) -> tuple[np.ndarray, np.ndarray]:  # points (N, 2) px, root-normalised descriptors (N, 128) float32
     "SIFT features inside the field of view of the equalised grey image."
@@ -45,8 +45,8 @@ def match_words(
 
 # %% ../../nbs/10_baselines/00_sift.ipynb #07221cc4
 def register(
-    fixed,  # (H, W) or (H, W, 3) image
-    moving,  # (H, W) or (H, W, 3) image of the same eye
+    fixed: np.ndarray,  # (H, W) or (H, W, 3) image
+    moving: np.ndarray,  # (H, W) or (H, W, 3) image of the same eye
     features: int = 4000,  # key points in each image
     ratio: float = 0.85,  # a match must be this much nearer than the second nearest
     least: int = 8,  # inliers: with fewer there is no answer

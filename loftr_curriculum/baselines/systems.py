@@ -81,6 +81,7 @@ def check_system(
     return system
 
 
+# %% ../../nbs/10_baselines/11_systems.ipynb #d288c610
 def make_system(
     text: str,  # name, or name:argument
 ) -> Estimate:

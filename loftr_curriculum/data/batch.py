@@ -15,7 +15,7 @@ from torch.utils.data import default_collate
 
 # %% ../../nbs/04_data/05a_batch.ipynb #75c8b2ea
 def change_tensors(
-    holder: "TensorFields",  # TensorFields
+    holder: "TensorFields",
     change: Callable[[torch.Tensor], torch.Tensor],  # function of a tensor
 ) -> "TensorFields":  # of the same type
     "The same with every tensor changed."
@@ -36,7 +36,7 @@ class TensorFields:
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         return {name: value for name, value in values.items() if torch.is_tensor(value)}
 
-    def to(self, device: torch.device | str, **options) -> "TensorFields":
+    def to(self, device: torch.device | str, **options: object) -> "TensorFields":
         "The same on another device; options are those of `Tensor.to`."
         if torch.device(device).type == "cuda":
             options.setdefault("non_blocking", True)

@@ -69,7 +69,7 @@ class DataConfig:
     seed: int = 0  # chooses the training pairs, not the validation pairs
     on_device: bool = False  # cut and randomise generated training pairs in batches on the training device
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check(self)
 
     @property

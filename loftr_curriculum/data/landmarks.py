@@ -49,7 +49,7 @@ from ..io.images import image_size, read_image
 from ..io.tables import read_table
 from ..io.transforms import as_matrix, load_transform
 from ..retina.config import split_mode
-from .pairs import Frame, PairSample, cut_views, make_frame
+from .pairs import AlignedPlanes, PairSample, cut_views, make_planes
 from .preprocess import to_gray
 from .triplets import (
     FIELD,
@@ -67,6 +67,7 @@ from .triplets import (
 LANDMARK_COLUMNS = ("fixed_x", "fixed_y", "moving_x", "moving_y")
 
 
+# %% ../../nbs/04_data/05_landmarks.ipynb #07618e90
 def read_landmarks(
     path: str | Path,  # CSV with the columns fixed_x, fixed_y, moving_x, moving_y, in pixels
 ) -> tuple:  # fixed points (N, 2), moving points (N, 2) float64
@@ -157,6 +158,7 @@ GEOMETRY_COLUMNS = ("moving_to_fixed", "matrix", "fixed_to_moving", "landmarks")
 WORST_FIT = 0.05  # mean residual of landmarks that is still believed, as a share of their spread
 
 
+# %% ../../nbs/04_data/05_landmarks.ipynb #13de8a38
 def parse_matrix(
     text: str,  # nine numbers, [[..],[..],[..]], or the name of a JSON file
     base: Path,  # folder that file names are relative to
@@ -328,14 +330,14 @@ def aligned(
 # %% ../../nbs/04_data/05_landmarks.ipynb #30a6e3fe
 def table_frame(
     pair: TablePair,
-) -> Frame:
+) -> AlignedPlanes:
     "The frame of one pair, in the geometry of its fixed image."
     fixed = load_plane(pair.fixed)
     reduced = Affine(resize_matrix(image_size(pair.fixed), fixed.shape))
     moving_to_frame = map_from_matrix(pair.moving_to_fixed).then(reduced)
     moving, moving_fov = aligned(to_gray(read_image(pair.moving)), moving_to_frame, fixed.shape)
     mask = mask_plane(pair.mask, pair.fixed, fixed.shape)
-    return make_frame(fixed, moving, mask, frame_fov(fixed), moving_fov)
+    return make_planes(fixed, moving, mask, frame_fov(fixed), moving_fov)
 
 
 # %% ../../nbs/04_data/05_landmarks.ipynb #5a37d54a

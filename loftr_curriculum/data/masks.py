@@ -33,6 +33,7 @@ COVER = (0.15, 0.06)  # share of the field that is at least faintly, and that is
 NOISE = 0.05  # response below which a ridge is not believed
 
 
+# %% ../../nbs/04_data/01_masks.ipynb #04c90247
 def _ridges(
     flat,  # (h, w) float32 in [-1, 1], 0 outside the field
     fov,  # (h, w) bool

@@ -27,6 +27,7 @@ __all__ = [
 import hashlib
 import json
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 
@@ -46,7 +47,7 @@ from .config import DataConfig, held_out, shares_of
 from .device import DeviceViews, RecipeBatch, collate_recipes
 from .landmarks import PairTableSource
 from .pairs import GeneratedSource, PairSample, PairSource
-from .recipe import ViewSettings, map_grid
+from .recipe import PairRecipe, ViewSettings, map_grid
 from .triplets import TripletSource
 
 
@@ -66,7 +67,7 @@ class EpochSampler(DistributedSampler):
         super().__init__(range(n), num_replicas=replicas, rank=rank, shuffle=False, drop_last=True)
         self.n, self.skip = n, 0  # skip: pairs of this process that the next pass leaves out
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[int]:
         start = self.epoch * self.n
         return iter(
             range(
@@ -83,7 +84,7 @@ class PairLoader(DataLoader):
 
     taken = ahead = 0
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator:
         self.taken, self.ahead = self.ahead, 0
         self.sampler.skip = self.taken * self.batch_size
         for batch in super().__iter__():
@@ -175,7 +176,7 @@ class TrainPairs(Dataset):
         shares = np.array([share for _, share in sources], float)
         self.edges, self.config = np.cumsum(shares) / shares.sum(), config
 
-    def __len__(self):
+    def __len__(self) -> int:
         return self.config.pairs_per_epoch
 
     def chosen(
@@ -197,7 +198,7 @@ class TrainPairs(Dataset):
         source, *how = self.chosen(g)
         return source.draw(*how)
 
-    def __getitem__(self, g):
+    def __getitem__(self, g: int) -> dict | PairRecipe:
         if self.config.on_device:
             source, *how = self.chosen(g)
             return source.recipe(*how, grain=False)
@@ -222,7 +223,7 @@ class ValPairs(Dataset):
             for k in range(b - a)
         ]
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.items)
 
     def sample(
@@ -234,7 +235,7 @@ class ValPairs(Dataset):
         rng = np.random.default_rng((SEEDS["validation"][0], k))
         return source.draw(index, rng, (self.config.size,) * 2, self.config.motion)
 
-    def __getitem__(self, k):
+    def __getitem__(self, k: int) -> dict:
         return to_tensors(self.sample(k), self.config.bends)
 
 

@@ -9,10 +9,10 @@ __all__ = [
     "RENAMED",
     "PairSample",
     "PairSource",
-    "Frame",
+    "AlignedPlanes",
     "as_bytes",
     "half_size",
-    "make_frame",
+    "make_planes",
     "view_from_level",
     "cut",
     "paint_stamp",
@@ -93,7 +93,7 @@ class PairSource(Protocol):
 
 # %% ../../nbs/04_data/03_pairs.ipynb #c38e231b
 @dataclass(frozen=True)
-class Frame:
+class AlignedPlanes:
     "Aligned planes of one eye, with a half-size level for views that shrink them."
 
     plane0: np.ndarray  # (H, W) uint8, the fixed modality
@@ -124,27 +124,28 @@ def half_size(
 
 
 # %% ../../nbs/04_data/03_pairs.ipynb #4ede80d5
-def make_frame(
+def make_planes(
     plane0: np.ndarray,  # (H, W) float in [0, 1] or uint8, the fixed modality
     plane1: np.ndarray,  # (H, W) the moving modality, aligned with it
     mask: np.ndarray,  # (H, W) soft vessel mask, float in [0, 1] or uint8
     fov0: np.ndarray = None,  # (H, W) bool, None = everything
     fov1: np.ndarray = None,  # (H, W) bool, None = everything
-) -> Frame:  # ready to be cut
-    "A frame from aligned planes of one size; raises ValueError where the sizes differ."
+) -> AlignedPlanes:  # ready to be cut
+    "Planes of one size with their half-size level; raises ValueError where the sizes differ."
     planes = [as_bytes(plane) for plane in (plane0, plane1, mask)]
     fields = [None if fov is None else np.asarray(fov).astype(np.uint8) for fov in (fov0, fov1)]
     sizes = {array.shape for array in (*planes, *fields) if array is not None}
     if len(sizes) != 1:
         raise ValueError(f"expected aligned planes of one size, got {sorted(sizes)}")
     half = tuple(half_size(plane) for plane in planes)
-    return Frame(*planes, half, *fields)
+    return AlignedPlanes(*planes, half, *fields)
 
 
 # %% ../../nbs/04_data/03_pairs.ipynb #4e54a7c4
 SHRINKS = 0.72  # views with fewer pixels than this for one of the frame are cut from the half-size level
 
 
+# %% ../../nbs/04_data/03_pairs.ipynb #81571e84
 def view_from_level(
     frame_to_view: np.ndarray,  # (3, 3)
     frame_size: tuple[int, int],  # (height, width) of the frame
@@ -228,7 +229,7 @@ def paint_view(
 
 # %% ../../nbs/04_data/03_pairs.ipynb #4e58a7c8
 def paint_vessels(
-    frame: Frame,  # aligned planes of one eye
+    frame: AlignedPlanes,  # aligned planes of one eye
     view: ViewRecipe,  # of either view
 ) -> np.ndarray:  # (H, W) float32 in [0, 1], 0 outside the field of view
     "The vessels where the view sees them."
@@ -238,7 +239,7 @@ def paint_vessels(
 
 # %% ../../nbs/04_data/03_pairs.ipynb #4e59a7c9
 def paint_pair(
-    frame: Frame,  # aligned planes of one eye
+    frame: AlignedPlanes,  # aligned planes of one eye
     recipe: PairRecipe,  # with its grain
 ) -> PairSample:
     "Two views of one frame as their recipe says."
@@ -261,7 +262,7 @@ def paint_pair(
 
 # %% ../../nbs/04_data/03_pairs.ipynb #2f673c58
 def cut_views(
-    frame: Frame,  # aligned planes of one eye
+    frame: AlignedPlanes,  # aligned planes of one eye
     rng: np.random.Generator,  # source of chance
     size: tuple[int, int],  # (height, width) of both views
     motion: Motion = Motion(),  # range of relative motion
@@ -304,11 +305,11 @@ def frame_of_world(
     bank: WorldBank,  # rendered eyes
     world: int,  # number of one of them
     mode: str,  # names the two planes
-) -> Frame:
+) -> AlignedPlanes:
     "The two planes of a mode, and the vessels."
     full, half = bank[world]
     chosen = [plane_index(name, bank.planes) for name in (*split_mode(mode), "vessels")]
-    return Frame(*(full[k] for k in chosen), tuple(half[k] for k in chosen))
+    return AlignedPlanes(*(full[k] for k in chosen), tuple(half[k] for k in chosen))
 
 
 # %% ../../nbs/04_data/03_pairs.ipynb #49170fb4
@@ -386,10 +387,13 @@ def cell_points(
 MOVED = ("draw_fov", "place_views", "view_fov", "Residual", "draw_residual", "to_fixed", "to_moving")
 MOVED += ("draw_views", "STEEPEST", "WAVES", "LENGTHS")
 RENAMED = {"CELL": "STRIDE"}
+
+# %% ../../nbs/04_data/03_pairs.ipynb #af7e963d
 __getattr__ = deprecated_names(
     __name__,
     {
         old: f"loftr_curriculum.data.recipe:{new}"
         for old, new in {**dict(zip(MOVED, MOVED)), **RENAMED}.items()
-    },
+    }
+    | {"Frame": "AlignedPlanes", "make_frame": "make_planes"},
 )

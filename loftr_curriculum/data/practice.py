@@ -16,6 +16,7 @@ __all__ = [
 ]
 
 # %% ../../nbs/04_data/08_practice.ipynb #97e018c7
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -28,7 +29,7 @@ from ..retina.config import GENERATOR_VERSION, MODES, EyeConfig, split_mode
 from ..retina.jobs import run_jobs
 from ..retina.synth import world_for
 from ..retina.world import check_settings
-from .pseudo_real import PseudoReal, pseudo_real_pair, write_raw_pair
+from .pseudo_real import PseudoReal, RawPair, pseudo_real_pair, write_raw_pair
 
 # %% ../../nbs/04_data/08_practice.ipynb #5bbfafb7
 FIRST_EYE = 50_000  # offset of the practice eyes in the report seeds
@@ -47,7 +48,7 @@ def practice_pair(
     number: int,  # of the pair, from 0
     mode: str,  # 'fixed-moving', such as 'cf-fa'
     spec: PseudoReal,  # from `practice_spec`
-):  # RawPair
+) -> RawPair:  # RawPair
     "Always the same pair for the same number, mode and specification."
     eye = FIRST_EYE + number
     return pseudo_real_pair(mode, eye, replace(spec, modes=(mode,), per_mode=eye + 1))
@@ -62,11 +63,12 @@ def practice_name(
     return f"{number:03d}_{mode}"
 
 
+# %% ../../nbs/04_data/08_practice.ipynb #6687eb0b
 def check_practice(
     count: int,  # pairs wanted
     seed: int,  # number of the first pair
     size: int,  # side of the pictures, px
-    modes,  # 'fixed-moving' names
+    modes: Sequence[str],  # 'fixed-moving' names
 ) -> None:
     "Raises ValueError for what cannot be made."
     if size < 128:
@@ -100,11 +102,11 @@ def write_table(
 
 # %% ../../nbs/04_data/08_practice.ipynb #e5192d77
 def write_practice(
-    out,  # folder to fill; made when missing
+    out: str | Path,  # folder to fill; made when missing
     count: int = 5,  # pairs
     seed: int = 0,  # number of the first pair
     size: int = 512,  # side of the pictures, px
-    modes=MODES,  # 'fixed-moving' names, taken in turn
+    modes: Sequence[str] = MODES,  # 'fixed-moving' names, taken in turn
     eye: EyeConfig = EyeConfig(),  # what the eyes look like
     workers: int = 2,  # processes
     progress: bool = True,  # show a progress bar

@@ -138,6 +138,8 @@ WIDE_SPECIFICATION = PseudoReal(
     padding=0.25,
     gaze_deg=8.0,
 )
+
+# %% ../../nbs/04_data/07_pseudo_real.ipynb #9fc2bff3
 LISTS = {spec.version: spec for spec in (SPECIFICATION, WIDE_SPECIFICATION)}
 
 

@@ -174,6 +174,7 @@ FULL = FieldShares(full=1, round=0, clipped=0, inset=0)
 MIXED = FieldShares(full=0.5, round=0.25, clipped=0.25, inset=0)
 
 
+# %% ../../nbs/04_data/02a_recipe.ipynb #5a30510e
 def draw_fov(
     rng: np.random.Generator,  # source of chance
     size: tuple[int, int],  # (height, width)
@@ -233,6 +234,7 @@ def draw_stamp(
 FIELD = (0.28, 0.9)  # least and largest side of a view, as a share of the frame's shorter side
 
 
+# %% ../../nbs/04_data/02a_recipe.ipynb #baac4e32
 def draw_zoom(
     rng: np.random.Generator,  # source of chance
     ratio: float,  # pixels of the moving view for one of the fixed view
@@ -563,6 +565,7 @@ SQUARE_MM = 3.0  # side of the smallest squares that scanners take
 LARGEST_LEAST = 0.45  # a view of half the scale must fit into the frame
 
 
+# %% ../../nbs/04_data/02a_recipe.ipynb #2443e74a
 def field_for(
     field: tuple[float, float],  # range of the side of a view, as a share of the frame's shorter side
     sphere: Sphere | None,  # of a wide eye in its frame

@@ -14,6 +14,7 @@ __all__ = [
     "choose",
     "Item",
     "same_shape",
+    "shape_or_fault",
     "decode_all",
     "find_items",
     "raise_faults",
@@ -44,13 +45,14 @@ from ..io.images import SUFFIXES, ImageError, read_image
 from ..retina.config import split_mode
 from ..retina.modality import MODALITIES
 from .masks import read_mask, vesselness
-from .pairs import Frame, PairSample, cut_views, make_frame
+from .pairs import AlignedPlanes, PairSample, cut_views, make_planes
 from .preprocess import estimate_fov, to_gray
 
 # %% ../../nbs/04_data/04_triplets.ipynb #3729f98b
 MASKS = ("seg", "vessel_mask")
 
 
+# %% ../../nbs/04_data/04_triplets.ipynb #448fccd6
 @dataclass(frozen=True)
 class CaseFile:
     "One file of a case, read off its name."
@@ -142,24 +144,27 @@ def same_shape(
     return abs(a[1] * b[0] / (a[0] * b[1]) - 1) <= ASPECT_TOLERANCE
 
 
+# %% ../../nbs/04_data/04_triplets.ipynb #07818158
+def shape_or_fault(
+    path: Path,  # image file
+) -> tuple | str:  # (height, width), or what is wrong
+    "Decode a file."
+    try:
+        return read_image(path).shape[:2]
+    except ImageError as e:
+        return str(e)
+
+
 # %% ../../nbs/04_data/04_triplets.ipynb #8b698c66
 def decode_all(
     paths: Iterable[Path],  # image files
 ) -> tuple:  # (path -> (height, width), path -> message)
     "Decode every file once: sizes of the good ones, what is wrong with the others."
-
-    def one(path):
-        try:
-            return read_image(path).shape[:2]
-        except ImageError as e:
-            return str(e)
-
     paths = list(dict.fromkeys(paths))
     with ThreadPoolExecutor(4) as pool:
-        found = dict(zip(paths, pool.map(one, paths)))
-    return {p: v for p, v in found.items() if type(v) is tuple}, {
-        p: v for p, v in found.items() if type(v) is str
-    }
+        found = dict(zip(paths, pool.map(shape_or_fault, paths)))
+    sizes = {path: said for path, said in found.items() if isinstance(said, tuple)}
+    return sizes, {path: said for path, said in found.items() if path not in sizes}
 
 
 # %% ../../nbs/04_data/04_triplets.ipynb #e5b7124b
@@ -264,7 +269,7 @@ class FrameStore:
 
     def __init__(
         self,
-        make: Callable[[Item], Frame],  # function item -> Frame
+        make: Callable[[Item], AlignedPlanes],  # function item -> AlignedPlanes
         items: list,  # list of items
         budget: int = KEEP_BYTES,  # bytes
     ):
@@ -273,7 +278,7 @@ class FrameStore:
     def __getitem__(
         self,
         index: int,  # of the item
-    ) -> Frame:
+    ) -> AlignedPlanes:
         "The frame of an item."
         if index in self.frames:
             return self.frames[index]
@@ -313,11 +318,11 @@ def mask_plane(
 # %% ../../nbs/04_data/04_triplets.ipynb #c73e788c
 def triplet_frame(
     item: Item,
-) -> Frame:
+) -> AlignedPlanes:
     "The frame of one pair; a missing mask is estimated from the fixed image."
     fixed = load_plane(item.fixed)
     moving = load_plane(item.moving, fixed.shape)
-    return make_frame(
+    return make_planes(
         fixed, moving, mask_plane(item.mask, item.fixed, fixed.shape), frame_fov(fixed), frame_fov(moving)
     )
 

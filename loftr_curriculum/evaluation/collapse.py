@@ -20,8 +20,10 @@ __all__ = [
     "coverage",
     "entropy",
     "many_to_one",
+    "share_of_thirds",
     "thirds",
     "thirds_excess",
+    "mean_radius",
     "spread",
     "vessel_share",
     "CollapseFigures",
@@ -224,6 +226,18 @@ def many_to_one(
     return float((np.linalg.norm(points0 - mean[group], axis=1) > 2 * radius / np.clip(scale, 0.5, 2)).mean())
 
 
+# %% ../../nbs/07_evaluation/01_collapse.ipynb #ce577e3e
+def share_of_thirds(
+    y: np.ndarray,  # (N,) px
+    weight: np.ndarray,  # (N,) of each
+    top: float,  # of the field that is divided, px
+    bottom: float,
+) -> np.ndarray:  # (3,) share of the weight in the top, middle and lower third
+    "How much lies in each third; 0 where nothing has weight."
+    third = np.clip((np.asarray(y, float) - top) / (bottom - top) * 3, 0, 2).astype(int)
+    return np.bincount(third, weight, minlength=3) / max(weight.sum(), 1)
+
+
 # %% ../../nbs/07_evaluation/01_collapse.ipynb #28cc85b6
 def thirds(
     points: np.ndarray,  # (N, 2) end points
@@ -232,14 +246,9 @@ def thirds(
 ) -> tuple:  # (3,) share of the points in the top, middle and lower third; (3,) share of the overlap's area
     "Where the end points lie from top to bottom, and where the overlap lies."
     _, top, _, bottom = field_box(fov)
-
-    def share(y, n):
-        return np.bincount(
-            np.clip((np.asarray(y, float) - top) / (bottom - top) * 3, 0, 2).astype(int), n, minlength=3
-        ) / max(n.sum(), 1)
-
     y, rows = np.asarray(points, float).reshape(-1, 2)[:, 1], field.sum(axis=1)
-    return share(y, np.ones(len(y))), share(np.arange(len(rows)), rows)
+    ends = share_of_thirds(y, np.ones(len(y)), top, bottom)
+    return ends, share_of_thirds(np.arange(len(rows)), rows, top, bottom)
 
 
 # %% ../../nbs/07_evaluation/01_collapse.ipynb #ee2a0214
@@ -255,6 +264,14 @@ def thirds_excess(
     return float(0.5 * np.abs(points_in - area_in).sum())
 
 
+# %% ../../nbs/07_evaluation/01_collapse.ipynb #4aa9639b
+def mean_radius(
+    points: np.ndarray,  # (N, 2) px, N >= 1
+) -> float:  # px
+    "Mean distance of points from their centre."
+    return np.linalg.norm(points - points.mean(0), axis=1).mean()
+
+
 # %% ../../nbs/07_evaluation/01_collapse.ipynb #93955c64
 def spread(
     points0: np.ndarray,  # (N, 2) start points
@@ -263,16 +280,12 @@ def spread(
     scale: float = 1.0,  # px of the moving image per px of the fixed one
 ) -> float:  # 1 is right, 0 is one point; 0 without matches
     "Spread of the end points, the transform removed, against that of the start points."
-
-    def sigma(p):
-        return np.linalg.norm(p - p.mean(0), axis=1).mean()
-
     points0, points1 = np.asarray(points0, float).reshape(-1, 2), np.asarray(points1, float).reshape(-1, 2)
     if not len(points0):
         return 0.0
     back = points1 / scale if fixed_to_moving is None else apply_transform(invert(fixed_to_moving), points1)
     back = back[np.isfinite(back).all(1)]
-    return float(sigma(back) / max(sigma(points0), 1e-9)) if len(back) else 0.0
+    return float(mean_radius(back) / max(mean_radius(points0), 1e-9)) if len(back) else 0.0
 
 
 # %% ../../nbs/07_evaluation/01_collapse.ipynb #15783ffb

@@ -4,6 +4,7 @@
 
 # %% auto #0
 __all__ = [
+    "validation_probe",
     "validation_probes",
     "between_prepared",
     "estimated_probe",
@@ -40,27 +41,25 @@ if TYPE_CHECKING:
     from ..data.module import ValPairs
 
 
+# %% ../../nbs/07_evaluation/08_probes.ipynb #bd486161
+def validation_probe(
+    pairs: "ValPairs",
+    k: int,  # number of the pair
+) -> Probe:
+    "One validation pair, to be watched."
+    s = pairs.sample(k)
+    kind = "generated" if isinstance(pairs.items[k][0], GeneratedSource) else "held-out"
+    views = (s.image0, s.image1), (s.fov0, s.fov1), (s.mask0, s.mask1)
+    return make_probe(f"{s.mode} {s.id} {k}", kind, *views, s.fixed_to_moving)
+
+
 # %% ../../nbs/07_evaluation/08_probes.ipynb #ea427915
 def validation_probes(
     pairs: "ValPairs",
     count: int,  # how many, the first ones
 ) -> list[Probe]:
     "The first validation pairs."
-    probes = []
-    for k in range(min(count, len(pairs))):
-        s = pairs.sample(k)
-        kind = "generated" if isinstance(pairs.items[k][0], GeneratedSource) else "held-out"
-        probes.append(
-            make_probe(
-                f"{s.mode} {s.id} {k}",
-                kind,
-                (s.image0, s.image1),
-                (s.fov0, s.fov1),
-                (s.mask0, s.mask1),
-                s.fixed_to_moving,
-            )
-        )
-    return probes
+    return [validation_probe(pairs, k) for k in range(min(count, len(pairs)))]
 
 
 # %% ../../nbs/07_evaluation/08_probes.ipynb #9b2e417d

@@ -28,7 +28,7 @@ class Grid:
     stride: int  # pixels a side of a cell
     offset: float | None = None  # pixels from a cell's corner to its point, in x and y; None: to its centre
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.rows < 1 or self.columns < 1 or self.stride < 1:
             raise ValueError(f"{self.rows} x {self.columns} cells of {self.stride} px: expected at least 1")
         if self.offset is None:

@@ -62,7 +62,7 @@ class PointMap(ABC):
     def to_dict(self) -> dict:
         "Plain numbers and lists that `map_from_dict` reads."
 
-    def __eq__(self, other):
+    def __eq__(self, other: object) -> bool:
         return isinstance(other, PointMap) and self.to_dict() == other.to_dict()
 
     __hash__ = None
@@ -91,22 +91,22 @@ class MatrixMap(PointMap):
 
     matrix: np.ndarray  # (3, 3) float64, read-only
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         matrix = np.array(self.matrix, float)
         check_matrix(matrix)
         matrix.flags.writeable = False
         object.__setattr__(self, "matrix", matrix)
 
-    def __array__(self, dtype=None, copy=None) -> np.ndarray:
+    def __array__(self, dtype: np.dtype | None = None, copy: bool | None = None) -> np.ndarray:
         return np.array(self.matrix, dtype)
 
     def __call__(self, points: np.ndarray) -> np.ndarray:
         return apply_transform(self.matrix, np.asarray(points, float))
 
-    def __eq__(self, other):
+    def __eq__(self, other: object) -> bool:
         return type(other) is type(self) and np.array_equal(other.matrix, self.matrix)
 
-    def __hash__(self):
+    def __hash__(self) -> int:
         return hash((type(self), self.matrix.tobytes()))
 
     def inverse(self) -> "MatrixMap":
@@ -149,7 +149,7 @@ class Affine(MatrixMap):
 
     model = "affine"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         if not np.array_equal(self.matrix[2], (0, 0, 1)):
             raise ValueError(f"expected the last row (0, 0, 1) of an {self.model}, got {self.matrix[2]}")
@@ -161,7 +161,7 @@ class Similarity(Affine):
 
     model = "similarity"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         (a, b), (c, d) = self.matrix[:2, :2]
         if not np.allclose((a, b), (d, -c), atol=1e-6 * max(1.0, abs(a), abs(b))):

@@ -14,8 +14,8 @@ from importlib import import_module
 
 # %% ../../nbs/02_io/03_deprecated.ipynb #d890eae0
 def deprecated_names(
-    module,  # name of the module that had the old names, `__name__`
-    names,  # dict: old name -> new name in the same module, or "module:name"
+    module: str,  # name of the module that had the old names, `__name__`
+    names: dict[str, str],  # dict: old name -> new name in the same module, or "module:name"
 ) -> Callable:  # the module's `__getattr__`
     "Answers old names with the new objects and a DeprecationWarning; AttributeError for any other name."
 

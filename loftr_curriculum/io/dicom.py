@@ -61,8 +61,9 @@ COMPRESSED_COLOURS = ("YBR_PARTIAL_420", "YBR_ICT", "YBR_RCT")
 DEFLATED = "1.2.840.10008.1.2.1.99"
 
 
+# %% ../../nbs/02_io/05_dicom.ipynb #fb6a62a7
 def need_pydicom(
-    path,  # of the file, for the error
+    path: str | Path,  # of the file, for the error
 ) -> None:
     "ImageError that names the extra where pydicom is missing."
     if importlib.util.find_spec("pydicom") is None:
@@ -86,7 +87,7 @@ class DicomImage:
 # %% ../../nbs/02_io/05_dicom.ipynb #76ecabed
 def syntax_of(
     file: Path,
-):  # pydicom UID
+) -> str:  # pydicom UID
     "The transfer syntax: how numbers and pixels are written."
     from pydicom.filereader import read_file_meta_info
 
@@ -116,7 +117,7 @@ def read_dataset(
 
 # %% ../../nbs/02_io/05_dicom.ipynb #9092aab9
 def whole_number(
-    dataset,  # pydicom's
+    dataset: object,  # pydicom's
     name: str,  # DICOM keyword
     default: int = 0,  # where it is missing
 ) -> int:
@@ -127,7 +128,7 @@ def whole_number(
 
 # %% ../../nbs/02_io/05_dicom.ipynb #c9fc403b
 def check_kind(
-    dataset,  # pydicom's
+    dataset: object,  # pydicom's
     file: Path,  # for the error
 ) -> None:
     "ImageError for images of a kind that is not supported."
@@ -274,7 +275,7 @@ def wrapped_frame(
 
 # %% ../../nbs/02_io/05_dicom.ipynb #a9873beb
 def check_decoder(
-    syntax,  # pydicom UID
+    syntax: str,  # pydicom UID
     file: Path,  # for the error
 ) -> None:
     "ImageError that names what is missing where nothing here can decode the compression."
@@ -346,7 +347,7 @@ def decode_dicom(
 # %% ../../nbs/02_io/05_dicom.ipynb #5fb0cb86
 def pixels_of(
     values: np.ndarray,  # (H, W[, 3]) as stored
-    dataset,  # pydicom's
+    dataset: object,  # pydicom's
 ) -> np.ndarray:  # (H, W) or (H, W, 3) RGB, uint8 or uint16
     "Values as grey or colour."
     from pydicom.pixels import apply_color_lut
@@ -367,7 +368,7 @@ SIDES = ("Laterality", "ImageLaterality", "FrameLaterality")
 
 
 def facts_of_group(
-    group,  # pydicom dataset
+    group: object,  # pydicom dataset
 ) -> dict:  # spacing_mm, laterality: those that it states
     "What one group of the header says."
     facts = {}
@@ -399,7 +400,7 @@ def groups_of(
 
 # %% ../../nbs/02_io/05_dicom.ipynb #b55e5a21
 def spacing_of(
-    values,  # what the header says
+    values: object,  # what the header says
 ) -> list | None:  # mm between rows, mm between columns
     "Two positive numbers, or None."
     try:

@@ -187,7 +187,7 @@ MATCH_COLUMNS = ("fixed_x", "fixed_y", "moving_x", "moving_y", "confidence", "ag
 
 def save_matches_table(
     path: str | Path,  # .csv file to write, atomically
-    matches,  # with points0, points1 (N, 2) px, confidence (N,) and inliers (N,) bool
+    matches: object,  # with points0, points1 (N, 2) px, confidence (N,) and inliers (N,) bool
 ) -> None:
     "Write matches as a table; agrees is 1 where a match agrees with the answer."
     rows = np.c_[matches.points0, matches.points1, matches.confidence]

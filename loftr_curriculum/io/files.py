@@ -22,6 +22,7 @@ import math
 import os
 import re
 import uuid
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -41,8 +42,8 @@ class ImageError(FileError):
 # %% ../../nbs/02_io/00_files.ipynb #341e9490
 @contextmanager
 def atomic_path(
-    path,  # where the finished file shall be; missing folders are made
-):
+    path: str | Path,  # where the finished file shall be; missing folders are made
+) -> Iterator[Path]:
     """Context manager that yields a temporary path beside `path`, with the same suffix.
 
     On success the file is renamed to `path` and has the mode of an ordinary new file.
@@ -81,9 +82,9 @@ def _plain(
 
 # %% ../../nbs/02_io/00_files.ipynb #36bfcd88
 def write_json(
-    path,  # file to write, atomically
-    value,  # dicts, sequences, NumPy arrays and scalars, paths, enums
-):
+    path: str | Path,  # file to write, atomically
+    value: object,  # dicts, sequences, NumPy arrays and scalars, paths, enums
+) -> None:
     "Write `value` as indented JSON; numbers that are not finite become null."
     with atomic_path(path) as temporary:
         temporary.write_text(json.dumps(_plain(value), indent=1, allow_nan=False) + "\n", encoding="utf-8")
@@ -91,7 +92,7 @@ def write_json(
 
 # %% ../../nbs/02_io/00_files.ipynb #b26e0ebd
 def read_bytes(
-    path,  # file to read
+    path: str | Path,  # file to read
     most: int | None = None,  # bytes; None: any number
 ) -> bytes:
     "The file's content; FileError that names it where it is no file, cannot be read, is empty or too large."
@@ -115,8 +116,8 @@ def read_bytes(
 
 # %% ../../nbs/02_io/00_files.ipynb #475b5f9e
 def read_json(
-    path,  # file to read
-):
+    path: str | Path,  # file to read
+) -> object:
     "The parsed JSON; raises FileError that names the file and the place of the fault."
     data = read_bytes(path)
     try:

@@ -58,6 +58,7 @@ MAGIC = (  # format, offset, bytes; DICOM first: its preamble may be that of a T
 )
 
 
+# %% ../../nbs/02_io/00b_headers.ipynb #71a3edae
 def format_of(
     data: bytes,  # of a file
 ) -> str | None:  # as in `MAGIC`; None: none of them
@@ -102,6 +103,7 @@ FRAMES = {*range(0xC0, 0xD0), 0xF7} - {0xC4, 0xC8, 0xCC}  # frame headers of all
 ALONE = {0x01, *range(0xD0, 0xD9)}  # markers without content
 
 
+# %% ../../nbs/02_io/00b_headers.ipynb #0f35e6c7
 def jpeg_segments(
     data: bytes,  # of a JPEG file
 ) -> list:  # of (marker, start of the content, its end), up to the first scan
@@ -139,6 +141,7 @@ def jpeg_header(
 MOST_CHUNKS = 100_000
 
 
+# %% ../../nbs/02_io/00b_headers.ipynb #6017a587
 def png_chunks(
     data: bytes,  # of a PNG file
 ) -> dict:  # letters -> content of the first such chunk, pixels left out
@@ -290,6 +293,7 @@ READERS = {
 }
 
 
+# %% ../../nbs/02_io/00b_headers.ipynb #8a036b6a
 def read_header(
     data: bytes,  # of a file in one of the formats of `READERS`
 ) -> Header | None:  # None where it does not say its size

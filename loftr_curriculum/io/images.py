@@ -31,6 +31,7 @@ __all__ = [
 
 # %% ../../nbs/02_io/01_images.ipynb #7c76f0d6
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -47,7 +48,7 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff")  # that are written, and l
 
 # %% ../../nbs/02_io/01_images.ipynb #ef56f9ba
 def limit_from(
-    environment,  # mapping of names to texts
+    environment: Mapping[str, str],  # mapping of names to texts
     default: int,  # pixels
 ) -> int:
     "The limit that the environment sets; the default where it sets none or no positive number."
@@ -67,7 +68,7 @@ def most_bytes() -> int:
 # %% ../../nbs/02_io/01_images.ipynb #ce5c210b
 def refuse_giants(
     size: tuple,  # (height, width)
-    path,  # of the file, for the error
+    path: str | Path,  # of the file, for the error
 ) -> None:
     "ImageError for more than `MOST_PIXELS` pixels."
     if size[0] * size[1] > MOST_PIXELS:
@@ -301,9 +302,9 @@ def with_frame(
 
 # %% ../../nbs/02_io/01_images.ipynb #57adbb9f
 def write_image(
-    path,  # file to write, atomically; .png, .jpg, .jpeg, .tif or .tiff
-    image,  # (H, W) or (H, W, 3) RGB, uint8 or uint16 (JPEG: uint8); bool is written as 0 and 255
-):
+    path: str | Path,  # file to write, atomically; .png, .jpg, .jpeg, .tif or .tiff
+    image: np.ndarray,  # (H, W) or (H, W, 3) RGB, uint8 or uint16 (JPEG: uint8); bool is written as 0 and 255
+) -> None:
     "Write an image in the format of the suffix; raises ImageError for what the format cannot hold."
     path, image = Path(path), np.asarray(image)
     suffix = path.suffix.lower()

@@ -81,7 +81,7 @@ DEEP = ("I;16", "I;16B", "I;16L", "I;16N", "I")  # PIL's modes of more than 8 bi
 
 
 def array_of_pil(
-    image,  # PIL image
+    image: object,  # PIL image
     name: str,  # how the error calls it
 ) -> np.ndarray:  # (H, W), (H, W, 3) or (H, W, 4)
     "The pixels of a PIL image."
@@ -99,7 +99,7 @@ def array_of_pil(
 
 # %% ../../nbs/02_io/07_inputs.ipynb #3696c8d9
 def array_of_tensor(
-    image,  # torch tensor
+    image: object,  # torch tensor
     name: str,  # how the error calls it
 ) -> np.ndarray:  # (H, W) or (H, W, C)
     "The values of a tensor (C, H, W) or (H, W)."
@@ -114,7 +114,7 @@ def array_of_tensor(
 
 # %% ../../nbs/02_io/07_inputs.ipynb #ca52b727
 def is_a(
-    value,  # anything
+    value: object,  # anything
     module: str,  # that has the class
     name: str,  # of the class
 ) -> bool:
@@ -124,7 +124,7 @@ def is_a(
 
 # %% ../../nbs/02_io/07_inputs.ipynb #628c8f35
 def as_picture(
-    image,  # path, NumPy array, PIL image or torch tensor, see the table above
+    image: object,  # path, NumPy array, PIL image or torch tensor, see the table above
     name: str,  # how an error calls what is no file: "fixed" or "moving"
 ) -> Picture:
     "An image in any form; raises ImageError (a ValueError) that says what was expected."

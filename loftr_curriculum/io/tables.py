@@ -17,6 +17,8 @@ __all__ = [
 import csv
 import io
 import re
+from collections.abc import Iterable
+from pathlib import Path
 
 from .files import FileError, read_bytes
 
@@ -42,7 +44,7 @@ def encoding_of(
 
 # %% ../../nbs/02_io/06_tables.ipynb #02c2abfd
 def read_text(
-    path,  # text file
+    path: str | Path,  # text file
 ) -> str:
     "The text of a file in UTF-8, UTF-16 or Windows-1252; FileError where it is none of these."
     data = read_bytes(path)
@@ -79,9 +81,9 @@ def plain_name(
 
 # %% ../../nbs/02_io/06_tables.ipynb #ec2d1f11
 def check_header(
-    path,  # of the table, for the error
+    path: str | Path,  # of the table, for the error
     names: list,  # plain names of its columns
-    needed,  # column names that must exist
+    needed: Iterable[str],  # column names that must exist
     header: str,  # the line as it was found
 ) -> None:
     "FileError, with the header as it was found, where a needed column is missing or stands there twice."
@@ -96,8 +98,8 @@ def check_header(
 
 # %% ../../nbs/02_io/06_tables.ipynb #d7ea6744
 def read_table(
-    path,  # CSV file with a header line; comma, semicolon or tab
-    needed,  # column names that must exist, in lower case
+    path: str | Path,  # CSV file with a header line; comma, semicolon or tab
+    needed: Iterable[str],  # column names that must exist, in lower case
 ) -> list:  # of (line number, dict: column name in lower case -> text)
     "The rows of a table; raises FileError where it is missing or lacks a column."
     text, skipped = skip_separator_line(read_text(path))

@@ -38,6 +38,7 @@ __all__ = [
 import hashlib
 import struct
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
@@ -157,7 +158,7 @@ def number_of(
 def directories_of(
     data: bytes,  # of the file
     layout: Layout,
-    name,  # of the file, for the error
+    name: str | Path,  # of the file, for the error
 ) -> list:  # of Directory
     "All directories of a TIFF; ImageError where the chain is cut, overlaps or has no end."
     chain, walked = [], 0
@@ -189,6 +190,7 @@ LOOKS = (WIDTH, HEIGHT, BITS, 259, 262, 277, 284, 317, 320, ORIENTATION)
 REDUCED, MASK = 1, 4  # bits of tag 254
 
 
+# %% ../../nbs/02_io/00a_tiff.ipynb #7eff7ea8
 @dataclass(frozen=True)
 class Page:
     "What the tags say of a page."
@@ -247,7 +249,7 @@ def describe_page(
 # %% ../../nbs/02_io/00a_tiff.ipynb #f26c4dec
 def pages_of(
     data: bytes,  # of a TIFF
-    name,  # of the file, for the error
+    name: str | Path,  # of the file, for the error
 ) -> list:  # of Page, thumbnails and masks left out
     "The pages of a TIFF or BigTIFF; ImageError where one of them is damaged or cut short."
     layout = layout_of(data)
@@ -303,7 +305,7 @@ def all_alike(
 def choose_page(
     data: bytes,  # of a TIFF
     number: int | None,  # counted from 0; None: nobody chose
-    name,  # of the file, for the error
+    name: str | Path,  # of the file, for the error
 ) -> Page:
     "The page that is meant; ImageError that says how to choose where there are several, or no such page."
     pages = pages_of(data, name)

@@ -21,6 +21,7 @@ __all__ = [
 # %% ../../nbs/02_io/02_transforms.ipynb #3019a1aa
 import platform
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -66,8 +67,8 @@ class TransformRecord:
 
 # %% ../../nbs/02_io/02_transforms.ipynb #dd839a59
 def as_matrix(
-    value,  # what should be a 3x3 matrix
-    name,  # what the error calls it: the file
+    value: object,  # what should be a 3x3 matrix
+    name: object,  # what the error calls it: the file
 ) -> np.ndarray:  # (3, 3) float64
     "A finite, invertible 3x3 matrix; raises FileError."
     try:
@@ -115,9 +116,9 @@ def map_of_record(
 
 # %% ../../nbs/02_io/02_transforms.ipynb #12c20f69
 def save_transform(
-    path,  # JSON file to write, atomically
-    record,  # TransformRecord
-):
+    path: str | Path,  # JSON file to write, atomically
+    record: TransformRecord,
+) -> None:
     "Write a transform with its direction, sizes and versions."
     if record.direction != DIRECTION:
         raise ValueError(
@@ -192,7 +193,7 @@ def refuse_itk(
 
 # %% ../../nbs/02_io/02_transforms.ipynb #98156622
 def load_transform(
-    path,  # JSON file as written by `save_transform`, or {"moving_to_fixed": 3x3}
+    path: str | Path,  # JSON file as written by `save_transform`, or {"moving_to_fixed": 3x3}
 ) -> TransformRecord:
     "The transform in a file; raises FileError that names the file and what was expected."
     refuse_itk(path)
@@ -220,12 +221,12 @@ def load_transform(
 
 # %% ../../nbs/02_io/02_transforms.ipynb #c5de0a64
 def save_matches(
-    path,  # .npz file to write, atomically
-    points0,  # (N, 2) points of the fixed image, px
-    points1,  # (N, 2) points of the moving image, px
-    confidence,  # (N,) in (0, 1]
-    inliers=None,  # (N,) bool, None where nothing was fitted
-):
+    path: str | Path,  # .npz file to write, atomically
+    points0: np.ndarray,  # (N, 2) points of the fixed image, px
+    points1: np.ndarray,  # (N, 2) points of the moving image, px
+    confidence: np.ndarray,  # (N,) in (0, 1]
+    inliers: np.ndarray | None = None,  # (N,) bool, None where nothing was fitted
+) -> None:
     "Write matches; raises ValueError where the lengths differ."
     n = len(points0)
     arrays = {
@@ -245,7 +246,7 @@ def save_matches(
 
 # %% ../../nbs/02_io/02_transforms.ipynb #4e0edbec
 def load_matches(
-    path,  # file written by `save_matches`
+    path: str | Path,  # file written by `save_matches`
 ) -> dict:  # points0, points1 (N, 2), confidence (N,), inliers (N,) bool or None
     "Matches from a file; raises FileError that names it."
     try:

@@ -32,7 +32,7 @@ class Guidance:
     in_attention: bool = True  # Engine 1 acts on the attention logits
     in_similarity: bool = True  # Engine 1 acts on the coarse similarity
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not self.vessel_soft_lambda >= 0:
             raise ValueError(f"vessel_soft_lambda {self.vessel_soft_lambda}: expected >= 0")
         if not self.vessel_loss_weight_scaler >= 1:
@@ -108,7 +108,7 @@ class MatcherConfig:
     # reference only: positions as `indoor_new` learned them; false: as `outdoor` did
     temp_bug_fix: bool = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_variant(self)
         check_sizes(self)
 
@@ -155,7 +155,7 @@ class Matches:
     points1: np.ndarray  # (N, 2) float64, pixels (x, y) of image 1 (moving)
     confidence: np.ndarray  # (N,) float64 in (0, 1]
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         n = len(self.confidence)
         if self.points0.shape != (n, 2) or self.points1.shape != (n, 2):
             shapes = f"{self.points0.shape}, {self.points1.shape}, {self.confidence.shape}"
@@ -164,5 +164,5 @@ class Matches:
     def __len__(self) -> int:
         return len(self.confidence)
 
-    def __getitem__(self, keep) -> "Matches":  # a mask or an index array
+    def __getitem__(self, keep: np.ndarray) -> "Matches":  # a mask or an index array
         return Matches(self.points0[keep], self.points1[keep], self.confidence[keep])

@@ -64,6 +64,7 @@ def require_onnx() -> None:
         raise ImportError(f"the export needs {error.name}: pip install 'loftr_curriculum[onnx]'") from None
 
 
+# %% ../../nbs/05_model/11_export.ipynb #bb9b6b24
 def export_onnx(
     out: str | Path,  # .onnx file to write
     weights: str | None = None,  # file of weights; None: those that ship with the package

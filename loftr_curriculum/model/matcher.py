@@ -270,6 +270,8 @@ class Matcher(TwoStageMatcher):
 
 # %% ../../nbs/05_model/07_matcher.ipynb #5e560bf2
 STAGES = "loftr_curriculum.model.stages"
+
+# %% ../../nbs/05_model/07_matcher.ipynb #61ef10cf
 __getattr__ = deprecated_names(
     __name__,
     {

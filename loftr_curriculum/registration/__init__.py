@@ -49,7 +49,7 @@ _WHERE = {
 
 
 # %% ../../nbs/06_registration/15_init.ipynb #22eae4c0
-def __getattr__(name):
+def __getattr__(name: str) -> object:
     for module, names in _WHERE.items():
         if name in names:
             return getattr(import_module(f"loftr_curriculum.registration.{module}"), name)

@@ -83,7 +83,7 @@ class Samples:
     weights: np.ndarray  # (N,) >= 0
     tolerance: float  # px of the moving image within which a sample is believed
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.points)
 
 
@@ -119,6 +119,7 @@ class Model:
     stiffness: float | None = None  # penalty on the thin plates; None: there are none
 
 
+# %% ../../nbs/06_registration/06_bend.ipynb #5a6f7a74
 MODELS = (
     Model("affine", 1),
     Model("quadratic", 2),
@@ -129,6 +130,7 @@ KNOTS = 5  # along each side of the region that the samples cover
 FIT_ROUNDS = 8
 
 
+# %% ../../nbs/06_registration/06_bend.ipynb #4606b40d
 @dataclass(frozen=True)
 class Coordinates:
     "Normalised coordinates of a fit, and the knots of its thin plates."
@@ -137,7 +139,7 @@ class Coordinates:
     scale: float  # px that are 1
     knots: np.ndarray  # (K, 2) normalised
 
-    def design(self, points, model):
+    def design(self, points: np.ndarray, model: Model) -> np.ndarray:
         "Columns of a model at points: (N, 3), (N, 6) or (N, 6 + K)."
         q = (points - self.middle) / self.scale
         columns = polynomials(q, model.degree)
@@ -230,6 +232,7 @@ def gains(
     return bool(gain > STANDARD_ERRORS * error and gain > LEAST_GAIN * before.sum())
 
 
+# %% ../../nbs/06_registration/06_bend.ipynb #fb27b3ad
 def is_less(
     before: np.ndarray,  # (N,) losses of the model so far
     after: np.ndarray,  # (N,) losses of another one
@@ -322,6 +325,7 @@ BENDS = 1.5  # px at 512 px: a map that bends by more is compared once more
 LARGE = 2  # an image is large where its long side is this many times the working one
 
 
+# %% ../../nbs/06_registration/06_bend.ipynb #71246a6b
 def candidates(
     transform: str,  # of RegistrationConfig
 ) -> tuple:  # of Model

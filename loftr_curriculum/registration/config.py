@@ -35,7 +35,7 @@ class Verdict(StrEnum):
 MATCH_MODELS = ("affine", "similarity", "homography")  # what matches alone can determine
 TRANSFORMS = ("auto", *MATCH_MODELS, "quadratic", "flow")
 
-
+# %% ../../nbs/06_registration/00_config.ipynb #b55c7f3a
 # share of pairs without a right answer that reach a probability, found on generated calibration eyes
 FALSE_ACCEPT = (
     (0.1, 0.2613),
@@ -50,8 +50,10 @@ FALSE_ACCEPT = (
     (0.0001, 0.99621),
 )
 
-
+# %% ../../nbs/06_registration/00_config.ipynb #f15836dc
 MOST_CELLS = 256  # along each side: 2 px of the working frame
+
+# %% ../../nbs/06_registration/00_config.ipynb #f35c783f
 AT_LEAST_ZERO = (
     "sure_inliers",
     "ok_inliers",
@@ -60,6 +62,8 @@ AT_LEAST_ZERO = (
     "ok_starts_px",
     "failed_agreement_px",
 )
+
+# %% ../../nbs/06_registration/00_config.ipynb #c5d1d315
 SHARES = (
     "nudge",
     "min_overlap",
@@ -116,7 +120,7 @@ class RegistrationConfig:
     check_mirrored: bool = True  # look whether a failed moving image is a mirrored one
     allow_mirrored: bool = False  # answer for a mirrored moving image instead of naming it
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.transform not in TRANSFORMS:
             raise ValueError(f"transform {self.transform!r}: expected one of {', '.join(TRANSFORMS)}")
         for name in ("long_side", "first_long_side", "retry_long_sides", "second_long_sides"):

@@ -61,6 +61,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..geometry import affine_of, map_from_dict
 from ..io.files import FileError, atomic_path, read_bytes, read_json
@@ -68,6 +69,9 @@ from ..io.transforms import TransformRecord, as_matrix
 from .config import Verdict
 from .table import COLUMNS, RESERVED, Pair
 from .verdict import columns_of
+
+if TYPE_CHECKING:
+    from .pair import Registration
 
 # %% ../../nbs/06_registration/12_journal.ipynb #f199061c
 RESULTS = "results.csv"
@@ -80,6 +84,7 @@ NEEDED = COLUMNS + ("verdict", "error") + MATRIX  # without these a table is no 
 WORDS = COLUMNS + ("verdict", "model", "reasons", "error", "pictures")  # columns that hold no numbers
 
 
+# %% ../../nbs/06_registration/12_journal.ipynb #710df1e2
 def csv_line(
     values: Iterable,  # one per field
 ) -> str:
@@ -120,7 +125,7 @@ def line_of_row(
 
 # %% ../../nbs/06_registration/12_journal.ipynb #fc2b4555
 def in_words(
-    value,  # number, text or None
+    value: object,  # number, text or None
 ) -> str:
     "A value as it stands in a cell: four digits, nothing for None."
     if value is None:
@@ -148,7 +153,7 @@ def error_row(
 # %% ../../nbs/06_registration/12_journal.ipynb #7b633103
 def result_row(
     pair: Pair,
-    result,  # Registration
+    result: "Registration",
     seconds: float,  # that it took
     memory_mb: float | None = None,  # largest so far of the process that did it
 ) -> dict:  # a value for each of FIELDS
@@ -261,9 +266,10 @@ def write_parquet(
 MAPS = "maps.jsonl"
 
 
+# %% ../../nbs/06_registration/12_journal.ipynb #12fbfc50
 def map_line(
     pair: Pair,
-    result,  # Registration, or None where the pair could not be tried
+    result: "Registration | None",  # Registration, or None where the pair could not be tried
 ) -> str:
     "One line of `maps.jsonl`."
     entry = {"id": pair.id, "map": None, "verdict": str(Verdict.FAILED), "probability": None}
@@ -306,6 +312,7 @@ def read_maps(
 TRANSFORMS = "transforms.json"
 
 
+# %% ../../nbs/06_registration/12_journal.ipynb #954fd2a0
 def verdict_of_row(
     row: dict,  # of FIELDS
 ) -> dict:

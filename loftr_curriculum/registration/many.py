@@ -26,6 +26,8 @@ __all__ = [
     "pairs_of",
     "refuse_own_files",
     "working_matcher",
+    "open_folder",
+    "write_in_order",
     "register_many",
     "own_settings",
     "shard_folders",
@@ -39,6 +41,7 @@ import json
 import re
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -79,7 +82,7 @@ from .workers import (
 
 # %% ../../nbs/06_registration/14_many.ipynb #4a56a82b
 def fingerprint(
-    matcher,  # a torch module, or any other object with `match`
+    matcher: object,  # a torch module, or any other object with `match`
 ) -> str:
     "What the weights are, as a short hash; the class alone where there are no weights."
     digest = hashlib.sha256(type(matcher).__name__.encode())
@@ -95,7 +98,7 @@ ANEW = "choose another folder, or remove it to start again"
 
 
 def settings_of(
-    matcher,
+    matcher: object,
     config: RegistrationConfig,
 ) -> dict:
     "What the rows of one batch have in common, as JSON gives it back."
@@ -193,7 +196,7 @@ def write_summary(
     out: Path,  # folder of a batch
     pairs: list,  # of Pair
     rows: dict,  # {id: dict of FIELDS}
-    pictures=None,  # has `of_batch(out, rows)`, which writes a report; None: no report
+    pictures: object | None = None,  # has `of_batch(out, rows)`, which writes a report; None: no report
 ) -> None:
     "transforms.json and the report."
     ids = ids_in_order(rows, pairs)
@@ -214,7 +217,7 @@ class Seldom:
 
     def __call__(
         self,
-        action,  # called without arguments where it is due
+        action: Callable[[], object],  # called without arguments where it is due
     ) -> None:
         start = time.monotonic()
         if start < self.due:
@@ -275,7 +278,7 @@ def answer_all(
     out: Path,  # folder of the batch
     rows: dict,  # {id: dict of FIELDS}, is added to
     progress: Progress,
-    save,  # called without arguments after every pair
+    save: Callable[[], object],  # called without arguments after every pair
     batch: int = 1,  # pairs that are handed out together
 ) -> None:
     "Write the answers down as they come."
@@ -291,6 +294,7 @@ def answer_all(
 SHARDS = "shards"
 
 
+# %% ../../nbs/06_registration/14_many.ipynb #3ecd3ff2
 @dataclass(frozen=True)
 class Shard:
     "Part `number` of `of`, counted from 1."
@@ -298,7 +302,7 @@ class Shard:
     number: int
     of: int
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not 1 <= self.number <= self.of:
             raise ValueError(f"shard {self.number}/{self.of}: expected 1/{self.of} to {self.of}/{self.of}")
 
@@ -330,7 +334,7 @@ def parse_shard(
 
 # %% ../../nbs/06_registration/14_many.ipynb #840b6bc7
 def pairs_of(
-    table,  # path of a table, or list of Pair
+    table: str | Path | list,  # path of a table, or list of Pair
 ) -> list:  # of Pair
     "The pairs; raises FileError for a faulty table."
     return check_pairs("the list of pairs", table) if isinstance(table, list) else read_batch(table)
@@ -338,7 +342,7 @@ def pairs_of(
 
 # %% ../../nbs/06_registration/14_many.ipynb #fbfa4dbe
 def refuse_own_files(
-    table,  # path of a table, or list of Pair
+    table: str | Path | list,  # path of a table, or list of Pair
     out: Path,  # folder of the batch
 ) -> None:
     "FileError where the table lies where the batch writes."
@@ -348,8 +352,8 @@ def refuse_own_files(
 
 # %% ../../nbs/06_registration/14_many.ipynb #3b6d5ae9
 def working_matcher(
-    matcher,  # as in `register`; None: the packaged weights
-):
+    matcher: object | None,  # as in `register`; None: the packaged weights
+) -> object:
     "The matcher of a batch; ValueError in training mode."
     matcher = matcher or shipped_matcher()
     if getattr(matcher, "training", False):
@@ -357,12 +361,41 @@ def working_matcher(
     return matcher
 
 
+# %% ../../nbs/06_registration/14_many.ipynb #48777d80
+def open_folder(
+    out: Path,  # folder of a batch
+    settings: dict,  # of this batch
+    pairs: list,  # of Pair
+    pictures: object | None,  # as in `register_many`
+) -> dict:  # {id: dict of FIELDS}: what was done before
+    "Make the folder ready, or find out that it may go on; FileError where it holds something else."
+    remove_unfinished(out, (SETTINGS, RESULTS, TRANSFORMS, MAPS))
+    start_folder(out, settings, pairs)
+    if pictures is not None:
+        pictures.refuse_foreign(out)
+    return mend_folder(out)
+
+
+# %% ../../nbs/06_registration/14_many.ipynb #333afe6a
+def write_in_order(
+    out: Path,  # folder of a batch
+    pairs: list,  # of Pair
+    rows: dict,  # {id: dict of FIELDS}
+    parquet: bool,  # write results.parquet, too
+) -> None:
+    "The journal once more, in the order of the table."
+    ordered = [rows[id] for id in ids_in_order(rows, pairs) if id in rows]
+    write_results(out / RESULTS, ordered)
+    if parquet:
+        write_parquet(out / PARQUET, ordered)
+
+
 # %% ../../nbs/06_registration/14_many.ipynb #c6fd638c
 def register_many(
     table: str | Path | list,  # table with the columns id, fixed, moving; paths relative to it; or Pairs
     out: str | Path,  # folder for transforms.json, maps.jsonl, results.csv and settings.json
     *,
-    matcher=None,  # as in `register`; None: the weights that ship with the package
+    matcher: object | None = None,  # as in `register`; None: the weights that ship with the package
     config: RegistrationConfig | None = None,  # None: its defaults
     progress: bool = True,  # show a progress bar
     save_every: float = 60.0,  # seconds between two writings of transforms.json
@@ -370,7 +403,7 @@ def register_many(
     batch: int = 1,  # pairs that a process registers side by side, for a GPU
     scheduler: str | None = None,  # address of a Dask scheduler whose workers do it; None: this machine
     shard: Shard | None = None,  # the part of the table that is done; None: all of it
-    pictures=None,  # a `BatchPictures` of the room `report`; None: no pictures and no report.html
+    pictures: object | None = None,  # a `BatchPictures` of the room `report`; None: no report.html
     parquet: bool = False,  # also write results.parquet at the end; needs pyarrow
 ) -> dict:  # number of pairs by verdict, and `unreadable`; together all pairs
     """Register every pair of a table.
@@ -392,11 +425,7 @@ def register_many(
         pairs, out = shard.part(pairs), shard.folder(out)
     matcher = working_matcher(matcher)
     with end_in_order(), only_run(out):
-        remove_unfinished(out, (SETTINGS, RESULTS, TRANSFORMS, MAPS))
-        start_folder(out, settings_of(matcher, config), pairs)
-        if pictures is not None:
-            pictures.refuse_foreign(out)
-        rows = mend_folder(out)
+        rows = open_folder(out, settings_of(matcher, config), pairs, pictures)
         refuse_other_files(out, rows, pairs)
         todo = [pair for pair in pairs if pair.id not in rows or rows[pair.id]["error"]]
         waiting = {pair.id for pair in todo}
@@ -414,10 +443,7 @@ def register_many(
                     answer_all(crew, todo, out, rows, shown, lambda: seldom(save), batch)
         finally:
             save()
-        ordered = [rows[id] for id in ids_in_order(rows, pairs)]
-        write_results(out / RESULTS, ordered)
-        if parquet:
-            write_parquet(out / PARQUET, ordered)
+        write_in_order(out, pairs, rows, parquet)
         return count_pairs(rows, [pair.id for pair in pairs])
 
 
@@ -463,7 +489,7 @@ def append_lines(
 def merge_shards(
     table: str | Path | list,  # as in `register_many`, the whole table
     out: str | Path,  # folder of the whole batch
-    pictures=None,  # as in `register_many`
+    pictures: object | None = None,  # as in `register_many`
     parquet: bool = False,  # as in `register_many`
 ) -> dict:  # number of pairs by verdict, `unreadable`, and `missing` where a shard is not done
     "Make one batch of its shards; what is missing is done by `register_many` without a shard."
@@ -473,19 +499,12 @@ def merge_shards(
     refuse_own_files(table, out)
     folders = shard_folders(out)
     with end_in_order(), only_run(out):
-        remove_unfinished(out, (SETTINGS, RESULTS, TRANSFORMS, MAPS))
-        start_folder(out, own_settings(folders[0]), pairs)
-        if pictures is not None:
-            pictures.refuse_foreign(out)
-        rows = mend_folder(out)
+        rows = open_folder(out, own_settings(folders[0]), pairs, pictures)
         for folder in folders:
             rows |= read_results(folder / RESULTS)
         refuse_other_files(out, rows, pairs)
         for name in (MAPS, PICTURES):
             append_lines(name, folders, out)
-        ordered = [rows[id] for id in ids_in_order(rows, pairs) if id in rows]
-        write_results(out / RESULTS, ordered)
-        if parquet:
-            write_parquet(out / PARQUET, ordered)
+        write_in_order(out, pairs, rows, parquet)
         write_summary(out, pairs, rows, pictures)
     return count_pairs(rows, [pair.id for pair in pairs])

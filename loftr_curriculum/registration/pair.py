@@ -70,7 +70,7 @@ class JudgedMatches(Matches):
 
     inliers: np.ndarray  # (N,) bool
 
-    def __getitem__(self, keep):  # a mask or an index array
+    def __getitem__(self, keep: np.ndarray) -> "JudgedMatches":  # a mask or an index array
         return JudgedMatches(
             self.points0[keep], self.points1[keep], self.confidence[keep], self.inliers[keep]
         )
@@ -123,7 +123,7 @@ class Registration:
             facts=facts or {},
         )
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.point_map is None and self.moving_to_fixed is not None:
             object.__setattr__(self, "point_map", map_from_matrix(self.moving_to_fixed))
 
@@ -148,7 +148,7 @@ class Registration:
             return None
         return warp_to_fixed(self.moving, self.point_map, self.fixed_size)
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         return describe(self)
 
     def _repr_html_(self):
@@ -195,7 +195,7 @@ def describe_as_html(
 
 # %% ../../nbs/06_registration/10_pair.ipynb #760118b7
 @lru_cache(maxsize=1)
-def shipped_matcher():
+def shipped_matcher() -> object:
     "The matcher with the packaged weights, in evaluation mode."
     from ..model.weights import load_matcher
 
@@ -228,10 +228,10 @@ class Side:
 
 # %% ../../nbs/06_registration/10_pair.ipynb #cd9c1dc0
 def open_side(
-    image,  # in any form that `io.inputs.as_picture` takes, or a Side
+    image: object,  # in any form that `io.inputs.as_picture` takes, or a Side
     name: str,  # fixed or moving
     config: RegistrationConfig,
-    mask=None,  # file path or array
+    mask: str | Path | np.ndarray | None = None,  # file path or array
 ) -> Side:
     "An image with its frame; raises ImageError for what is no image."
     if isinstance(image, Side):
@@ -244,11 +244,11 @@ def open_side(
 
 # %% ../../nbs/06_registration/10_pair.ipynb #672f02ff
 def open_pair(
-    fixed,  # as in `open_side`
-    moving,  # the same
+    fixed: object,  # as in `open_side`
+    moving: object,  # the same
     config: RegistrationConfig,
-    fixed_mask=None,  # file path or array
-    moving_mask=None,  # file path or array
+    fixed_mask: str | Path | np.ndarray | None = None,  # file path or array
+    moving_mask: str | Path | np.ndarray | None = None,  # file path or array
 ) -> OpenPair:
     "Both images with their frames, one after the other; raises ImageError for what is no image."
     one = replace(open_side(fixed, "fixed", config, fixed_mask), pixels=None)
@@ -271,6 +271,7 @@ def other_eye(
     return f"the files say that the fixed image shows a {fixed} eye and the moving image a {moving} eye"
 
 
+# %% ../../nbs/06_registration/10_pair.ipynb #495c5141
 def heed_laterality(
     answer: Registration,
 ) -> Registration:
@@ -392,8 +393,8 @@ def answer_of(
 
 # %% ../../nbs/06_registration/10_pair.ipynb #a9735f96
 def check_guidance_and_masks(
-    fixed_mask,  # or None
-    moving_mask,  # or None
+    fixed_mask: object | None,  # or None
+    moving_mask: object | None,  # or None
     guidance: Guidance,
 ) -> None:
     "ValueError for masks without guidance, and for guidance without masks."
@@ -405,10 +406,10 @@ def check_guidance_and_masks(
 
 # %% ../../nbs/06_registration/10_pair.ipynb #94ded588
 def register(
-    fixed,  # file path, NumPy array, PIL image or torch tensor, see `io.inputs.as_picture`
-    moving,  # the same, of any other size
+    fixed: object,  # file path, NumPy array, PIL image or torch tensor, see `io.inputs.as_picture`
+    moving: object,  # the same, of any other size
     *,
-    matcher=None,  # object with `match(...)`, see `passes.match_views`; None: the packaged weights
+    matcher: object | None = None,  # has `match(...)`, see `passes.match_views`; None: the packaged one
     config: RegistrationConfig | None = None,  # None: its defaults
     fixed_mask: str | Path | np.ndarray | None = None,  # vessels of the fixed image; needs `guidance`
     moving_mask: str | Path | np.ndarray | None = None,  # vessels of the moving image; needs `guidance`
@@ -438,7 +439,7 @@ def register(
 def register_batch(
     pairs: list,  # of (fixed, moving), as in `register`
     *,
-    matcher=None,  # as in `register`
+    matcher: object | None = None,  # as in `register`
     config: RegistrationConfig | None = None,  # None: its defaults
     batch_size: int = 8,  # largest number of view pairs that the matcher is shown at once
 ) -> list:  # of Registration, in order

@@ -116,6 +116,7 @@ LEAST_CONTRAST = 0.06  # standard deviation of a neighbourhood that shows someth
 LARGEST_DIFFERENCE = 0.25  # of that deviation
 
 
+# %% ../../nbs/06_registration/05_patches.ipynb #71c8a62c
 def alike(
     one: np.ndarray,  # (H, W) float32 in [0, 1]
     other: np.ndarray,  # (H, W) float32 in [0, 1]
@@ -182,7 +183,7 @@ class Patches:
     surfaces: np.ndarray  # (N, 2 r + 1, 2 r + 1) float32 in [-1, 1]: [dy + r, dx + r]
     reach: int  # r, px
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.points)
 
 

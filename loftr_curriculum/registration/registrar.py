@@ -264,6 +264,7 @@ def is_unsure(
     return outcome.verdict == Verdict.FAILED or (outcome.verdict == Verdict.DOUBTFUL and by_vessels)
 
 
+# %% ../../nbs/06_registration/09_registrar.ipynb #56959f7c
 def try_mirrored(
     best: Outcome,  # of the image as it is
     fixed: Frame,
@@ -308,6 +309,7 @@ def starts(
     return [(config.first_long_side, 0), *again]
 
 
+# %% ../../nbs/06_registration/09_registrar.ipynb #cf021ff3
 def walk(
     fixed: Frame,
     moving: Frame,
@@ -330,7 +332,7 @@ def walk(
 # %% ../../nbs/06_registration/09_registrar.ipynb #59d5f4d5
 def drive(
     walk: Walk,
-    matcher,  # as in `passes.match_views`
+    matcher: object,  # as in `passes.match_views`
     guidance: Guidance = UNGUIDED,
 ) -> Outcome:
     "Run one walk; every request is a batch of one."
@@ -361,7 +363,7 @@ def in_batches(
 # %% ../../nbs/06_registration/09_registrar.ipynb #bb167e93
 def drive_many(
     walks: list,  # of Walk
-    matcher,  # as in `passes.match_views`
+    matcher: object,  # as in `passes.match_views`
     guidance: Guidance = UNGUIDED,
     batch_size: int = 8,  # largest number of view pairs that the matcher is shown at once
 ) -> list:  # of Outcome, in the order of the walks

@@ -36,7 +36,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..geometry import Affine, fit_affine
+from ..geometry import Affine, PointMap, fit_affine
 from ..io.files import FileError, atomic_path, read_json
 from ..io.transforms import TransformRecord
 from .journal import (
@@ -65,6 +65,7 @@ CLICKS = tuple(
 REVIEW_FIELDS = ("id", "decision", *CLICKS, *MATRIX)
 
 
+# %% ../../nbs/06_registration/14b_review.ipynb #1c8c8158
 @dataclass(frozen=True, eq=False)
 class Decision:
     "What somebody said of one pair."
@@ -80,6 +81,7 @@ class Decision:
 LEAST_SPAN = 0.01  # of the image's area: the triangle of the points
 
 
+# %% ../../nbs/06_registration/14b_review.ipynb #87771f59
 def check_span(
     points: np.ndarray,  # (3, 2)
     size: tuple,  # (height, width)
@@ -215,7 +217,7 @@ class Review:
         row = self.rows[id]
         return Pair(id, row["fixed"], row["moving"], self.folder).files
 
-    def map(self, id: str):
+    def map(self, id: str) -> PointMap | None:
         "The corrected map where there is one, else the machine's; None where there is neither."
         decision = self.decisions.get(id)
         corrected = decision is not None and decision.matrix is not None

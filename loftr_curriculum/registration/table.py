@@ -155,7 +155,7 @@ def check_pairs(
 
 # %% ../../nbs/06_registration/11_table.ipynb #01b1ebe6
 def read_batch(
-    path,  # table with the columns id, fixed, moving; paths relative to it
+    path: str | Path,  # table with the columns id, fixed, moving; paths relative to it
 ) -> list:  # of Pair
     "The pairs of a table; raises FileError (a ValueError) that lists every fault of it."
     pairs, faults, seen = [], [], {}

@@ -34,6 +34,7 @@ from .verdict import CLOSES
 PAIRS = ("oct_to_cf", "fa_to_cf", "fa_to_oct")  # moving_to_fixed
 
 
+# %% ../../nbs/06_registration/14a_triplet.ipynb #bdddc8b8
 @dataclass(frozen=True)
 class Triplet:
     "The answers for three images of one eye."
@@ -186,11 +187,11 @@ def judge_triplet(
 
 # %% ../../nbs/06_registration/14a_triplet.ipynb #c5b4afe7
 def register_triplet(
-    cf,  # photograph, in any form that `register` takes
-    oct,  # OCT en-face image of the same eye
-    fa,  # angiogram of the same eye
+    cf: object,  # photograph, in any form that `register` takes
+    oct: object,  # OCT en-face image of the same eye
+    fa: object,  # angiogram of the same eye
     *,
-    matcher=None,  # as in `register`
+    matcher: object | None = None,  # as in `register`
     config: RegistrationConfig | None = None,  # None: its defaults
 ) -> Triplet:
     """Register OCT and angiogram onto the photograph, and the angiogram onto the OCT.

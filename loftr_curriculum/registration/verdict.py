@@ -70,11 +70,11 @@ class Evidence:
         "Name -> number."
         return asdict(self)
 
-    def __getitem__(self, name):
+    def __getitem__(self, name: str) -> object:
         warnings.warn(f"evidence[{name!r}]: use evidence.{name}", DeprecationWarning, stacklevel=2)
         return getattr(self, name)
 
-    def get(self, name, default=None):
+    def get(self, name: str, default: object = None) -> object:
         "As of a dict, for programs of before."
         warnings.warn(f"evidence.get({name!r}): use evidence.{name}", DeprecationWarning, stacklevel=2)
         value = getattr(self, name, None)
@@ -128,7 +128,7 @@ def gather_evidence(
     fixed: Frame,
     moving: Frame,
     config: RegistrationConfig,
-    **known,  # further fields of Evidence
+    **known: object,  # further fields of Evidence
 ) -> Evidence:
     "What the matches of a pass say about its map."
     counts = {"matches": len(last.matches), "binned": len(last.kept)}
@@ -155,6 +155,7 @@ def gather_evidence(
 AT_LEAST, AT_MOST = 1, -1
 
 
+# %% ../../nbs/06_registration/08_verdict.ipynb #6dd886c2
 @dataclass(frozen=True)
 class Criterion:
     "One question to the evidence."
@@ -198,6 +199,7 @@ def unconfirmed(
     return evidence.agreement_px is not None and evidence.agreement_px > config.ok_agreement_px
 
 
+# %% ../../nbs/06_registration/08_verdict.ipynb #006006ab
 def repeats_itself(
     evidence: Evidence,
     config: RegistrationConfig,
@@ -206,6 +208,7 @@ def repeats_itself(
     return unconfirmed(evidence, config) and evidence.straight_px < 0.5 * evidence.agreement_px
 
 
+# %% ../../nbs/06_registration/08_verdict.ipynb #12c9f6d9
 def few_and_unconfirmed(
     evidence: Evidence,
     config: RegistrationConfig,
@@ -221,9 +224,11 @@ DIFFER = (
 )
 LOST = "the second pass found no transform"
 
+# %% ../../nbs/06_registration/08_verdict.ipynb #65c452ac
 APART = "distance of the last two answers, px at 512 px"
 RIGHT = "probability that the answer is right, by its vessels"
 
+# %% ../../nbs/06_registration/08_verdict.ipynb #3ba480c4
 CRITERIA = (
     Criterion(
         name="enough to exclude chance",
@@ -367,6 +372,7 @@ ABOUT = (
 )  # no criterion of their own, kept for the reader
 
 
+# %% ../../nbs/06_registration/08_verdict.ipynb #ea2e456e
 def columns_of(
     criteria: tuple = CRITERIA,  # of Criterion
 ) -> tuple:  # names of fields of Evidence, each once, in the order of Evidence

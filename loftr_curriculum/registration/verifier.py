@@ -30,6 +30,7 @@ NEAR = 3.0  # px of the comparison frame, 4 px at 512
 DIRECTIONS = 8  # in which the overlap is halved, to find a side that disagrees
 
 
+# %% ../../nbs/06_registration/07_verifier.ipynb #1962bc3b
 @dataclass(frozen=True)
 class VesselAgreement:
     "What the patches say about an answer."
@@ -107,6 +108,7 @@ class Curve:
     offset: float
 
 
+# %% ../../nbs/06_registration/07_verifier.ipynb #ea03637a
 def numbers_of(
     agreement: VesselAgreement,
 ) -> dict:  # name -> number
@@ -131,6 +133,7 @@ CURVE = Curve(
 )
 
 
+# %% ../../nbs/06_registration/07_verifier.ipynb #4ae458a1
 def probability(
     agreement: VesselAgreement,
     curve: Curve = CURVE,

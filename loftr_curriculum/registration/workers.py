@@ -77,7 +77,7 @@ from ..io.lock import later
 from ..model.matcher import KeptMaps, keep_maps
 from .config import RegistrationConfig
 from .journal import Answer, error_row, map_line, result_row
-from .pair import Side, open_side, register, register_batch
+from .pair import Registration, Side, open_side, register, register_batch
 from .table import Pair
 
 
@@ -114,7 +114,7 @@ class LastFixed:
     def __init__(self):
         self.stamp, self.side, self.maps = None, None, KeptMaps()
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple:
         return LastFixed, ()
 
     def open(self, path: Path, config: RegistrationConfig) -> Side:
@@ -153,7 +153,7 @@ class Job:
 def finished(
     job: Job,
     pair: Pair,
-    result,  # Registration
+    result: Registration,
     fixed: Side,
     seconds: float,  # that it took
 ) -> Answer:
@@ -228,7 +228,7 @@ THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")  # read
 
 
 @contextmanager
-def one_thread():
+def one_thread() -> Iterator[None]:
     "Context manager: one thread in this process, and in those that it starts meanwhile."
     before = {name: os.environ.get(name) for name in THREADS}
     torch_threads, cv2_threads = torch.get_num_threads(), cv2.getNumThreads()
@@ -302,10 +302,10 @@ class Crew(ABC):
 
     slots: int = 1  # lots that may be under way at once
 
-    def __enter__(self):
+    def __enter__(self) -> "Crew":
         return self
 
-    def __exit__(self, *error):
+    def __exit__(self, *error: object) -> None:
         return None
 
     @abstractmethod
@@ -341,8 +341,9 @@ def leave_with_parent() -> None:
 ENDING = {getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)}
 
 
+# %% ../../nbs/06_registration/13_workers.ipynb #989aaaf6
 @contextmanager
-def born_deaf():
+def born_deaf() -> Iterator[None]:
     "Processes that are started inside hear no signal that ends a run until `hear`; nor does this thread."
     if not hasattr(signal, "pthread_sigmask"):  # Windows
         yield
@@ -397,7 +398,7 @@ class LocalProcesses(Crew):
         spawn = multiprocessing.get_context("spawn")
         self.pool = ProcessPoolExecutor(self.workers, spawn, start_worker, self.start)
 
-    def __enter__(self):
+    def __enter__(self) -> "LocalProcesses":
         try:
             with later(), born_deaf():
                 first, *_ = [self.pool.submit(say_ready) for _ in range(self.workers)]
@@ -412,7 +413,7 @@ class LocalProcesses(Crew):
             raise
         return self
 
-    def __exit__(self, *error):
+    def __exit__(self, *error: object) -> None:
         self.pool.shutdown(cancel_futures=True)
 
     def submit(self, lot: tuple) -> Future:
@@ -429,7 +430,7 @@ PATIENCE = 20  # seconds that a scheduler may take to answer
 
 def dask_client(
     address: str,  # of a scheduler, such as tcp://10.0.0.1:8786
-):
+) -> object:
     "A client of a scheduler that runs; ValueError where none answers, or where Dask is not installed."
     try:
         from distributed import Client
@@ -462,7 +463,7 @@ class DaskWorkers(Crew):
         "Two lots a thread, so that no worker waits; a few where no worker has joined yet."
         return 4 + 2 * sum(self.client.nthreads().values())
 
-    def __exit__(self, *error):
+    def __exit__(self, *error: object) -> None:
         self.executor.shutdown(wait=False)
         if self.client.status == "running":
             self.client.unregister_worker_plugin(self.key)
@@ -478,7 +479,7 @@ class DaskWorkers(Crew):
 def job_plugin(
     key: str,  # of the batch
     job: bytes,  # pickled Job
-):
+) -> object:
     "What gets a Dask worker ready, whenever it joins."
     from distributed import WorkerPlugin
 
@@ -522,6 +523,7 @@ def make_crew(
 DIED = RuntimeError("the process that tried it died, perhaps for lack of memory")
 
 
+# %% ../../nbs/06_registration/13_workers.ipynb #e1a897bf
 def answers_of(
     future: Future,  # done
     lot: tuple,  # of Pair

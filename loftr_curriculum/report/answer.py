@@ -9,6 +9,7 @@ __all__ = ["COLOURS", "verdict_line", "panels_of", "draw_answer"]
 import textwrap
 
 import numpy as np
+from matplotlib.figure import Figure
 
 from ..geometry import resize_image
 from ..registration.pair import Registration
@@ -20,6 +21,7 @@ from .registration import draw_checkerboard
 COLOURS = {"ok": "#1a7f37", "doubtful": "#9a6700", "failed": "#b42318"}  # of the verdicts
 
 
+# %% ../../nbs/08_report/06_answer.ipynb #48e077a2
 def verdict_line(
     result: Registration,
 ) -> str:
@@ -53,7 +55,7 @@ def draw_answer(
     moving: np.ndarray,  # (H1, W1[, 3])
     height: int = 300,  # px of every picture
     note: str = "",  # goes behind the verdict
-):  # Figure
+) -> Figure:  # Figure
     "Fixed, moving, overlay and squares in a row, captions above, the verdict below."
     panels = panels_of(result, fixed, moving)
     widths = [round(image.shape[1] * height / image.shape[0]) for image in panels.values()]

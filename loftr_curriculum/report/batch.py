@@ -39,6 +39,7 @@ from ..io.files import FileError, atomic_path, refuse_to_overwrite
 from ..io.images import write_image
 from ..registration.frames import open_image
 from ..registration.journal import PICTURES
+from ..registration.pair import Registration
 from ..registration.table import Pair
 from .page import HEAD, TITLE, doubt, page_parts
 from .plots import for_display, in_colour, save_figure
@@ -77,7 +78,7 @@ def small_pair(
 # %% ../../nbs/08_report/05_batch.ipynb #be1f6025
 def pictures_line(
     pair: Pair,
-    result,  # Registration
+    result: Registration,
     fixed: np.ndarray,  # (H0, W0[, 3])
     moving: np.ndarray,  # (H1, W1[, 3])
 ) -> str:
@@ -90,7 +91,7 @@ def pictures_line(
 
 # %% ../../nbs/08_report/05_batch.ipynb #5fa11e1a
 def draw_overlay(
-    result,  # Registration with a transform
+    result: Registration,  # Registration with a transform
     fixed: np.ndarray,  # (H, W[, 3])
     long_side: int = 1024,  # px at most
 ) -> np.ndarray:  # (h, w, 3) uint8
@@ -121,7 +122,7 @@ def check_saved(
 def write_pair(
     folder: Path,  # of one pair, made where it is missing
     names: tuple,  # some of SAVED
-    result,  # Registration
+    result: Registration,
     fixed: np.ndarray,
     moving: np.ndarray,
 ) -> None:
@@ -145,6 +146,7 @@ REPORT = "report.html"
 MOST_BYTES = 120_000_000  # of pictures in the page
 
 
+# %% ../../nbs/08_report/05_batch.ipynb #c2b2f498
 def places_of_lines(
     path: Path,  # pictures.jsonl
 ) -> dict:  # {id: (offset, length) in bytes}, the last line of an id counts
@@ -214,7 +216,7 @@ class BatchPictures:
     out: Path  # folder of the whole batch; the pairs' folders lie in it
     save: tuple = ()  # some of SAVED: files in a folder for every pair
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_saved(self.save)
         object.__setattr__(self, "out", Path(self.out).absolute())
 
@@ -222,7 +224,7 @@ class BatchPictures:
         "The pair's folder, relative to the batch's; empty where nothing is saved."
         return f"{FOLDER}/{pair.name}" if self.save else ""
 
-    def of_pair(self, pair: Pair, result, fixed: np.ndarray | None = None) -> str:
+    def of_pair(self, pair: Pair, result: Registration, fixed: np.ndarray | None = None) -> str:
         "Write the pair's files; its line of pictures.jsonl. The fixed image is read where it is not given."
         fixed = open_image(pair.files[0], "fixed") if fixed is None else fixed
         moving = open_image(pair.files[1], "moving") if result.moving is None else result.moving

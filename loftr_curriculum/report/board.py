@@ -26,6 +26,7 @@ __all__ = [
 # %% ../../nbs/08_report/07_board.ipynb #7f64ff72
 import json
 import os
+from collections.abc import Callable
 from html import escape
 
 import cv2
@@ -58,6 +59,7 @@ ABOVE = {
 }
 
 
+# %% ../../nbs/08_report/07_board.ipynb #32999de8
 def stacked(
     below: np.ndarray,  # (h, w[, 3]) uint8
     above: np.ndarray,  # (h, w[, 3]) uint8
@@ -98,7 +100,7 @@ class Clicked:
     def __init__(
         self,
         name: str,  # fixed or moving
-        changed,  # called without arguments after a click
+        changed: Callable[[], object],  # called without arguments after a click
     ):
         self.name, self.changed, self.points = name, changed, []
         self.widget = widgets.Image(format="png")
@@ -164,7 +166,7 @@ def in_words(
 # %% ../../nbs/08_report/07_board.ipynb #90aaa368
 def button(
     text: str,
-    action,  # called without arguments
+    action: Callable[[], object],  # called without arguments
 ) -> widgets.Button:
     "A button that acts."
     made = widgets.Button(description=text)
@@ -173,7 +175,7 @@ def button(
 
 
 # %% ../../nbs/08_report/07_board.ipynb #596f7ce4
-def controls(board) -> widgets.HBox:
+def controls(board: "Board") -> widgets.HBox:
     "The row of buttons."
     made = {
         "accept": lambda: board.decide(ACCEPTED),
@@ -226,7 +228,7 @@ class Board:
         "Forget the clicks."
         self.open(self.id)
 
-    def decide(self, decision: str, **more) -> None:
+    def decide(self, decision: str, **more: object) -> None:
         "Keep a decision and go on to the next pair that has none."
         if self.id is not None:
             self.review.decide(Decision(self.id, decision, **more))

@@ -273,6 +273,7 @@ HEAD = """<!doctype html>
 </header>
 """
 
+# %% ../../nbs/08_report/04_page.ipynb #e5457afc
 BODY = """<table>
 <thead><tr>
 <th><button data-by="doubt">most doubtful first</button></th>

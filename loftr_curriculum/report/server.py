@@ -31,6 +31,7 @@ from ..io.files import write_json
 CELL = "from loftr_curriculum.report.board import board_as_told\n\nboard_as_told()"
 
 
+# %% ../../nbs/08_report/08_server.ipynb #ee976c49
 def write_notebook(
     folder: Path,
 ) -> Path:

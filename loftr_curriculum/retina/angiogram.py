@@ -351,6 +351,6 @@ def render_fa(
 LATE = (0.6, 1.0)  # phases of a late angiogram
 
 
-def render_late(*eye) -> tuple[np.ndarray, dict]:  # (S, S) uint8, and what was drawn
+def render_late(*eye: object) -> tuple[np.ndarray, dict]:  # (S, S) uint8, and what was drawn
     "A late angiogram; takes what `render_fa` takes."
     return render_fa(*eye, times=LATE)

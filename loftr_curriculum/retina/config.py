@@ -132,7 +132,7 @@ class EyeConfig:
     # wide eyes: least and largest field, degrees at the centre of the eye, in 20..200; None: flat, field_deg
     fields: tuple[float, float] | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.size < 128 or self.size % 2:
             raise ValueError(f"size must be an even number of at least 128 px, got {self.size}")
         if not 30 <= self.field_deg <= 110:
@@ -193,7 +193,7 @@ class Amounts:
     quality: tuple[int, int] = (20, 70)  # of JPEG, the second excluded
     light: tuple[float, float] = (-0.4, 0.2)  # logarithm of the factor at the end
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name, value in vars(self).items():
             if isinstance(value, tuple) and not value[0] <= value[1]:
                 raise ValueError(f"{name} must rise from lowest to highest, got {value}")

@@ -88,7 +88,7 @@ class Modality:
 def draw_with(
     module: str,  # of this room
     function: str,  # in that module
-    *eye,  # (rng, anatomy, vessels, config, common)
+    *eye: object,  # (rng, anatomy, vessels, config, common)
 ) -> tuple[np.ndarray, dict]:  # picture (S, S[, 3]) uint8, and what it shows
     "Load a renderer and draw."
     return getattr(import_module(f"loftr_curriculum.retina.{module}"), function)(*eye)

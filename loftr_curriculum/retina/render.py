@@ -65,6 +65,7 @@ class Visibility:
 SHARP = (0.45, 1.0)  # least and largest factor on the widths that matter
 
 
+# %% ../../nbs/03_retina/05_render.ipynb #5b5955e5
 def visibility_in(
     anatomy: Anatomy,  # landmarks
 ) -> Visibility:
@@ -233,6 +234,8 @@ MOVED = {
     "angiogram": ("render_fa",),
     "oct": ("mosaic", "render_oct", "render_octa"),
 }
+
+# %% ../../nbs/03_retina/05_render.ipynb #957e3d38
 __getattr__ = deprecated_names(
     __name__,
     {name: f"loftr_curriculum.retina.{module}:{name}" for module, names in MOVED.items() for name in names},

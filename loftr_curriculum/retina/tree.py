@@ -242,6 +242,8 @@ ARTERIES = System(
     calibre=(135, 16),
     least=(0.55, 1.0),
 )
+
+# %% ../../nbs/03_retina/01_tree.ipynb #f30a6337
 VEINS = System(
     artery=False,
     near=1.0,
@@ -346,6 +348,7 @@ def trunk_curves(
 LEAST_RIM = 1.7  # disc-to-fovea lengths to the rim of the field, from which on trunks go on
 
 
+# %% ../../nbs/03_retina/01_tree.ipynb #d476d653
 def rim_of(
     anatomy: Anatomy,  # of a wide eye
 ) -> float:  # disc-to-fovea lengths

@@ -316,7 +316,7 @@ class WorldBank:
             self._planes[seed] = tuple(np.load(file, mmap_mode="r") for file in files)
         return self._planes[seed]
 
-    def __getstate__(self):
+    def __getstate__(self) -> dict:
         "Memory-mapped worlds do not travel with the bank; the other process maps them again."
         return {**self.__dict__, "_planes": {} if self.folder is not None else self._planes}
 

@@ -141,7 +141,7 @@ class Settings:
     warmup: int = 40  # steps, at most a tenth of the run
     real_side: int = 256  # long side of real pairs, px
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check(self)
 
 
@@ -655,8 +655,12 @@ CONTRASTS = {  # what the difference is due to -> (arm, arm that it is compared 
     "weaning by the index instead of the calendar": ("v2.2-adaptive", "v2.2"),
     "nothing but a uniform weight": ("control-uniform", "v2.1"),
 }
+
+# %% ../../nbs/11_studies/13_ablation.ipynb #537d1125
 # chosen before the runs; what the conclusions speak of
 CHOSEN = ("index, pseudo-real", "inliers, pseudo-real", "landmark AUC@20, real")
+
+# %% ../../nbs/11_studies/13_ablation.ipynb #d407da5f
 MEASURES = {  # name -> (kind of pairs or "landmarks", figure, +1 where more is better)
     "index, generated": ("generated", "collapse_index", -1),
     "index, pseudo-real": ("pseudo-real", "collapse_index", -1),

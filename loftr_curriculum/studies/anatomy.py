@@ -826,6 +826,8 @@ def _about(value, source):
 
 # %% ../../nbs/11_studies/01_anatomy.ipynb #3c722a68
 GOLDENBERG = "Goldenberg et al., Retina 33 (2013) 1888"
+
+# %% ../../nbs/11_studies/01_anatomy.ipynb #e55921e4
 PUBLISHED = {
     "disc_fovea_mm": _around(4.76, 0.34, "PMC4577126"),
     "disc_fovea_dd": _around(2.65, 0.30, "PMC4577126"),

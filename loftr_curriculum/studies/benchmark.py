@@ -33,15 +33,18 @@ __all__ = [
     "watch_parent",
     "in_own_process",
     "predict",
-    "read_rows",
     "error_of",
+    "read_rows",
     "errors_in",
+    "intervals",
     "figures",
+    "figures_of_bin",
     "by_motion",
     "strangers_called_ok",
     "score_benchmark",
     "trainings_of",
     "run_benchmark",
+    "words_of",
     "table_rows",
     "stranger_rows",
     "tables_of",
@@ -68,13 +71,14 @@ from threading import Thread
 import cv2
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 from tqdm.auto import tqdm
 
 from ..baselines.budget import summary
-from ..baselines.protocol import Answer
+from ..baselines.protocol import Answer, Estimate
 from ..baselines.systems import SYSTEMS, check_system, make_system
 from ..data.landmarks import read_landmark_set
-from ..data.pairs import GeneratedSource
+from ..data.pairs import GeneratedSource, PairSample
 from ..data.pseudo_real import pseudo_real_pairs
 from ..evaluation.metrics import at_512, auc, mauc25
 from ..geometry import Motion, decompose, overlap
@@ -127,6 +131,7 @@ DEFORM = (0.0, 3.0, 6.0)  # px at 512, largest rms residual
 SIDE = 512  # px of generated images
 
 
+# %% ../../nbs/11_studies/16_benchmark.ipynb #bafe5d5f
 def generated_bank(
     folder: Path,  # of the benchmark
 ) -> WorldBank:
@@ -135,10 +140,11 @@ def generated_bank(
     return WorldBank(seeds, EyeConfig(size=1024), folder / "worlds", 1, False)
 
 
+# %% ../../nbs/11_studies/16_benchmark.ipynb #211e99dd
 def generated_sample(
     bank: WorldBank,
     k: int,  # number of the pair
-):  # PairSample
+) -> PairSample:  # PairSample
     "A generated pair, always the same one."
     source = GeneratedSource(bank, MODES, 0.7, deform=DEFORM[k % len(DEFORM)])
     return source.draw(k, np.random.default_rng((3, k)), (SIDE, SIDE), Motion())
@@ -160,6 +166,7 @@ def generated_cases(
         yield Case("generated", f"{k:04d}", sample.id, pair.fixed, pair.moving, *points, facts)
 
 
+# %% ../../nbs/11_studies/16_benchmark.ipynb #167925b6
 def stranger_cases(
     n: int,  # pairs
     folder: Path,  # of the benchmark
@@ -187,6 +194,7 @@ def listed_cases(
         yield Case("pseudo-real", pair.id, pair.id, pair.fixed, pair.moving, *points, facts)
 
 
+# %% ../../nbs/11_studies/16_benchmark.ipynb #72e50524
 def folder_cases(
     source: str,  # folder of pairs with landmarks
     n: int,  # pairs, the first ones
@@ -198,9 +206,11 @@ def folder_cases(
         yield Case(Path(source).name, pair.id, pair.id, *images, *points, {})
 
 
+# %% ../../nbs/11_studies/16_benchmark.ipynb #2e53014e
 CASES = {"generated": generated_cases, "pseudo-real": listed_cases, "strangers": stranger_cases}
 
 
+# %% ../../nbs/11_studies/16_benchmark.ipynb #545e2b0f
 def cases_of(
     name: str,  # generated, pseudo-real, strangers, or a folder
     n: int,  # pairs
@@ -233,8 +243,9 @@ def reset_peak() -> None:
         return
 
 
+# %% ../../nbs/11_studies/16_benchmark.ipynb #64dc1500
 def ask(
-    estimate,  # of `make_system`
+    estimate: Estimate,  # of `make_system`
     case: Case,
 ) -> tuple[Answer, float, float]:  # answer, seconds, MB
     "The answer of a system, and what it cost."
@@ -247,7 +258,7 @@ def ask(
 
 # %% ../../nbs/11_studies/16_benchmark.ipynb #1e083ad8
 def prediction(
-    estimate,  # of `make_system`
+    estimate: Estimate,  # of `make_system`
     case: Case,
 ) -> dict:
     "What is kept of an answer."
@@ -276,6 +287,7 @@ def place_of(
     return folder / "pairs" / case.set / case.id
 
 
+# %% ../../nbs/11_studies/16_benchmark.ipynb #f2258d3a
 def keep_case(
     folder: Path,  # of the benchmark
     case: Case,
@@ -312,11 +324,13 @@ def answer_here(
     return prediction(HELD[system], case)
 
 
+# %% ../../nbs/11_studies/16_benchmark.ipynb #3e5c57ba
 def watch_parent() -> None:
     "End this process with the one that started it, however that ends."
     Thread(target=leave_with_parent, daemon=True).start()
 
 
+# %% ../../nbs/11_studies/16_benchmark.ipynb #04a599c7
 @contextmanager
 def in_own_process(
     system: str,  # name, or name:argument
@@ -352,10 +366,23 @@ def predict(
                     write_json(file, ask_system(case))
 
 
+# %% ../../nbs/11_studies/16_benchmark.ipynb #09372ad5
+def error_of(
+    case: dict,  # of `keep_case`
+    found: dict,  # of `prediction`
+) -> float | None:  # px at 512; None: no answer, or nothing to measure
+    "The error of a prediction."
+    if not found["points"]:
+        return None
+    away = np.linalg.norm(np.subtract(found["points"], case["fixed_points"]), axis=1)
+    return round(float(at_512(away.mean(), case["size"])), 3)
+
+
 # %% ../../nbs/11_studies/16_benchmark.ipynb #180471ab
 RIGHT = 10.0  # px at 512: an answer below is right
 
 
+# %% ../../nbs/11_studies/16_benchmark.ipynb #a7f56605
 def read_rows(
     folder: Path,  # of the benchmark
     name: str,  # of a set
@@ -373,17 +400,6 @@ def read_rows(
     return rows
 
 
-def error_of(
-    case: dict,  # of `keep_case`
-    found: dict,  # of `prediction`
-) -> float | None:  # px at 512; None: no answer, or nothing to measure
-    "The error of a prediction."
-    if not found["points"]:
-        return None
-    away = np.linalg.norm(np.subtract(found["points"], case["fixed_points"]), axis=1)
-    return round(float(at_512(away.mean(), case["size"])), 3)
-
-
 # %% ../../nbs/11_studies/16_benchmark.ipynb #ebdc7c2c
 def errors_in(
     rows: list,  # of `read_rows`
@@ -392,6 +408,22 @@ def errors_in(
     return np.array([np.inf if row["error"] is None else row["error"] for row in rows])
 
 
+# %% ../../nbs/11_studies/16_benchmark.ipynb #3f5900ad
+def intervals(
+    errors: np.ndarray,  # (N,) px at 512, inf for no answer
+    samples: list,  # of `resample`
+) -> dict:
+    "What holds 95 % of the bootstrap samples, for every figure that is compared."
+    drawn = {"right": [], "AUC@10": [], "mauc25": []}
+    for sample in samples:
+        drawn["right"].append((errors[sample] < RIGHT).mean())
+        drawn["AUC@10"].append(auc(errors[sample], 10))
+        drawn["mauc25"].append(mauc25(errors[sample]))
+    shares = (0.025, 0.975)
+    return {f"{name} interval": np.round(np.quantile(v, shares), 3).tolist() for name, v in drawn.items()}
+
+
+# %% ../../nbs/11_studies/16_benchmark.ipynb #692159cf
 def figures(
     rows: list,  # of `read_rows`
     draws: int = 1000,  # bootstrap samples of eyes
@@ -400,7 +432,7 @@ def figures(
     errors = errors_in(rows)
     samples = list(resample([row["eye"] for row in rows], draws))
     median = float(np.median(errors))
-    found = {
+    return {
         "pairs": len(rows),
         "no_answer": int(np.isinf(errors).sum()),
         "median": round(median, 2) if np.isfinite(median) else None,
@@ -409,15 +441,8 @@ def figures(
         "mauc25": round(mauc25(errors), 3),
         "seconds": round(float(np.median([row["seconds"] for row in rows])), 2),
         "memory_mb": round(float(np.median([row["memory_mb"] for row in rows])), 1),
+        **intervals(errors, samples),
     }
-    drawn = {"right": [], "AUC@10": [], "mauc25": []}
-    for sample in samples:
-        drawn["right"].append((errors[sample] < RIGHT).mean())
-        drawn["AUC@10"].append(auc(errors[sample], 10))
-        drawn["mauc25"].append(mauc25(errors[sample]))
-    for name, values in drawn.items():
-        found[f"{name} interval"] = np.round(np.quantile(values, (0.025, 0.975)), 3).tolist()
-    return found
 
 
 # %% ../../nbs/11_studies/16_benchmark.ipynb #742743be
@@ -430,6 +455,24 @@ BINS = {
 }
 
 
+# %% ../../nbs/11_studies/16_benchmark.ipynb #9b0cf543
+def figures_of_bin(
+    errors: np.ndarray,  # (N,) px at 512, inf for no answer
+    low: float,  # edges of the bin
+    high: float,
+) -> dict:
+    "The figures of the pairs in one bin."
+    median = float(np.median(errors))
+    return {
+        "from": low,
+        "to": high,
+        "pairs": len(errors),
+        "right": round(float((errors < RIGHT).mean()), 3),
+        "median": round(median, 2) if np.isfinite(median) else None,
+    }
+
+
+# %% ../../nbs/11_studies/16_benchmark.ipynb #c225510f
 def by_motion(
     rows: list,  # of `read_rows`
 ) -> dict:  # name of a fact -> list of bins
@@ -443,16 +486,7 @@ def by_motion(
         for low, high in zip(edges, edges[1:]):
             inside = errors[(values >= low) & (values < high)]
             if len(inside):
-                median = float(np.median(inside))
-                bins.append(
-                    {
-                        "from": low,
-                        "to": high,
-                        "pairs": len(inside),
-                        "right": round(float((inside < RIGHT).mean()), 3),
-                        "median": round(median, 2) if np.isfinite(median) else None,
-                    }
-                )
+                bins.append(figures_of_bin(inside, low, high))
         found[name] = bins
     return found
 
@@ -551,22 +585,30 @@ def run_benchmark(
 COLUMNS = ("pairs", "no answer", "median px", "AUC@5", "AUC@10", "AUC@20", "mAUC25", "s", "MB")
 
 
+# %% ../../nbs/11_studies/16_benchmark.ipynb #bd83a2e4
+def words_of(
+    name: str,  # of a system
+    found: dict,  # its figures on a set
+) -> list[str]:  # one for the name and for each of COLUMNS
+    "A system's row of the table."
+    low, high = found["AUC@10 interval"]
+    median = "-" if found["median"] is None else f"{found['median']:.1f}"
+    words = [name, f"{found['pairs']}", f"{found['no_answer']}", median]
+    words += [f"{found['AUC@5']:.3f}", f"{found['AUC@10']:.3f} ({low:.2f} to {high:.2f})"]
+    words += [f"{found['AUC@20']:.3f}", f"{found['mauc25']:.3f}"]
+    return [*words, f"{found['seconds']:.2f}", f"{found['memory_mb']:.0f}"]
+
+
+# %% ../../nbs/11_studies/16_benchmark.ipynb #f4553c62
 def table_rows(
     scores: dict,  # system -> figures, of one set
 ) -> list:  # rows of words
     "The figures of a set, the best system first."
-    rows = []
-    for name, found in sorted(scores.items(), key=lambda item: -item[1]["mauc25"]):
-        low, high = found["AUC@10 interval"]
-        words = [name, f"{found['pairs']}", f"{found['no_answer']}"]
-        words.append("-" if found["median"] is None else f"{found['median']:.1f}")
-        words += [f"{found['AUC@5']:.3f}", f"{found['AUC@10']:.3f} ({low:.2f} to {high:.2f})"]
-        words += [f"{found['AUC@20']:.3f}", f"{found['mauc25']:.3f}"]
-        words += [f"{found['seconds']:.2f}", f"{found['memory_mb']:.0f}"]
-        rows.append(words)
-    return rows
+    best_first = sorted(scores.items(), key=lambda item: -item[1]["mauc25"])
+    return [words_of(name, found) for name, found in best_first]
 
 
+# %% ../../nbs/11_studies/16_benchmark.ipynb #e1295a7d
 def stranger_rows(
     scores: dict,  # system -> of `strangers_called_ok`
 ) -> list:  # rows of words
@@ -581,6 +623,7 @@ def stranger_rows(
     ]
 
 
+# %% ../../nbs/11_studies/16_benchmark.ipynb #d26dafe6
 def tables_of(
     found: dict,  # of `run_benchmark`
 ) -> list:  # of (title, head, rows)
@@ -595,6 +638,7 @@ def tables_of(
     return tables
 
 
+# %% ../../nbs/11_studies/16_benchmark.ipynb #ffd07550
 def benchmark_text(
     found: dict,  # of `run_benchmark`
 ) -> str:
@@ -614,6 +658,7 @@ def html_table(
     return f"<table><caption>{escape(title)}</caption><tr>{top}</tr>{body}</table>"
 
 
+# %% ../../nbs/11_studies/16_benchmark.ipynb #4693960f
 def latex_table(
     title: str,
     head: tuple,  # words
@@ -640,6 +685,7 @@ def latex_table(
     )
 
 
+# %% ../../nbs/11_studies/16_benchmark.ipynb #36ee40c6
 def write_pages(
     found: dict,  # of `run_benchmark`
     out: Path,  # of the record; the suffix is replaced
@@ -665,9 +711,10 @@ UNITS = {
 }
 
 
+# %% ../../nbs/11_studies/16_benchmark.ipynb #7559e973
 def draw_curves(
     scores: dict,  # system -> figures, of one set
-):  # figure
+) -> Figure:  # figure
     "Right answers against every kind of motion; for the residual the median error."
     kinds = [kind for kind in BINS if any(kind in found["by_motion"] for found in scores.values())]
     fig = new_figure(300 * len(kinds), 300)

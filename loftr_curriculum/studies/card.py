@@ -543,6 +543,8 @@ USE = (
     "Look at every answer that says `doubtful`, and at samples of the others.\n"
     "  Not a medical device. Not for diagnosis, treatment, or telling persons apart."
 )
+
+# %% ../../nbs/11_studies/11_card.ipynb #efc6177a
 LIMITS = (
     "  One smooth map for the whole image: an affine, bent where the images show that they bend; no depth.\n"
     "  Training saw generated eyes only. Where a real picture differs from them in kind "

@@ -6,6 +6,7 @@
 __all__ = [
     "SYSTEMS",
     "errors_of_pair",
+    "figures_of_system",
     "figures_of_set",
     "draw_curves",
     "check_curves",
@@ -57,23 +58,28 @@ def errors_of_pair(
     return found
 
 
+# %% ../../nbs/11_studies/15_curves.ipynb #e5228ac3
+def figures_of_system(
+    rows: list,  # of [error, verdict, seconds], one for each pair
+) -> dict:  # pairs, median (None: infinite), AUC@10, mauc25, seconds
+    "The figures of a system on a set."
+    errors = np.array([np.inf if error is None else error for error, _, _ in rows])
+    median = float(np.median(errors))
+    return {
+        "pairs": len(errors),
+        "median": round(median, 2) if np.isfinite(median) else None,
+        "AUC@10": round(auc(errors, 10), 3),
+        "mauc25": round(mauc25(errors), 3),
+        "seconds": float(np.median([seconds for _, _, seconds in rows])),
+    }
+
+
 # %% ../../nbs/11_studies/15_curves.ipynb #229ef27a
 def figures_of_set(
     rows: dict,  # id of the pair -> as from `errors_of_pair`
-) -> dict:  # system -> pairs, median (None: infinite), AUC@10, mauc25, seconds
+) -> dict:  # system -> figures
     "The figures of a set for every system."
-    figures = {}
-    for name in SYSTEMS:
-        errors = np.array([np.inf if row[name][0] is None else row[name][0] for row in rows.values()])
-        median = float(np.median(errors))
-        figures[name] = {
-            "pairs": len(errors),
-            "median": round(median, 2) if np.isfinite(median) else None,
-            "AUC@10": round(auc(errors, 10), 3),
-            "mauc25": round(mauc25(errors), 3),
-            "seconds": float(np.median([row[name][2] for row in rows.values()])),
-        }
-    return figures
+    return {name: figures_of_system([row[name] for row in rows.values()]) for name in SYSTEMS}
 
 
 # %% ../../nbs/11_studies/15_curves.ipynb #56e68a22

@@ -64,7 +64,7 @@ from ..io.files import FileError, read_json, write_json
 from ..io.lock import only_run
 from ..model.weights import load_matcher
 from ..training.history import RunFolder
-from .study import key_of
+from .study import begun, key_of
 
 # %% ../../nbs/11_studies/14_generator_value.ipynb #5a3ff00d
 PACKAGE = "loftr_curriculum"
@@ -325,11 +325,10 @@ def run_one(
     real: Path,  # folder of real pairs
 ) -> dict:
     "Train where that is still to be done, register the real pairs, keep the score in `out`; the score."
-    done = out / "score.json"
-    if done.is_file():
-        kept = read_json(done)
-        if kept["judged_by"] == judged_by:
-            return kept
+    done = out / f"score_{judged_by}.json"
+    known = begun(done, {"judged_by": judged_by})
+    if known:
+        return known
     weights = RunFolder(out).weights
     if not weights.is_file():
         call(versions[name], *words)

@@ -47,7 +47,7 @@ def forward_inputs(
 def session_for(
     path: str | Path,  # .onnx file
     threads: int,
-):  # onnxruntime session
+) -> object:  # onnxruntime session
     "A session on the CPU."
     import onnxruntime
 
@@ -62,7 +62,7 @@ def session_for(
 # %% ../../nbs/11_studies/17_onnx.ipynb #9099eed6
 def compare(
     network: ForwardPass,
-    session,  # of `session_for`
+    session: object,  # of `session_for`
     given: tuple,  # tensors
 ) -> tuple[float, float, float]:  # largest difference, processor seconds of PyTorch and onnxruntime
     "Both on one pair."
@@ -110,6 +110,7 @@ def measure_onnx(
     return found
 
 
+# %% ../../nbs/11_studies/17_onnx.ipynb #e967e3af
 def in_words(
     found: dict,  # from `measure_onnx`
 ) -> str:

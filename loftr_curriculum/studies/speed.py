@@ -133,7 +133,7 @@ class Settings:
     eye: int = 1024  # side of the generated worlds, px
     weights: str | None = None  # of `fast`; null: those that ship with the package
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if min(self.size, self.train_size, *self.sides) < 64:
             raise ValueError("size, train_size and sides: expected at least 64 pixels")
         if min(self.batch, self.repeats, self.threads, self.product) < 1:
@@ -152,7 +152,7 @@ class PairStream:
 
     def __init__(
         self,
-        settings: Settings,  # Settings
+        settings: Settings,
     ):
         self.eyes = settings.repeats + 1
         seeds = seeds_of("report", self.eyes)
@@ -164,7 +164,7 @@ class PairStream:
         number: int,  # of the pair
         kind: int,  # which motion, 0, 1, ...
         side: int,  # px
-        motion: Motion,  # Motion
+        motion: Motion,
     ) -> PairSample:  # PairSample
         rng = np.random.default_rng((self.bank.seeds[number % self.eyes], kind, number))
         return self.source.draw(number, rng, (side, side), motion)
@@ -172,9 +172,9 @@ class PairStream:
 
 # %% ../../nbs/11_studies/04_speed.ipynb #078406f3
 def draw_views(
-    stream: PairStream,  # PairStream
+    stream: PairStream,
     kind: int,  # which motion, 0, 1, ...
-    motion: Motion,  # Motion
+    motion: Motion,
     side: int,  # px
 ) -> list:  # two (N, side, side) uint8, fixed and moving
     "The pairs of the registrations with one kind of motion."
@@ -184,9 +184,9 @@ def draw_views(
 
 # %% ../../nbs/11_studies/04_speed.ipynb #104a00ce
 def draw_batch(
-    stream: PairStream,  # PairStream
+    stream: PairStream,
     number: int,  # of the batch
-    settings: Settings,  # Settings
+    settings: Settings,
 ) -> PairBatch:
     "The pairs of one training step."
     first = number * settings.batch
@@ -197,7 +197,7 @@ def draw_batch(
 
 # %% ../../nbs/11_studies/04_speed.ipynb #4a96a1cf
 def draw_pairs(
-    settings: Settings,  # Settings
+    settings: Settings,
     path: str | Path,  # file to write
 ) -> None:
     """Write everything that is measured with.
@@ -258,7 +258,7 @@ class CountedMatcher:
 # %% ../../nbs/11_studies/04_speed.ipynb #f3d3efa9
 def ask_ours(
     given: dict,  # what `draw_pairs` wrote
-    settings: Settings,  # Settings
+    settings: Settings,
     side: int | None = None,  # px of the images; None: as they are
 ) -> Callable:
     "`fast`: a registration, and one pass of the matcher."
@@ -281,7 +281,7 @@ def ask_ours(
 # %% ../../nbs/11_studies/04_speed.ipynb #53084316
 def ask_kornia(
     given: dict,  # what `draw_pairs` wrote
-    settings: Settings,  # Settings
+    settings: Settings,
 ) -> Callable:
     "kornia's LoFTR with random weights: one forward pass."
     from kornia.feature import LoFTR
@@ -301,7 +301,7 @@ def ask_kornia(
 
 # %% ../../nbs/11_studies/04_speed.ipynb #d90eb1d1
 def module_of(
-    matcher: MatcherConfig,  # MatcherConfig
+    matcher: MatcherConfig,
     device: str,  # torch device
     compiled: bool,  # compile the matcher?
 ) -> PL_LoFTR:
@@ -317,7 +317,7 @@ def module_of(
 
 # %% ../../nbs/11_studies/04_speed.ipynb #465145f9
 def training_steps(
-    matcher: MatcherConfig,  # MatcherConfig
+    matcher: MatcherConfig,
     device: str = "cpu",  # torch device
     compiled: bool = False,  # compile the matcher?
 ) -> Callable:
@@ -338,7 +338,7 @@ def training_steps(
 # %% ../../nbs/11_studies/04_speed.ipynb #bd124298
 def ask_training(
     given: dict,  # what `draw_pairs` wrote
-    settings: Settings,  # Settings
+    settings: Settings,
     variant: str,  # "fast" or "reference"
 ) -> Callable:
     "One training step."
@@ -357,7 +357,7 @@ def ask_training(
 # %% ../../nbs/11_studies/04_speed.ipynb #7386f5a0
 def ask_product(
     given: dict,  # not read
-    settings: Settings,  # Settings
+    settings: Settings,
 ) -> Callable:
     "The yardstick of the hardware: one product of square matrices."
     n = settings.product
@@ -387,7 +387,7 @@ SYSTEMS = {"ours": ask_ours, "kornia": ask_kornia, "training": ask_training, "pr
 def served_system(
     name: str,  # see `serve`
     given: dict,  # what `draw_pairs` wrote
-    settings: Settings,  # Settings
+    settings: Settings,
 ) -> Callable:
     "A system that is set up."
     kind, _, argument = name.partition(":")
@@ -441,10 +441,10 @@ class Process:
         self.name = name
         self.process = start_process(name, folder, threads)
 
-    def __enter__(self):
+    def __enter__(self) -> "Process":
         return self
 
-    def __exit__(self, *error):
+    def __exit__(self, *error: object) -> None:
         self.process.stdin.close()
         self.process.wait()
         self.process.stdout.close()
@@ -475,7 +475,7 @@ def ask_each(
 def in_turn(
     names: Sequence[str],  # systems, see `serve`
     folder: str | Path,  # holds settings.json and pairs.pt
-    settings: Settings,  # Settings
+    settings: Settings,
     whats: Sequence[str],  # what each system is asked for, in turn
 ) -> dict:  # (name, what) -> list of answers, the warm-up left out
     "Ask all systems about pair after pair, in turn."
@@ -669,7 +669,7 @@ def _rate_or_failure(function, arguments, pairs, repeats):
 # %% ../../nbs/11_studies/04_speed.ipynb #09f9bbf5
 def measure_cuda(
     given: dict,  # what `draw_pairs` wrote
-    settings: Settings,  # Settings
+    settings: Settings,
 ) -> dict:  # None where there is no GPU
     "Pairs per second on the first GPU."
     if not torch.cuda.is_available():

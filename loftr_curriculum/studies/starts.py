@@ -73,7 +73,7 @@ def turned_pair(
 def try_start(
     pair: RawPair,
     start: Start,
-    matcher,  # as in `register`
+    matcher: object,  # as in `register`
     config: RegistrationConfig,
 ) -> dict:  # verdict, error (px at 512 px; None: no answer), seconds
     "One attempt alone."
@@ -92,7 +92,7 @@ def try_start(
 # %% ../../nbs/11_studies/21_starts.ipynb #4d2ed714
 def try_starts(
     pair: RawPair,
-    matcher,  # as in `register`
+    matcher: object,  # as in `register`
     config: RegistrationConfig,
 ) -> list:  # of dicts of `try_start`: one, or one for each of `STARTS`
     "The first start and, where it is not ok, the others."
@@ -106,7 +106,7 @@ def try_starts(
 def measure_starts(
     out: str = "starts.json",  # file to write, or to go on with
     pairs: int = 6,  # of each mode, each turned in four ways
-    matcher=None,  # as in `register`; None: the packaged weights
+    matcher: object | None = None,  # as in `register`; None: the packaged weights
 ) -> dict:  # what was written
     "The first start of every pair and, where it is not ok, every other one."
     matcher, config = matcher or load_matcher(), RegistrationConfig()

@@ -34,6 +34,7 @@ __all__ = [
     "fit_curve",
     "probabilities",
     "failed_threshold",
+    "values_of",
     "passing",
     "ok_thresholds",
     "thresholds",
@@ -72,7 +73,7 @@ from ..model.weights import load_matcher
 from ..registration.config import RegistrationConfig, Verdict
 from ..registration.many import fingerprint
 from ..registration.pair import Registration, register
-from ..registration.verdict import AT_LEAST, CRITERIA
+from ..registration.verdict import AT_LEAST, CRITERIA, Criterion
 from ..registration.verifier import READS, Curve, VesselAgreement, numbers_of
 from ..registration.verifier import probability as probability_of
 from ..retina.config import GENERATOR_VERSION, MODES
@@ -134,6 +135,7 @@ def marked_pairs(
     yield "stranger, same marks", f"{pair.id}-with-{other.id}-marked", *both, None
 
 
+# %% ../../nbs/11_studies/09_verification.ipynb #92f5ec51
 def case_pairs(
     pairs: list[RawPair],  # of one mode; both images of a pair have one size
 ) -> Iterator:  # of (kind, id, fixed, moving, RawPair or None where there is no right answer)
@@ -254,6 +256,7 @@ def probabilities(rows: list, curve: Curve) -> np.ndarray:  # (N,)
 FAILED_STEPS = (0.01, 0.02, 0.05, 0.1, 0.2)
 GIVEN_UP = 0.01  # share of the right answers
 
+# %% ../../nbs/11_studies/09_verification.ipynb #5a6420f4
 # thresholds of ok that are tried, from loose to strict
 OK_STEPS = {
     "ok_probability": (0.5, 0.7, 0.8, 0.9, 0.95),
@@ -275,6 +278,17 @@ def failed_threshold(
     return max(cheap, default=0.0)
 
 
+# %% ../../nbs/11_studies/09_verification.ipynb #7591eb18
+def values_of(
+    rows: list,
+    criterion: Criterion,
+) -> np.ndarray:  # (N,); the worst value where an answer has none
+    "What a criterion reads of every answer."
+    values = [row["evidence"][criterion.field] for row in rows]
+    worst = -np.inf if criterion.direction == AT_LEAST else np.inf
+    return np.array([worst if value is None else value for value in values])
+
+
 # %% ../../nbs/11_studies/09_verification.ipynb #1ac0af6d
 def passing(
     rows: list,
@@ -290,9 +304,7 @@ def passing(
             passes[name] = np.array([probability >= step for step in steps])
             continue
         criterion = criteria[name]
-        values = [row["evidence"][criterion.field] for row in rows]
-        worst = -np.inf if criterion.direction == AT_LEAST else np.inf
-        values = np.array([worst if value is None else value for value in values])
+        values = values_of(rows, criterion)
         passes[name] = np.array([(values - step) * criterion.direction >= 0 for step in steps])
     return passes
 

@@ -39,7 +39,7 @@ class CurriculumConfig:
     # masks of a training pair: "own", "other" (of the next pair of the batch), "uniform" (its own mean)
     mask: str = "own"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.mask not in ("own", "other", "uniform"):
             raise ValueError(f"mask {self.mask!r}: expected own, other or uniform")
         if self.adaptive < 0:
@@ -168,7 +168,7 @@ class TrainConfig:
     devices: int | str = "auto"  # GPUs, or processes on a CPU, that train together; auto: one CPU or all GPUs
     strategy: str = "auto"  # of Lightning for several devices: ddp; auto: what fits
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         defaults = FROM_GIVEN if self.init else FROM_RANDOM
         for name, value in defaults.items():
             if getattr(self, name) is None:

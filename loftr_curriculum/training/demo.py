@@ -24,6 +24,7 @@ __all__ = [
     "draw_run",
     "answer",
     "said",
+    "within",
     "draw_lines",
     "draw_beside",
     "draw_first",
@@ -76,6 +77,7 @@ from .run import train
 EYE = EyeConfig(size=512, field_deg=45, disease=0.3, gap=0.3)
 
 
+# %% ../../nbs/09_training/07_demo.ipynb #c2de45b9
 def demo_config(
     out: str | Path,  # folder of the run
     epochs: int = 16,  # a quarter teaches, a quarter weans, half is independent
@@ -114,6 +116,7 @@ SECONDS = 210  # that the training may take, so that everything ends within five
 LEAST, MOST = 4, 16  # epochs
 
 
+# %% ../../nbs/09_training/07_demo.ipynb #c62679b2
 def fitted(
     config: TrainConfig,  # TrainConfig, from `demo_config`
     cost: Cost,  # of this machine
@@ -190,6 +193,7 @@ MEASURED = {
 }
 
 
+# %% ../../nbs/09_training/07_demo.ipynb #58b044ce
 def draw_run(
     rows: list[dict],  # list of `read_epochs`
 ) -> Figure:
@@ -217,6 +221,7 @@ SMALL = RegistrationConfig(long_side=256, first_long_side=128, retry_long_sides=
 NAMES = {"shipped": "shipped weights", "trained": "freshly trained weights"}
 
 
+# %% ../../nbs/09_training/07_demo.ipynb #c5bc442d
 def answer(
     out: str | Path,  # folder for the files of `write_registration`
     matcher: object,  # as in `register`
@@ -248,24 +253,30 @@ def said(
     return f"{NAMES[name]}: {found['verdict']}, {found['inliers']} of {found['matches']} matches agree{end}"
 
 
+# %% ../../nbs/09_training/07_demo.ipynb #9027e00c
+def within(
+    points: np.ndarray,  # (N, 2) px
+    image: np.ndarray,  # (H, W[, 3])
+) -> np.ndarray:  # (N,) bool
+    "Which points lie on the image."
+    height, width = image.shape[:2]
+    return ((points >= 0) & (points <= (width - 1, height - 1))).all(1)
+
+
 # %% ../../nbs/09_training/07_demo.ipynb #dafc24b1
 SHOWN = 120  # match lines at most
 
 
 def draw_lines(
-    axes: Axes,  # Axes
+    axes: Axes,
     fixed: np.ndarray,  # (H0, W0[, 3])
     moving: np.ndarray,  # (H1, W1[, 3])
-    matches: Matches,  # Matches
+    matches: Matches,
     agree: np.ndarray,  # (N,) bool
     height: int = 320,  # px of both images
 ) -> None:
     "Some of the match lines over both images, those that lie within them."
-    inside = np.ones(len(matches), bool)
-    for points, image in ((matches.points0, fixed), (matches.points1, moving)):
-        h, w = image.shape[:2]
-        inside &= ((points >= 0) & (points <= (w - 1, h - 1))).all(1)
-    which = np.flatnonzero(inside)
+    which = np.flatnonzero(within(matches.points0, fixed) & within(matches.points1, moving))
     which = which[np.linspace(0, len(which) - 1, min(len(which), SHOWN)).astype(int)] if len(which) else which
     canvas = plot_pair(axes, fixed, moving, height)
     add_matches(canvas, matches.points0[which], matches.points1[which], agree[which], width=0.6)
@@ -302,6 +313,7 @@ def draw_beside(
     return figure
 
 
+# %% ../../nbs/09_training/07_demo.ipynb #0d1ba85f
 def draw_first(
     answers: dict[str, tuple],  # name of NAMES -> what `answer` returned
     pair: tuple[np.ndarray, np.ndarray, np.ndarray],  # from `demo_pair`
@@ -374,8 +386,9 @@ STORY = (
 )
 
 
+# %% ../../nbs/09_training/07_demo.ipynb #240cbba3
 def draw_epochs(
-    recording: Recording,  # Recording
+    recording: Recording,
     probe: int = 0,  # number of the probe
 ) -> Figure:
     "The match lines of a probe in four epochs, two in a row: a Figure."
@@ -402,6 +415,7 @@ def draw_epochs(
     return figure
 
 
+# %% ../../nbs/09_training/07_demo.ipynb #754208a8
 def draw_training(
     out: str | Path,  # folder for the pictures
     run: str | Path,  # folder of the run
@@ -423,8 +437,9 @@ FILES = {
 }
 
 
+# %% ../../nbs/09_training/07_demo.ipynb #491cd5e1
 def summary(
-    out: Path,  # Path
+    out: Path,
     report: dict,  # dict of metrics.json
     command: str = "loftr-curriculum",  # how this program is called
 ) -> str:

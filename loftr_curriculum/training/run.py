@@ -101,8 +101,12 @@ FREE = (
     "collapse_patience",
     "collapse_stop",
 )
+
+# %% ../../nbs/09_training/06_run.ipynb #14bae632
 # fields that are another machine's business
 OF_THE_MACHINE = ("data.cache", "data.workers", "data.render_workers")
+
+# %% ../../nbs/09_training/06_run.ipynb #1f81f748
 # files that another machine has elsewhere: their names have to agree, their folders need not
 FILES = ("init", "data.triplets", "data.pairs")
 
@@ -150,7 +154,7 @@ PLANNED = "planned_epochs"  # in config.json of a run that was made longer: its 
 
 # %% ../../nbs/09_training/06_run.ipynb #d4ee593b
 def is_longer(
-    config: TrainConfig,  # TrainConfig
+    config: TrainConfig,
     written: dict,  # dict of the configuration that the folder holds
 ) -> bool:
     "Does it ask for more epochs than the run in its folder had?"
@@ -160,7 +164,7 @@ def is_longer(
 
 # %% ../../nbs/09_training/06_run.ipynb #d8df00aa
 def planned_epochs(
-    config: TrainConfig,  # TrainConfig
+    config: TrainConfig,
 ) -> int:
     "Epochs by which the phases are reckoned: those of the first plan where the folder holds a run."
     folder = RunFolder(Path(config.out))
@@ -173,7 +177,7 @@ def planned_epochs(
 
 # %% ../../nbs/09_training/06_run.ipynb #95a7d60d
 def planned_phases(
-    config: TrainConfig,  # TrainConfig
+    config: TrainConfig,
 ) -> CurriculumConfig:  # CurriculumConfig
     "The phases of the run; in epochs of the first plan where it was made longer."
     planned = planned_epochs(config)
