@@ -10,6 +10,7 @@ __all__ = [
     "attend_linear",
     "rotary_angles",
     "rotate",
+    "added_positions",
     "AttentionLayer",
     "Transformer",
     "other_image",
@@ -97,6 +98,20 @@ def rotate(
     return torch.cat([a * cos - b * sin, a * sin + b * cos], -1)
 
 
+# %% ../../nbs/05_model/03_attention.ipynb #06665c1e
+def added_positions(
+    grid: tuple[int, int],  # (h, w) tokens
+    dim: int,  # channels, a multiple of 4
+    device: torch.device | None = None,
+) -> torch.Tensor:
+    "Sines and cosines of x and of y in [-1, 1], (h * w, dim), at wavelengths from 2 pi to 20,000 pi tokens."
+    frequency = 10_000 ** (-torch.arange(dim // 4, device=device) / (dim // 4))
+    rows, columns = (torch.arange(1, size + 1, device=device, dtype=torch.float32) for size in grid)
+    y, x = torch.meshgrid(rows, columns, indexing="ij")
+    ax, ay = (at.reshape(-1, 1) * frequency for at in (x, y))
+    return torch.cat([ax.sin(), ax.cos(), ay.sin(), ay.cos()], 1)
+
+
 # %% ../../nbs/05_model/03_attention.ipynb #f7ac0ab5
 class AttentionLayer(nn.Module):
     "Pre-normalised attention and channel mixing, (B, N, C) -> (B, N, C)."
@@ -150,10 +165,12 @@ class Transformer(nn.Module):
         heads: int,  # attention heads
         layers: int,  # pairs of self- and cross-attention
         attention: str = "softmax",  # "softmax" or "linear"
+        positions: str = "rotary",  # "rotary" or "added"
     ):
         super().__init__()
 
         self.head_dim = dim // heads
+        self.positions = positions
         self.self_layers = nn.ModuleList(AttentionLayer(dim, heads, attention) for _ in range(layers))
         self.cross_layers = nn.ModuleList(AttentionLayer(dim, heads, attention) for _ in range(layers))
 
@@ -169,22 +186,33 @@ class Transformer(nn.Module):
         seen1: torch.Tensor,  # (B, M) bool
     ) -> tuple[torch.Tensor, torch.Tensor]:
         "Both token sets, each aware of itself and of the other: `(x0, x1)`."
-        angles0 = rotary_angles(grid0, self.head_dim, x0.device)
+        if self.positions == "added":
+            x0 = x0 + added_positions(grid0, x0.shape[-1], x0.device).to(x0)
+            x1 = x1 + added_positions(grid1, x1.shape[-1], x1.device).to(x1)
+        angles0 = self.angles(grid0, x0.device)
         if tuple(grid0) == tuple(grid1):
             bias, seen = torch.cat([bias0, bias1]), torch.cat([seen0, seen1])
             return self.together(torch.cat([x0, x1]), bias, seen, angles0)
-        angles1 = rotary_angles(grid1, self.head_dim, x1.device)
+        angles1 = self.angles(grid1, x1.device)
         for own, cross in zip(self.self_layers, self.cross_layers):
             x0, x1 = own(x0, x0, bias0, seen0, angles0), own(x1, x1, bias1, seen1, angles1)
             x0, x1 = cross(x0, x1, bias1, seen1), cross(x1, x0, bias0, seen0)
         return x0, x1
+
+    def angles(
+        self,
+        grid: tuple[int, int],  # (h, w)
+        device: torch.device,
+    ) -> torch.Tensor | None:
+        "Rotary angles of a grid, (h * w, d / 2); None where positions are added."
+        return rotary_angles(grid, self.head_dim, device) if self.positions == "rotary" else None
 
     def together(
         self,
         x: torch.Tensor,  # (2 B, N, C) tokens of both images
         bias: torch.Tensor,  # (2 B, N) key bias
         seen: torch.Tensor,  # (2 B, N) bool
-        angles: torch.Tensor,  # (N, d / 2) rotary angles, the same for both
+        angles: torch.Tensor | None,  # (N, d / 2) rotary angles, the same for both
     ) -> tuple[torch.Tensor, torch.Tensor]:
         "The same where both images have one grid: all of them in one batch."
         for own, cross in zip(self.self_layers, self.cross_layers):

@@ -16,9 +16,12 @@ def conv_norm(
     cout: int,  # channels out
     stride: int = 1,  # 1 or 2
     kernel: int = 3,  # odd
+    norm: str = "group",  # "group", or "batch": running statistics of the training
 ) -> nn.Sequential:
-    "Convolution without bias, then group normalisation in groups of 8 channels."
+    "Convolution without bias, then group normalisation in groups of 8 channels, or batch normalisation."
     conv = nn.Conv2d(cin, cout, kernel, stride, kernel // 2, bias=False)
+    if norm == "batch":
+        return nn.Sequential(conv, nn.BatchNorm2d(cout))
     return nn.Sequential(conv, nn.GroupNorm(max(1, cout // 8), cout))
 
 
@@ -31,12 +34,13 @@ class Block(nn.Module):
         cin: int,  # channels in
         cout: int,  # channels out
         stride: int = 1,  # 1 or 2
+        norm: str = "group",  # of `conv_norm`
     ):
         super().__init__()
-        self.a = conv_norm(cin, cout, stride)
-        self.b = conv_norm(cout, cout)
+        self.a = conv_norm(cin, cout, stride, norm=norm)
+        self.b = conv_norm(cout, cout, norm=norm)
         same = cin == cout and stride == 1
-        self.skip = nn.Identity() if same else conv_norm(cin, cout, stride, 1)
+        self.skip = nn.Identity() if same else conv_norm(cin, cout, stride, 1, norm)
         self.act = nn.ReLU(inplace=True)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -50,18 +54,19 @@ class Backbone(nn.Module):
     def __init__(
         self,
         dims: tuple[int, int, int] = (24, 64, 128),  # channels at 1/2, 1/4, 1/8; 1/16 has the last
+        norm: str = "group",  # of `conv_norm`
     ):
         super().__init__()
         d2, d4, d8 = dims
         self.to2 = nn.Sequential(
-            conv_norm(1, d2, 2, 5),
+            conv_norm(1, d2, 2, 5, norm),
             nn.ReLU(inplace=True),
-            conv_norm(d2, d2),
+            conv_norm(d2, d2, norm=norm),
             nn.ReLU(inplace=True),
         )
-        self.to4 = nn.Sequential(Block(d2, d4, 2), Block(d4, d4))
-        self.to8 = nn.Sequential(Block(d4, d8, 2), Block(d8, d8))
-        self.to16 = nn.Sequential(Block(d8, d8, 2), Block(d8, d8))
+        self.to4 = nn.Sequential(Block(d2, d4, 2, norm), Block(d4, d4, norm=norm))
+        self.to8 = nn.Sequential(Block(d4, d8, 2, norm), Block(d8, d8, norm=norm))
+        self.to16 = nn.Sequential(Block(d8, d8, 2, norm), Block(d8, d8, norm=norm))
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         c4 = self.to4(self.to2(x))

@@ -6,7 +6,10 @@
 __all__ = [
     "COARSE",
     "HIDDEN",
+    "COMPARED",
     "BAND",
+    "unit_length",
+    "as_published",
     "coarse_similarity",
     "hide_unseen",
     "dual_softmax",
@@ -35,6 +38,26 @@ COARSE = 8  # pixels a side of a coarse cell
 HIDDEN = -1e37  # similarity with a cell outside the field of view, far from the end of float32
 
 
+# %% ../../nbs/05_model/04_coarse.ipynb #da9c55e8
+def unit_length(
+    f: torch.Tensor,  # (B, N, C)
+) -> torch.Tensor:
+    "Features of length 1, so that their inner product is the cosine."
+    return F.normalize(f, dim=-1)
+
+
+# %% ../../nbs/05_model/04_coarse.ipynb #840f8033
+def as_published(
+    f: torch.Tensor,  # (B, N, C)
+) -> torch.Tensor:
+    "Features over the root of C, as in LoFTR: their length stays, and with it how loud a cell is."
+    return f * f.shape[-1] ** -0.5
+
+
+# %% ../../nbs/05_model/04_coarse.ipynb #64e7b320
+COMPARED = {"cosine": unit_length, "product": as_published}
+
+
 # %% ../../nbs/05_model/04_coarse.ipynb #45421323
 def coarse_similarity(
     f0: torch.Tensor,  # (B, L, C) coarse features of image 0
@@ -45,11 +68,12 @@ def coarse_similarity(
     mask0: torch.Tensor | None = None,  # (B, h0, w0) vessel weight of the cells, in [0, 1]
     mask1: torch.Tensor | None = None,  # (B, h1, w1)
     lam: float = 0.0,  # vessel_soft_lambda of this site
+    kind: str = "cosine",  # one of COMPARED
 ) -> torch.Tensor:
     "Guided similarity of all cell pairs, (B, L, S) float32; `HIDDEN` and less where a cell is not seen."
     with torch.autocast(f0.device.type, enabled=False):
         hide0, hide1 = hide_unseen(seen0), hide_unseen(seen1)
-        unit0, unit1 = F.normalize(f0.float(), dim=-1), F.normalize(f1.float(), dim=-1)
+        unit0, unit1 = COMPARED[kind](f0.float()), COMPARED[kind](f1.float())
         f0 = torch.cat([temperature * unit0, hide0, torch.ones_like(hide0)], -1)
         f1 = torch.cat([unit1, torch.ones_like(hide1), hide1], -1)
         sim = f0 @ f1.mT

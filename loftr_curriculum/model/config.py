@@ -6,6 +6,7 @@
 __all__ = [
     "UNGUIDED",
     "VARIANTS",
+    "CHOICES",
     "REFERENCE",
     "PUBLISHED",
     "Guidance",
@@ -72,7 +73,18 @@ class Variant:
 VARIANTS = {
     "fast": Variant(
         network="loftr_curriculum.model.matcher:Matcher",
-        fields=("dims", "layers", "heads", "attention", "temperature", "fine_dim", "flow_width"),
+        fields=(
+            "dims",
+            "layers",
+            "heads",
+            "attention",
+            "temperature",
+            "fine_dim",
+            "flow_width",
+            "positions",
+            "similarity",
+            "norm",
+        ),
         fine_weight=0.3,
         half=True,
         trains_fine_alone=True,
@@ -107,6 +119,10 @@ class MatcherConfig:
     coarse_side: int = 320
     # reference only: positions as `indoor_new` learned them; false: as `outdoor` did
     temp_bug_fix: bool = False
+    # for studies of what makes a matcher ill; the first is what weights of ours are made with
+    positions: str = "rotary"  # "rotary", or "added": sinusoids added to the tokens, as in LoFTR
+    similarity: str = "cosine"  # of cells: "cosine", or "product": inner product over C, as in LoFTR
+    norm: str = "group"  # of convolutions: "group" (per image), or "batch" (running statistics)
 
     def __post_init__(self) -> None:
         check_variant(self)
@@ -125,11 +141,21 @@ def check_variant(config: "MatcherConfig") -> None:
         raise ValueError(f"{', '.join(wrong)}: the variant {config.variant} has no such choice")
 
 
+# %% ../../nbs/05_model/00_config.ipynb #204a2364
+CHOICES = {  # field -> the words that it can be
+    "attention": ("softmax", "linear"),
+    "positions": ("rotary", "added"),
+    "similarity": ("cosine", "product"),
+    "norm": ("group", "batch"),
+}
+
+
 # %% ../../nbs/05_model/00_config.ipynb #5fc7692b
 def check_sizes(config: "MatcherConfig") -> None:
-    "Raises ValueError for numbers that cannot work."
-    if config.attention not in ("softmax", "linear"):
-        raise ValueError(f"attention {config.attention!r}: expected softmax or linear")
+    "Raises ValueError for words and numbers that cannot work."
+    for name, choices in CHOICES.items():
+        if getattr(config, name) not in choices:
+            raise ValueError(f"{name} {getattr(config, name)!r}: expected {' or '.join(choices)}")
     dim, heads = config.dims[-1], config.heads
     if dim % heads or (dim // heads) % 4:
         raise ValueError(f"dims[-1] / heads = {dim} / {heads}: expected a multiple of 4")

@@ -49,11 +49,12 @@ class Merge(nn.Module):
         coarse: int,  # channels of the coarser map
         fine: int,  # channels of the finer map
         out: int,  # channels out
+        norm: str = "group",  # of `conv_norm`
     ):
         super().__init__()
         self.up = nn.Conv2d(coarse, out, 1)
         self.side = nn.Conv2d(fine, out, 1)
-        self.smooth = nn.Sequential(conv_norm(out, out), nn.ReLU(inplace=True))
+        self.smooth = nn.Sequential(conv_norm(out, out, norm=norm), nn.ReLU(inplace=True))
         self.last = nn.Conv2d(out, out, 3, padding=1)
 
     def forward(self, coarse: torch.Tensor, fine: torch.Tensor) -> torch.Tensor:
@@ -167,6 +168,7 @@ class TokenStage:
             vessel_cells(view0, COARSE),
             vessel_cells(view1, COARSE),
             guidance.similarity_lambda,
+            self.matcher.config.similarity,
         )
         grid0, grid1 = (Grid(*features.shape[2:], COARSE) for features in cells)
         return CoarseResult(sim, grid0, grid1, seen0, seen1, *fine, *tokens)
@@ -225,10 +227,10 @@ class Matcher(TwoStageMatcher):
         self.config = config
         self.kept_maps = None  # see `keep_maps`
         _, d4, d8 = config.dims
-        self.backbone = Backbone(config.dims)
-        self.transformer = Transformer(d8, config.heads, config.layers, config.attention)
-        self.merge8 = Merge(d8, d8, d8)
-        self.merge4 = Merge(d8, d4, config.fine_dim)
+        self.backbone = Backbone(config.dims, config.norm)
+        self.transformer = Transformer(d8, config.heads, config.layers, config.attention, config.positions)
+        self.merge8 = Merge(d8, d8, d8, config.norm)
+        self.merge4 = Merge(d8, d4, config.fine_dim, config.norm)
         self.flow_head = FlowHead(config.flow_width)
         self.log_temperature = nn.Parameter(torch.tensor(float(config.temperature)).log())
 

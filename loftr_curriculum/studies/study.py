@@ -113,6 +113,12 @@ STUDIES = {
         "studies.collapse.write_calibration",
         "studies.collapse.in_words",
     ),
+    "collapse-factors": Study(
+        "when plain training collapses: one factor at a time",
+        "studies.collapse_factors.run_factors",
+        "studies.collapse_factors.in_words",
+        resumes=True,
+    ),
     "pseudo-real": Study(
         "any system on the frozen list of hard pairs",
         "studies.pseudo_real.score_system",
@@ -201,7 +207,7 @@ STUDIES = {
 # %% ../../nbs/11_studies/00_study.ipynb #1585531f
 def overview() -> str:
     "The list of the studies."
-    lines = [f"  {name:16}{study.tells}" for name, study in STUDIES.items()]
+    lines = [f"  {name:18}{study.tells}" for name, study in STUDIES.items()]
     return "\n".join(["loftr-curriculum study NAME [--key value ...]", "", *lines])
 
 

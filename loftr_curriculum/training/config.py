@@ -114,6 +114,8 @@ def check_numbers(config: "TrainConfig") -> None:
     for name in ("record_every", "probes", "probe_pseudo_real"):
         if getattr(config, name) < 0:
             raise ValueError(f"{name} {getattr(config, name)}: expected 0 or more")
+    if not config.negatives >= 0:
+        raise ValueError(f"negatives {config.negatives}: expected 0 or more")
     if config.checkpoint_minutes < 0:
         raise ValueError(f"checkpoint_minutes {config.checkpoint_minutes}: expected 0 or more")
 
@@ -143,6 +145,8 @@ class TrainConfig:
     weight_decay: float = 0.01  # of AdamW
     warmup: int = 300  # steps of linear warm-up, at most a tenth of the run
     clip: float = 1.0  # largest norm of the gradient
+    # weight of the coarse loss of wrong pairs, >= 0; 0: right pairs alone, as LoFTR's sparse supervision
+    negatives: float = 1.0
     precision: str = "auto"  # "32", "bf16", or "auto": bf16 where the hardware computes in it
     seed: int = 0  # of weights, data order and fine links
     # folder of real pairs with landmarks: val_real/mace is logged, never monitored

@@ -170,6 +170,7 @@ def matching_loss(
     mask1: torch.Tensor,  # (B, H1, W1)
     generator: torch.Generator,  # for what the fine stage draws
     guidance: Guidance = UNGUIDED,  # Engine 2 acts through vessel_loss_weight_scaler
+    negatives: float = 1.0,  # weight of the negative term
 ) -> Loss:
     "Weighted coarse and fine loss; finite also for a batch without any true link."
     m0, m1 = vessel_weights(mask0, result.grid0), vessel_weights(mask1, result.grid1)
@@ -178,7 +179,7 @@ def matching_loss(
     terms = matcher.fine_stage.loss_terms(result, targets, generator)
     fine, fine_px = fine_loss(terms, m0, m1, scaler)
     weight = VARIANTS[matcher.config.variant].fine_weight
-    return Loss(positive + negative + weight * fine, positive, negative, fine, fine_px)
+    return Loss(positive + negatives * negative + weight * fine, positive, negative, fine, fine_px)
 
 
 # %% ../../nbs/09_training/03_losses.ipynb #e04b0a68

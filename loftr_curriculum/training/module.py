@@ -239,7 +239,16 @@ def batch_loss(module: PL_LoFTR, batch: PairBatch) -> Loss:
         truth.map_1to0,
     )
     draw = torch.Generator().manual_seed(module.config.seed * 1_000_003 + module.global_step)
-    return matching_loss(module.matcher, result, targets, truth.mask0, truth.mask1, draw, module.guidance)
+    return matching_loss(
+        module.matcher,
+        result,
+        targets,
+        truth.mask0,
+        truth.mask1,
+        draw,
+        module.guidance,
+        module.config.negatives,
+    )
 
 
 # %% ../../nbs/09_training/04_module.ipynb #a55868a6

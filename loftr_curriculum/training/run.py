@@ -11,6 +11,7 @@ __all__ = [
     "what_counts",
     "is_elsewhere",
     "config_written",
+    "with_later_fields",
     "is_longer",
     "planned_epochs",
     "planned_phases",
@@ -53,6 +54,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from ..data.module import PairDataModule
 from ..io.files import FileError, read_json, write_json
 from ..io.lock import end_in_order, only_run, remove_unfinished
+from ..model.config import MatcherConfig
 from ..model.stages import TwoStageMatcher
 from ..model.weights import SHIPPED, load_matcher, open_checkpoint, order_for_cpu, save_matcher
 from ..retina.config import GENERATOR_VERSION
@@ -148,6 +150,19 @@ def config_written(
     return found
 
 
+# %% ../../nbs/09_training/06_run.ipynb #360d2f25
+def with_later_fields(
+    written: dict,  # of a TrainConfig, as an older version may have written it
+) -> dict:
+    "The same with the fields that came later, at their defaults."
+    matcher = json.loads(json.dumps(asdict(MatcherConfig())))
+    return {
+        "negatives": TrainConfig.negatives,
+        **written,
+        "matcher": {**matcher, **written.get("matcher", {})},
+    }
+
+
 # %% ../../nbs/09_training/06_run.ipynb #a3ef4987
 PLANNED = "planned_epochs"  # in config.json of a run that was made longer: its epochs before
 
@@ -199,7 +214,7 @@ def claim_folder(config: TrainConfig) -> RunFolder:
         write_json(folder.config, mine)
         return folder
     written = config_written(folder.config)
-    theirs, ours = what_counts(written), what_counts(mine)
+    theirs, ours = what_counts(with_later_fields(written)), what_counts(mine)
     differ = ", ".join(k for k in ours if theirs.get(k) != ours[k])
     if differ == "epochs" and config.resume and is_longer(config, written):
         write_json(folder.config, mine | {PLANNED: planned_epochs(config)})
