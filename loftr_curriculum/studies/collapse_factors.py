@@ -76,7 +76,7 @@ from matplotlib.figure import Figure
 
 from ..data.config import DataConfig
 from ..data.module import PairDataModule
-from ..data.pairs import Frame, GeneratedSource, cut, frame_of_world, paint_vessels
+from ..data.pairs import AlignedPlanes, GeneratedSource, cut, frame_of_world, paint_vessels
 from ..data.preprocess import normalise
 from ..data.recipe import PairRecipe, ViewSettings
 from ..evaluation.collapse import THRESHOLD, most_confident
@@ -99,7 +99,6 @@ from ..retina.world import WorldBank, run_jobs
 from ..training.config import TrainConfig
 from ..training.history import RunFolder
 from ..training.recorder import MatchRecorder
-from ..training.run import seconds_of
 from .ablation import say, train_quietly
 from .study import begun, key_of, resample, this_machine
 
@@ -174,7 +173,7 @@ class Settings:
     "How every condition is trained and looked at."
 
     seeds: tuple[int, ...] = (200, 201)  # of weights and pairs; those of the cure are others
-    minutes: float = 10.0  # of training of one run, at most
+    minutes: float = 10.0  # of processor time of one run, at most
     epochs: int = 12  # of one run
     steps: int = 40  # optimiser steps of an epoch
     batch: int = 8  # pairs of a step
@@ -302,7 +301,7 @@ def with_gap(
 
 # %% ../../nbs/11_studies/23_collapse_factors.ipynb #359c367d
 def probe_with_gap(
-    frame: Frame,  # of the eye
+    frame: AlignedPlanes,  # of the eye
     recipe: PairRecipe,
     name: str,  # of the gap
 ) -> Probe:
@@ -449,17 +448,33 @@ class Job:
 
 # %% ../../nbs/11_studies/23_collapse_factors.ipynb #9ad54273
 class EndsInTime(pl.Callback):
-    "Ends a run after the epoch in which its minutes are over."
+    "Ends a run after the epoch in which its minutes are over; what else the machine does is not counted."
 
     def __init__(
         self,
-        minutes: float,  # of training, over all sessions of the run
+        minutes: float,  # of processor time, over all sessions of the run
     ):
         self.minutes = minutes
+        self.before = 0.0  # seconds of earlier sessions
+        self.began = time.process_time()
+
+    @property
+    def seconds(self) -> float:
+        "Processor time of the run so far."
+        return self.before + time.process_time() - self.began
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.began = time.process_time()
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if seconds_of(trainer) > 60 * self.minutes:
+        if self.seconds > 60 * self.minutes:
             trainer.should_stop = True
+
+    def state_dict(self) -> dict[str, float]:
+        return {"seconds": self.seconds}
+
+    def load_state_dict(self, state_dict: dict[str, float]) -> None:
+        self.before = state_dict["seconds"]
 
 
 # %% ../../nbs/11_studies/23_collapse_factors.ipynb #9474307c
@@ -472,10 +487,10 @@ def one_run(job: Job) -> dict:
     if before is not None:
         one_run(before)
     job.folder.mkdir(parents=True, exist_ok=True)
-    begin, run = time.monotonic(), RunFolder(job.folder)
+    run, limit = RunFolder(job.folder), EndsInTime(job.settings.minutes)
     probes = read_probes(Path(job.cache))
     recorder = MatchRecorder(run.recording, lambda val_pairs: probes)
-    train_quietly(job, [recorder, EndsInTime(job.settings.minutes)])
+    train_quietly(job, [recorder, limit])
     recording = Recording(run.recording)
     found = {
         "condition": asdict(job.condition),
@@ -483,7 +498,7 @@ def one_run(job: Job) -> dict:
         "epochs": len(recording.epochs),
         "steps": len(recording.epochs) * job.settings.steps,
         "gaps": {gap: figures_of_gap(recording, gap) for gap in GAPS},
-        "seconds": round(time.monotonic() - begin),
+        "seconds": round(limit.seconds),  # of processor time
         "threads": torch.get_num_threads(),
     }
     write_json(job.result, found)

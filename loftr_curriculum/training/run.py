@@ -155,11 +155,13 @@ def with_later_fields(
     written: dict,  # of a TrainConfig, as an older version may have written it
 ) -> dict:
     "The same with the fields that came later, at their defaults."
+    if not isinstance(written.get("matcher"), dict):
+        return written
     matcher = json.loads(json.dumps(asdict(MatcherConfig())))
     return {
         "negatives": TrainConfig.negatives,
         **written,
-        "matcher": {**matcher, **written.get("matcher", {})},
+        "matcher": {**matcher, **written["matcher"]},
     }
 
 
