@@ -539,7 +539,7 @@ def test_the_backbone_sees_every_view_of_a_fixed_image_once(tmp_path, monkeypatc
     row = read_results(out / "results.csv")["p2"]
     assert row["verdict"] == plain.verdict
     if plain.moving_to_fixed is not None:
-        assert np.abs(load_batch_transform(out, "p2").matrix - plain.moving_to_fixed).max() < 1e-6
+        assert np.abs(load_batch_transform(out, "p2").matrix - plain.moving_to_fixed).max() < 1e-4
 
 
 def test_the_memory_of_a_fixed_image_ends_with_it(tmp_path):
