@@ -57,7 +57,7 @@ DEMO_FLAGS ?=
 demo: setup ## register a pair and show it, then train in less than 5 minutes; DEMO_FLAGS=--quick trains nothing
 	$(BIN)/loftr-curriculum demo --out $(DEMO) $(DEMO_FLAGS)
 
-train-weights: setup ## train what configs/weights.yaml and weights-2.yaml to -7.yaml say (hours; stop and go on at will), then put it into the package
+train-weights: setup ## train what configs/weights.yaml and weights-2.yaml to -8.yaml say (hours; stop and go on at will), then put it into the package
 	$(BIN)/loftr-curriculum train --config configs/weights.yaml --out runs/weights
 	$(BIN)/loftr-curriculum train --config configs/weights-2.yaml --out runs/weights-2
 	$(BIN)/loftr-curriculum train --config configs/weights-3.yaml --out runs/weights-3
@@ -65,7 +65,8 @@ train-weights: setup ## train what configs/weights.yaml and weights-2.yaml to -7
 	$(BIN)/loftr-curriculum train --config configs/weights-5.yaml --out runs/weights-5
 	$(BIN)/loftr-curriculum train --config configs/weights-6.yaml --out runs/weights-6
 	$(BIN)/loftr-curriculum train --config configs/weights-7.yaml --out runs/weights-7
-	mkdir -p loftr_curriculum/weights && cp runs/weights-7/weights.safetensors loftr_curriculum/weights/fast.safetensors
+	$(BIN)/loftr-curriculum train --config configs/weights-8.yaml --out runs/weights-8
+	mkdir -p loftr_curriculum/weights && cp runs/weights-8/weights.safetensors loftr_curriculum/weights/fast.safetensors
 
 test: lint instep nbtest pytest ## what CI runs: the layout, the in-step gate, the notebooks, pytest
 

@@ -215,6 +215,7 @@ def test_the_packaged_weights_are_those_of_their_configuration_files(tmp_path):
             "weights-5.yaml",
             "weights-6.yaml",
             "weights-7.yaml",
+            "weights-8.yaml",
         ),
     )
     assert totals(facts)["complete"] and len(runs_of(facts)) <= len(files)
@@ -229,6 +230,8 @@ def test_the_packaged_weights_are_those_of_their_configuration_files(tmp_path):
         theirs, mine = asdict(read(known)), asdict(read(ROOT / "configs" / file))
         for config in (theirs, mine):
             config["out"] = config["data"]["cache"] = None
+        if theirs["init"] == "shipped":  # the weights of the run before, which were packaged then
+            theirs["init"] = mine["init"]
         assert theirs == mine
 
 
