@@ -38,16 +38,16 @@ TRANSFORMS = ("auto", *MATCH_MODELS, "quadratic", "flow")
 # %% ../../nbs/06_registration/00_config.ipynb #b55c7f3a
 # share of pairs without a right answer that reach a probability, found on generated calibration eyes
 FALSE_ACCEPT = (
-    (0.1, 0.2613),
-    (0.05, 0.35348),
-    (0.02, 0.57606),
-    (0.01, 0.73014),
-    (0.005, 0.84344),
-    (0.002, 0.9305),
-    (0.001, 0.96385),
-    (0.0005, 0.98151),
-    (0.0002, 0.99248),
-    (0.0001, 0.99621),
+    (0.1, 0.20239),
+    (0.05, 0.29549),
+    (0.02, 0.52539),
+    (0.01, 0.69758),
+    (0.005, 0.82778),
+    (0.002, 0.92693),
+    (0.001, 0.96355),
+    (0.0005, 0.98217),
+    (0.0002, 0.99317),
+    (0.0001, 0.99671),
 )
 
 # %% ../../nbs/06_registration/00_config.ipynb #f15836dc
