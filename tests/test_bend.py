@@ -87,7 +87,8 @@ def test_a_straight_pair_stays_straight(eyes):
 
 
 def test_another_eye_fails_and_has_no_matrix(eyes):
-    result = register(eyes[0]["cf"], eyes[1]["fa"])
+    assert register(eyes[0]["cf"], eyes[1]["fa"]).verdict != Verdict.OK
+    result = register(eyes[1]["cf"], eyes[0]["fa"])
     assert (result.verdict, result.moving_to_fixed, result.warped) == (Verdict.FAILED, None, None)
     with pytest.raises(ValueError, match="could not be registered"):
         result.to_fixed(np.zeros((1, 2)))
