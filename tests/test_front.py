@@ -8,6 +8,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from loftr_curriculum.model.weights import PACKAGED
+from loftr_curriculum.studies.card import sha256_of
+
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tools"))
 READMES = ("README.md", "README.zh-CN.md")
@@ -87,6 +90,11 @@ def test_other_systems_are_shown_as_soon_as_they_were_measured(in_root, monkeypa
     assert lines.index("| `sift` | 50 % [40, 60] | - | 9 | 2.0 |") > lines.index(
         "| `ours` | 90 % [40, 60] | 1.2 px | 9 | 2.0 |"
     )
+    assert front_table.WORDS["en"]["stale peers"] in front_table.table("en"), "it names no weights"
+    if PACKAGED.is_file():
+        found["weights"] = sha256_of(PACKAGED)
+        (tmp_path / "benchmark.json").write_text(json.dumps(found))
+        assert front_table.WORDS["en"]["stale peers"] not in front_table.table("en")
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())

@@ -8,7 +8,8 @@ import json
 import sys
 from pathlib import Path
 
-from loftr_curriculum.studies.card import card_of
+from loftr_curriculum.model.weights import PACKAGED
+from loftr_curriculum.studies.card import card_of, sha256_of
 
 CARD = Path("loftr_curriculum/weights/card.json")  # `study card`, `study unmatchable`
 SIFT = Path("nbs/10_baselines/sift_pseudo_real.json")  # `study pseudo-real`
@@ -20,6 +21,7 @@ WORDS = {
     "en": {
         "peers": ("on {} pairs of the list", "within 10 px", "median error", "no answer", "seconds"),
         "stale": "The accuracy was measured with other weights or settings than those of today.",
+        "stale peers": "The systems side by side were measured with other weights than those of today.",
         "head": ("", "this package", "SIFT with MAGSAC", "LoFTR of kornia"),
         "right": "{} hard generated pairs: within 10 px",
         "median": "their median error",
@@ -42,6 +44,7 @@ WORDS = {
     "zh": {
         "peers": ("列表中的 {} 对图像", "小于 10 px", "误差中位数", "没有答案", "秒"),
         "stale": "精度是用与当前不同的权重或设置测得的。",
+        "stale peers": "各系统的并列比较是用与当前不同的权重测得的。",
         "head": ("", "本软件包", "SIFT + MAGSAC", "kornia 的 LoFTR"),
         "right": "{} 对困难的生成图像：误差小于 10 px",
         "median": "其误差中位数",
@@ -139,6 +142,8 @@ def table(language: str) -> str:
     )
     if card_of()[0] is None:
         foot += f" {words['stale']}"
+    if peers(words) and read(PEERS).get("weights") != sha256_of(PACKAGED):
+        foot += f" {words['stale peers']}"
     return "\n\n".join(filter(None, (in_markdown(lines), in_markdown(peers(words)), foot)))
 
 

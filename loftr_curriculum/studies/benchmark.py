@@ -84,11 +84,13 @@ from ..evaluation.metrics import at_512, auc, mauc25
 from ..geometry import Motion, decompose, overlap
 from ..io.files import FileError, atomic_path, read_json, write_json
 from ..io.images import read_image
+from ..model.weights import PACKAGED
 from ..registration.workers import leave_with_parent
 from ..report.plots import new_figure
 from ..retina.config import GENERATOR_VERSION, MODES, EyeConfig, seeds_of
 from ..retina.world import WorldBank
 from .bending import bent_pair, residual_of
+from .card import sha256_of
 from .speed import resident_mb
 from .study import markdown_table, resample, this_machine
 
@@ -569,6 +571,7 @@ def run_benchmark(
     predict(systems, sets, n, Path(folder), progress)
     found = {
         "machine": this_machine(),
+        "weights": sha256_of(PACKAGED) if PACKAGED.is_file() else None,
         "threads": 1,
         "generator": GENERATOR_VERSION,
         "seeds": f"report, {EYES} eyes from 9500",
