@@ -592,6 +592,9 @@ def test_ended_alone_the_first_process_leaves_no_traceback(tmp_path):
     batch.terminate()
     said = batch.communicate(timeout=120)[1]
     assert "Traceback" not in said and "pickle" not in said
+    end = time.monotonic() + 10  # a worker notices that its parent is gone, which takes a moment
+    while processes_of(batch.pid) and time.monotonic() < end:
+        time.sleep(0.05)
     assert processes_of(batch.pid) == []
 
 
