@@ -93,13 +93,14 @@ def nearest_on_edges(
 
     Convention: points and corners lie in one frame.
     """
-    start, along = polygon, np.roll(polygon, -1, 0) - polygon
-    offset = points[:, None] - start[None]
-    length2 = np.maximum((along**2).sum(1), 1e-12)
-    share = np.clip((offset * along).sum(-1) / length2, 0, 1)
-    foot = start + share[..., None] * along
+    along = np.roll(polygon, -1, 0) - polygon
+    offset = points[:, None] - polygon[None]
+    squared_length = np.maximum((along**2).sum(1), 1e-12)
+    share = np.clip((offset * along).sum(-1) / squared_length, 0, 1)
+    foot = polygon + share[..., None] * along  # (N, K, 2): the nearest point of every edge
     distance = np.linalg.norm(points[:, None] - foot, axis=-1)
-    row, best = np.arange(len(points)), distance.argmin(1)
+    row = np.arange(len(points))
+    best = distance.argmin(1)
     return foot[row, best], distance[row, best]
 
 
@@ -128,6 +129,7 @@ def smooth_fall(
 
 
 # %% ../../nbs/01_geometry/04_bent.ipynb #187762d4
+# of a bent map, in the order of a file
 FIELDS = ("affine", "middle", "scale", "coefficients", "knots", "support", "fade")
 
 
@@ -198,9 +200,9 @@ class Backward(PointMap):
         back = invert(self.of.affine)
         found = apply_transform(back, target)
         for _ in range(ROUNDS):
-            left = target - self.of(found)
-            found = found + left @ back[:2, :2].T
-            if not len(left) or np.abs(left).max() < EXACT:
+            error = target - self.of(found)
+            found = found + error @ back[:2, :2].T
+            if not len(error) or np.abs(error).max() < EXACT:
                 break
         return found.reshape(points.shape)
 
@@ -230,7 +232,9 @@ def check_bent(
 # %% ../../nbs/01_geometry/04_bent.ipynb #4bb58d86
 @reads("quadratic")
 @reads("flow")
-def read_bent(values: dict) -> Bent:
+def read_bent(
+    values: dict,  # as `Bent.to_dict` gives them
+) -> Bent:
     "A bent map from its dict; ValueError where shapes do not fit."
     arrays = {name: np.asarray(values[name], float) for name in FIELDS}
     arrays["knots"] = arrays["knots"].reshape(-1, 2)
@@ -241,8 +245,10 @@ def read_bent(values: dict) -> Bent:
 
 # %% ../../nbs/01_geometry/04_bent.ipynb #70861b55
 @reads("inverse")
-def read_backward(values: dict) -> Backward:
-    "The inverse of a bent map from its dict."
+def read_backward(
+    values: dict,  # as `Backward.to_dict` gives them
+) -> Backward:
+    "The inverse of a bent map from its dict; ValueError where shapes do not fit."
     return Backward(read_bent(values["of"]))
 
 
@@ -263,7 +269,7 @@ def affine_of(point_map: PointMap) -> np.ndarray:  # (3, 3)
 
 # %% ../../nbs/01_geometry/04_bent.ipynb #c5e14cd1
 def folds(
-    point_map: PointMap,
+    point_map: PointMap,  # source -> destination
     size: tuple,  # (height, width) of the source frame
     step: float = 16.0,  # px between the points of the lattice
 ) -> bool:
@@ -272,8 +278,10 @@ def folds(
     Convention: the lattice lies in the source frame, from pixel centre to pixel centre.
     """
     (x0, y0), (x1, y1) = corners(size)[[0, 2]]
-    x, y = np.arange(x0, x1 + step, step), np.arange(y0, y1 + step, step)
+    x = np.arange(x0, x1 + step, step)
+    y = np.arange(y0, y1 + step, step)
     mapped = point_map(np.stack(np.meshgrid(x, y), -1))
-    right, below = mapped[:-1, 1:] - mapped[:-1, :-1], mapped[1:, :-1] - mapped[:-1, :-1]
+    right = mapped[:-1, 1:] - mapped[:-1, :-1]
+    below = mapped[1:, :-1] - mapped[:-1, :-1]
     area = right[..., 0] * below[..., 1] - right[..., 1] * below[..., 0]
     return not (area > 0).all()

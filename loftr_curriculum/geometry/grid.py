@@ -21,7 +21,10 @@ class Grid:
     """Square cells that cover an image from its upper left corner, counted row by row.
 
     Convention: pixel centres are whole numbers, so the image begins at (-0.5, -0.5). Cell (row, column)
-    stands for the point (column * stride + offset - 0.5, row * stride + offset - 0.5)."""
+    stands for the point (column * stride + offset - 0.5, row * stride + offset - 0.5).
+
+    Raises ValueError for fewer than one row, column or pixel.
+    """
 
     rows: int
     columns: int
@@ -79,7 +82,7 @@ class Grid:
 
 # %% ../../nbs/01_geometry/06_grid.ipynb #9d69357e
 def points_of(
-    grid: Grid,
+    grid: Grid,  # of cells
     device: "torch.device | str | None" = None,  # torch device
 ) -> "torch.Tensor":
     "The points that the cells stand for, (rows * columns, 2) float32 tensor, pixels (x, y), row by row."
@@ -93,7 +96,7 @@ def points_of(
 
 # %% ../../nbs/01_geometry/06_grid.ipynb #54f7cf05
 def cells_of(
-    grid: Grid,
+    grid: Grid,  # of cells
     points: "torch.Tensor",  # (..., 2) tensor, pixels (x, y)
 ) -> "torch.Tensor":
     "The cell that contains each point, int64; -1 outside the grid and for what is not finite."
@@ -101,7 +104,7 @@ def cells_of(
 
     # in a grid of centres a point is half a pixel from where the image begins
     corner = 0.5 + grid.to_centre
-    c = torch.floor((points + corner) / grid.stride)
-    inside = (c >= 0).all(-1) & (c[..., 0] < grid.columns) & (c[..., 1] < grid.rows)
-    c = torch.where(inside[..., None], c, torch.zeros_like(c)).long()
-    return torch.where(inside, c[..., 1] * grid.columns + c[..., 0], -1)
+    cell = torch.floor((points + corner) / grid.stride)  # (..., 2) column, row
+    inside = (cell >= 0).all(-1) & (cell[..., 0] < grid.columns) & (cell[..., 1] < grid.rows)
+    cell = torch.where(inside[..., None], cell, torch.zeros_like(cell)).long()
+    return torch.where(inside, cell[..., 1] * grid.columns + cell[..., 0], -1)

@@ -35,7 +35,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .images import fit_size, resample, resize_image, resize_matrix
+from .images import (
+    AVERAGE_BELOW,
+    fit_size,
+    interpolation_of,
+    resample,
+    resize_image,
+    resize_matrix,
+)
 from .points import apply_transform, centre, compose, invert, jacobian
 
 
@@ -225,14 +232,14 @@ def parts_of(
 
 
 # %% ../../nbs/01_geometry/03_maps.ipynb #ee8e6b9f
-LATTICE = 8  # px between the points at which a smooth map is asked
+LATTICE = 8  # px between the points at which a smooth map is evaluated
 
 
 # %% ../../nbs/01_geometry/03_maps.ipynb #bf1e4fcf
 def dense_points(
     point_map: Callable[[np.ndarray], np.ndarray],  # PointMap, or any function of points
     size: tuple,  # (height, width)
-    step: int = LATTICE,  # px between the points that are asked
+    step: int = LATTICE,  # px between the points of the lattice
 ) -> np.ndarray:  # (H, W, 2) float32
     """Where every pixel of a frame goes, linear between the points of a lattice.
 
@@ -245,13 +252,15 @@ def dense_points(
     x = np.arange(-(-(width - 1) // step) + 1) * step
     nodes = np.stack(np.meshgrid(x, y), -1).astype(float)
     mapped = point_map(nodes.reshape(-1, 2)).reshape(nodes.shape).astype(np.float32)
-    columns, rows = np.meshgrid(*(np.arange(n, dtype=np.float32) / step for n in (width, height)))
+    across = np.arange(width, dtype=np.float32) / step
+    down = np.arange(height, dtype=np.float32) / step
+    columns, rows = np.meshgrid(across, down)  # every pixel, in steps of the lattice
     return cv2.remap(mapped, columns, rows, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
 
 
 # %% ../../nbs/01_geometry/03_maps.ipynb #eb18e9b9
 def local_scale(
-    point_map: PointMap,
+    point_map: PointMap,  # source -> destination
     point: np.ndarray,  # (2,) source point
 ) -> float:
     """Destination pixels per source pixel: square root of the determinant of the derivative at a point.
@@ -278,7 +287,7 @@ def shrunk_for(
     Convention: `backward` maps destination to source points, the answer to points of the smaller image.
     """
     shrink = 1 / max(local_scale(backward, centre(size)), 1e-6)
-    if shrink >= 0.75:
+    if shrink >= AVERAGE_BELOW:
         return image, backward
     small = fit_size(image.shape[:2], max(1, round(shrink * max(image.shape[:2]))))
     to_small = Affine(resize_matrix(image.shape[:2], small))
@@ -294,21 +303,21 @@ def warp_by_points(
 ) -> np.ndarray:
     """The source image in the destination frame, zero outside the source.
 
-    Averaged first where it shrinks by a quarter or more; labels (`nearest`) are picked.
+    Averaged first where it shrinks by a quarter or more; labels (`nearest`) are picked. ValueError for an
+    unknown mode.
 
     Convention: the map goes from source points to destination points; the image is read through its inverse.
     """
     import cv2
 
-    flags = {"linear": cv2.INTER_LINEAR, "nearest": cv2.INTER_NEAREST, "cubic": cv2.INTER_CUBIC}
-    if mode not in flags:
-        raise ValueError(f"mode {mode!r}: expected linear, nearest or cubic")
+    flag = interpolation_of(mode)
     if image.dtype == bool:
         return warp_by_points(image.astype(np.uint8), point_map, size, "nearest").astype(bool)
     backward = point_map.inverse()
     if mode != "nearest":
         image, backward = shrunk_for(image, backward, size)
-    return cv2.remap(image, dense_points(backward, size), None, flags[mode], borderMode=cv2.BORDER_CONSTANT)
+    points = dense_points(backward, size)
+    return cv2.remap(image, points, None, flag, borderMode=cv2.BORDER_CONSTANT)
 
 
 # %% ../../nbs/01_geometry/03_maps.ipynb #00384b47
@@ -370,14 +379,17 @@ def depth_of(
     depth, level = 0, [values]
     while level and depth <= LONGEST_CHAIN:
         depth += 1
-        level = [part for map_ in level if isinstance(map_, dict) for part in map_.get("parts") or ()]
+        chains = [part for part in level if isinstance(part, dict)]
+        level = [part for chain in chains for part in chain.get("parts") or ()]
     return depth
 
 
 # %% ../../nbs/01_geometry/03_maps.ipynb #1740a235
 @reads("chain")
-def read_chain(values: dict) -> Chain:
-    "A chain from its dict."
+def read_chain(
+    values: dict,  # as `Chain.to_dict` gives them
+) -> Chain:
+    "A chain from its dict; ValueError where it is nested deeper than `LONGEST_CHAIN`."
     if depth_of(values) > LONGEST_CHAIN:
         raise ValueError(f"a chain is nested deeper than {LONGEST_CHAIN} maps")
     return Chain(tuple(map_from_dict(part) for part in values["parts"]))

@@ -117,12 +117,16 @@ def random_shape(
     motion: Motion,  # range of motion
 ) -> dict[str, float]:  # arguments of `affine`
     "Angle, scale, aspect and shear of a random motion."
-    m = motion
-    usual = np.clip(rng.normal(0, m.usual_rotation_deg), -m.rotation_deg, m.rotation_deg)
-    angle = rng.uniform(-m.rotation_deg, m.rotation_deg) if rng.random() < m.uniform_rotation else usual
-    reach = min(np.log(1.05), np.log(m.scale)) if rng.random() < m.same_scale else np.log(m.scale)
+    largest = motion.rotation_deg
+    angle = np.clip(rng.normal(0, motion.usual_rotation_deg), -largest, largest)
+    if rng.random() < motion.uniform_rotation:
+        angle = rng.uniform(-largest, largest)
+    reach = np.log(motion.scale)
+    if rng.random() < motion.same_scale:
+        reach = min(np.log(1.05), reach)
     scale = np.exp(rng.uniform(-reach, reach)) * max(size1) / max(size0)
-    aspect, shear = np.exp(rng.uniform(-m.shear, m.shear)), rng.uniform(-m.shear, m.shear)
+    aspect = np.exp(rng.uniform(-motion.shear, motion.shear))
+    shear = rng.uniform(-motion.shear, motion.shear)
     return {"angle_deg": angle, "scale": scale, "aspect": aspect, "shear": shear}
 
 
@@ -141,8 +145,9 @@ def random_transform(
     shape = random_shape(rng, size0, size1, motion)
     reach = motion.shift
     for _ in range(24):
-        r, phi = reach * rng.random() ** 1.5, rng.uniform(0, 2 * np.pi)
-        away = min(size1) * r * np.array([np.cos(phi), np.sin(phi)])
+        length = reach * rng.random() ** 1.5
+        direction = rng.uniform(0, 2 * np.pi)
+        away = min(size1) * length * np.array([np.cos(direction), np.sin(direction)])
         shift = centre(size1) - centre(size0) + away
         fixed_to_moving = affine(shift=shift, center=centre(size0), **shape)
         if overlap(fixed_to_moving, size0, size1) >= motion.min_overlap:

@@ -123,7 +123,8 @@ def affine(
 
     Convention: source points to destination points; `center` goes to `center + shift`.
     """
-    a, c = np.deg2rad(angle_deg), np.asarray(center, float)
+    a = np.deg2rad(angle_deg)
+    c = np.asarray(center, float)
     turn = np.array([[np.cos(a), -np.sin(a)], [np.sin(a), np.cos(a)]])
     matrix = np.eye(3)
     matrix[:2, :2] = scale * turn @ np.array([[aspect, shear], [0, 1 / aspect]])
@@ -154,7 +155,8 @@ def jacobian(
 
     Convention: rows are x and y of the destination, columns x and y of the source.
     """
-    matrix, p = np.asarray(matrix, float), np.append(np.asarray(point, float), 1)
+    matrix = np.asarray(matrix, float)
+    p = np.append(np.asarray(point, float), 1)
     w = matrix[2] @ p
     return (matrix[:2, :2] - np.outer(matrix[:2] @ p / w, matrix[2, :2])) / w
 
@@ -174,8 +176,9 @@ def decompose(
     J = jacobian(matrix, c)
     det = float(np.linalg.det(J))
     s = np.linalg.svd(J, compute_uv=False)
+    angle = np.arctan2(J[1, 0] - J[0, 1], J[0, 0] + J[1, 1])
     return dict(
-        angle_deg=float(np.rad2deg(np.arctan2(J[1, 0] - J[0, 1], J[0, 0] + J[1, 1]))),
+        angle_deg=float(np.rad2deg(angle)),
         scale=float(np.sqrt(abs(det))),
         shift=apply_transform(np.asarray(matrix, float), c[None])[0] - c,
         stretch=float(s[0] / max(s[1], 1e-12)),
@@ -185,12 +188,14 @@ def decompose(
 
 # %% ../../nbs/01_geometry/00_points.ipynb #b26c0e45
 def _normaliser(p):
+    "The matrix (3, 3) that puts the mean of points (N, 2) at (0, 0), at a mean distance of sqrt(2)."
     s = np.sqrt(2) / max(np.sqrt(((p - p.mean(0)) ** 2).sum(1)).mean(), 1e-12)
     return np.array([[s, 0, -s * p[:, 0].mean()], [0, s, -s * p[:, 1].mean()], [0, 0, 1]])
 
 
 # %% ../../nbs/01_geometry/00_points.ipynb #a8c21c17
 def _check_points(src, dst, least):
+    "Both as float arrays (N, 2); ValueError where they are not of one length N >= `least`."
     src, dst = np.asarray(src, float), np.asarray(dst, float)
     if src.shape != dst.shape or src.ndim != 2 or src.shape[1] != 2 or len(src) < least:
         raise ValueError(
@@ -205,6 +210,8 @@ def fit_affine(
     dst: ArrayLike,  # (N, 2) where they go
 ) -> np.ndarray:
     """The affine (3, 3) with the least squared distance between the mapped `src` and `dst`.
+
+    Raises ValueError for other shapes, unequal lengths or too few points.
 
     Convention: `src` to `dst`.
     """
@@ -223,14 +230,21 @@ def fit_similarity(
 ) -> np.ndarray:
     """The similarity (3, 3), without reflection, with the least squared distance (Umeyama 1991).
 
+    Raises ValueError for other shapes, unequal lengths or too few points.
+
     Convention: `src` to `dst`.
     """
     src, dst = _check_points(src, dst, 2)
-    a, b = src - src.mean(0), dst - dst.mean(0)
-    z = (a[:, 0] + 1j * a[:, 1]).conj() @ (b[:, 0] + 1j * b[:, 1]) / max((a**2).sum(), 1e-12)
+    a = src - src.mean(0)
+    b = dst - dst.mean(0)
+    # in complex numbers a rotation with a scale is one factor z: b = z a
+    from_source = a[:, 0] + 1j * a[:, 1]
+    to_destination = b[:, 0] + 1j * b[:, 1]
+    z = from_source.conj() @ to_destination / max((a**2).sum(), 1e-12)
     turn = np.array([[z.real, -z.imag], [z.imag, z.real]])
     matrix = np.eye(3)
-    matrix[:2, :2], matrix[:2, 2] = turn, dst.mean(0) - turn @ src.mean(0)
+    matrix[:2, :2] = turn
+    matrix[:2, 2] = dst.mean(0) - turn @ src.mean(0)
     return matrix
 
 
@@ -241,14 +255,20 @@ def fit_homography(
 ) -> np.ndarray:
     """The homography (3, 3) by the normalised direct linear transform (Hartley and Zisserman, algorithm 4.2).
 
+    Raises ValueError for other shapes, unequal lengths or too few points.
+
     Convention: `src` to `dst`.
     """
     src, dst = _check_points(src, dst, 4)
     N0, N1 = _normaliser(src), _normaliser(dst)
-    p, q = np.c_[apply_transform(N0, src), np.ones(len(src))], apply_transform(N1, dst)
+    p = np.c_[apply_transform(N0, src), np.ones(len(src))]
+    q = apply_transform(N1, dst)
     Z = np.zeros_like(p)
-    rows = np.r_[np.c_[p, Z, -q[:, :1] * p], np.c_[Z, p, -q[:, 1:] * p]]
-    H = np.linalg.inv(N1) @ np.linalg.svd(rows)[2][-1].reshape(3, 3) @ N0
+    rows_of_x = np.c_[p, Z, -q[:, :1] * p]
+    rows_of_y = np.c_[Z, p, -q[:, 1:] * p]
+    # the nine entries are the direction that the rows shrink most
+    entries = np.linalg.svd(np.r_[rows_of_x, rows_of_y])[2][-1]
+    H = np.linalg.inv(N1) @ entries.reshape(3, 3) @ N0
     return H / H[2, 2] if abs(H[2, 2]) > 1e-12 else H
 
 

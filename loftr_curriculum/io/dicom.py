@@ -86,9 +86,9 @@ class DicomImage:
 
 # %% ../../nbs/02_io/05_dicom.ipynb #76ecabed
 def syntax_of(
-    file: Path,
+    file: Path,  # DICOM file
 ) -> str:  # pydicom UID
-    "The transfer syntax: how numbers and pixels are written."
+    "The transfer syntax: how numbers and pixels are written; ValueError where the header is compressed."
     from pydicom.filereader import read_file_meta_info
 
     syntax = read_file_meta_info(file).TransferSyntaxUID
@@ -100,7 +100,7 @@ def syntax_of(
 # %% ../../nbs/02_io/05_dicom.ipynb #5a757a90
 def read_dataset(
     data: bytes,  # of the file
-    file: Path,
+    file: Path,  # where it is
 ) -> tuple:  # dataset without pixels, offset of the element with the pixels
     "The header; any error of pydicom or ValueError where it is broken."
     import pydicom
@@ -163,10 +163,10 @@ def choose_frame(
 
 # %% ../../nbs/02_io/05_dicom.ipynb #d972fd21
 def broken(
-    file: Path,
-    error: Exception,
+    file: Path,  # DICOM file
+    error: Exception,  # what pydicom raised
 ) -> ImageError:
-    "The error of one line that a damaged file ends in."
+    "The error of one line for a damaged file."
     said = " ".join(str(error).split())[:150] or type(error).__name__
     return ImageError(f"{file}: expected a whole DICOM image ({said})")
 
@@ -174,9 +174,9 @@ def broken(
 # %% ../../nbs/02_io/05_dicom.ipynb #0dcae623
 @contextmanager
 def in_one_line(
-    file: Path,
+    file: Path,  # DICOM file, for the error
 ) -> Iterator[None]:
-    "Inside, whatever pydicom raises on a damaged file is one ImageError, and its remarks are not heard."
+    "Inside, whatever pydicom raises on a damaged file is one ImageError, and its warnings are not shown."
     logger = logging.getLogger("pydicom")
     silent = logger.disabled
     logger.disabled = True
@@ -195,7 +195,7 @@ def in_one_line(
 # %% ../../nbs/02_io/05_dicom.ipynb #ef6481ec
 def open_dicom_image(
     data: bytes,  # of the file
-    file: Path,
+    file: Path,  # for the error
     number: int | None,  # of the frame, counted from 0; None: nobody chose
 ) -> DicomImage:
     "The header of a frame, checked; ImageError that names the file."
@@ -212,28 +212,30 @@ def open_dicom_image(
 
 # %% ../../nbs/02_io/05_dicom.ipynb #7df369ca
 def frame_bytes(
-    image: DicomImage,
+    image: DicomImage,  # one frame of it
 ) -> int:
     "Length of a frame without compression."
     dataset = image.dataset
+    pixels = image.size[0] * image.size[1]
     if dataset.PhotometricInterpretation == "YBR_FULL_422":
-        return 2 * image.size[0] * image.size[1]
+        return 2 * pixels
     samples = whole_number(dataset, "SamplesPerPixel", 1)
-    return image.size[0] * image.size[1] * samples * (whole_number(dataset, "BitsAllocated") // 8)
+    bytes_each = whole_number(dataset, "BitsAllocated") // 8
+    return pixels * samples * bytes_each
 
 
 # %% ../../nbs/02_io/05_dicom.ipynb #a544e71f
 def plain_frame(
     data: bytes,  # of the file
-    image: DicomImage,
+    image: DicomImage,  # one frame of it
     start: int,  # offset of the first frame
 ) -> bytes:  # of even length
     "A frame that is not compressed; ValueError where the file ends before it does."
-    need = frame_bytes(image)
-    if start + need * image.frames > len(data):
-        raise ValueError(f"{image.frames} frames of {need:,} bytes, the file is shorter")
-    frame = data[start + need * image.frame : start + need * (image.frame + 1)]
-    return frame + b"\0" * (need % 2)
+    length = frame_bytes(image)
+    if start + length * image.frames > len(data):
+        raise ValueError(f"{image.frames} frames of {length:,} bytes, the file is shorter")
+    begin = start + length * image.frame
+    return data[begin : begin + length] + b"\0" * (length % 2)
 
 
 # %% ../../nbs/02_io/05_dicom.ipynb #5b4e2268
@@ -255,7 +257,7 @@ def count_fragments(
 # %% ../../nbs/02_io/05_dicom.ipynb #21f126fb
 def wrapped_frame(
     data: bytes,  # of the file
-    image: DicomImage,
+    image: DicomImage,  # one frame of it
     start: int,  # offset of the first item
 ) -> bytes:
     "A compressed frame, wrapped anew as the only one; ValueError where its own size is another."
@@ -293,7 +295,7 @@ def check_decoder(
 # %% ../../nbs/02_io/05_dicom.ipynb #de1532a6
 def stored_values(
     data: bytes,  # of the file
-    image: DicomImage,
+    image: DicomImage,  # one frame of it
     file: Path,  # for the error
 ) -> np.ndarray:  # (H, W) or (H, W, 3), whole numbers; YBR is RGB by now
     "The values of a frame; any error of pydicom or ValueError where it is broken."
@@ -329,14 +331,15 @@ def to_unsigned(
     small = values.dtype.itemsize == 1
     values = values.astype(np.int32)
     if values.size and values.min() < 0:
-        values += 1 << stored - 1
-    return np.clip(values, 0, (1 << stored) - 1).astype(np.uint8 if small else np.uint16)
+        values += 1 << (stored - 1)
+    most = (1 << stored) - 1
+    return np.clip(values, 0, most).astype(np.uint8 if small else np.uint16)
 
 
 # %% ../../nbs/02_io/05_dicom.ipynb #562b8a3e
 def decode_dicom(
     data: bytes,  # of the file
-    image: DicomImage,
+    image: DicomImage,  # one frame of it
     file: Path,  # for the error
 ) -> np.ndarray:  # (H, W) or (H, W, 3) RGB, uint8 or uint16
     "The pixels of a frame; ImageError that names the file."
@@ -383,13 +386,14 @@ def facts_of_group(
 
 # %% ../../nbs/02_io/05_dicom.ipynb #14cc18ae
 def groups_of(
-    image: DicomImage,
+    image: DicomImage,  # one frame of a file
 ) -> list:  # of pydicom datasets: header, groups of all frames, groups of this frame
     "Where to look for what is known of a frame."
-    dataset, groups = image.dataset, [image.dataset]
-    shared, single = (dataset.get(f"{n}FunctionalGroupsSequence") for n in ("Shared", "PerFrame"))
+    groups = [image.dataset]
+    shared = image.dataset.get("SharedFunctionalGroupsSequence")
     if shared:
         groups.append(shared[0])
+    single = image.dataset.get("PerFrameFunctionalGroupsSequence")
     if single and len(single) > image.frame:
         groups.append(single[image.frame])
     for group in tuple(groups):
@@ -412,7 +416,7 @@ def spacing_of(
 
 # %% ../../nbs/02_io/05_dicom.ipynb #b9e2e233
 def dicom_facts(
-    image: DicomImage,
+    image: DicomImage,  # one frame of it
     file: Path,  # for the error
 ) -> dict:  # frame, spacing_mm, laterality: those that the file states
     "What the answer keeps of the header; ImageError where it is damaged."

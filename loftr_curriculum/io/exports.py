@@ -10,6 +10,7 @@ __all__ = [
     "ALONG",
     "MATCH_COLUMNS",
     "step_of",
+    "write_lines",
     "affine_lines",
     "field_lines",
     "nodes_of",
@@ -38,7 +39,7 @@ from .files import atomic_path
 
 # %% ../../nbs/02_io/04_exports.ipynb #06a1a3f5
 FINEST = 4  # px of the fixed image between the nodes of a displacement field, at least
-MOST = 256  # nodes along a side; larger images get a wider lattice
+MOST = 256  # nodes along a side, at most; larger images get a wider lattice
 PIXELS = ((1.0, 1.0), (1.0, 1.0))  # distance of rows, distance of columns: fixed and moving image
 
 
@@ -50,6 +51,16 @@ def step_of(
 
 
 # %% ../../nbs/02_io/04_exports.ipynb #52eb51e6
+def write_lines(
+    path: str | Path,  # text file to write, atomically
+    lines: list,  # of text
+) -> None:
+    "Write lines in UTF-8."
+    with atomic_path(path) as temporary:
+        temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+# %% ../../nbs/02_io/04_exports.ipynb #808c77ec
 def affine_lines(
     matrix: np.ndarray,  # (3, 3), last row (0, 0, 1)
 ) -> list:  # lines of text
@@ -122,8 +133,7 @@ def save_itk(
         lines.append(f"# {note}")
     for number, transform in enumerate(itk_transforms(moving_to_fixed.inverse(), fixed_size, spacing)):
         lines += [f"#Transform {number}", *transform]
-    with atomic_path(path) as temporary:
-        temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    write_lines(path, lines)
 
 
 # %% ../../nbs/02_io/04_exports.ipynb #e21b07c5
@@ -154,7 +164,7 @@ ALONG = 8  # landmarks along each side of the fixed image
 
 
 def landmarks_of(
-    moving_to_fixed: PointMap,
+    moving_to_fixed: PointMap,  # as `Registration.point_map`
     fixed_size: tuple,  # (height, width)
     moving_size: tuple,  # (height, width)
 ) -> tuple:  # (N, 2) points of the fixed image, (N, 2) of the moving image
@@ -173,12 +183,11 @@ def save_landmarks(
     moving: np.ndarray,  # (N, 2) px
 ) -> None:
     "Write pairs of points as BigWarp's landmarks."
-    lines = [
-        f'"Pt-{k}","true",' + ",".join(f'"{value:.4f}"' for value in (*there, *here))
-        for k, (there, here) in enumerate(zip(moving, fixed))
-    ]
-    with atomic_path(path) as temporary:
-        temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    lines = []
+    for k, numbers in enumerate(np.c_[moving, fixed]):
+        columns = ",".join(f'"{number:.4f}"' for number in numbers)
+        lines.append(f'"Pt-{k}","true",{columns}')
+    write_lines(path, lines)
 
 
 # %% ../../nbs/02_io/04_exports.ipynb #dd5d00ba
@@ -194,5 +203,4 @@ def save_matches_table(
     lines = [",".join(MATCH_COLUMNS)]
     for row, agrees in zip(rows, matches.inliers):
         lines.append(",".join(f"{value:.4f}" for value in row) + f",{int(agrees)}")
-    with atomic_path(path) as temporary:
-        temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    write_lines(path, lines)

@@ -109,7 +109,10 @@ def jpeg_segments(
 ) -> list:  # of (marker, start of the content, its end), up to the first scan
     "The segments of a JPEG; as decoders do, bytes between them are skipped."
     segments, at = [], 2
-    while (at := data.find(b"\xff", at)) >= 0 and at + 4 <= len(data):
+    while True:
+        at = data.find(b"\xff", at)
+        if at < 0 or at + 4 > len(data):
+            break
         marker = data[at + 1]
         if marker in (SCAN, END):
             break
@@ -146,7 +149,8 @@ def png_chunks(
     data: bytes,  # of a PNG file
 ) -> dict:  # letters -> content of the first such chunk, pixels left out
     "The chunks of a PNG; struct.error for one beyond the file, for which a decoder would take memory."
-    chunks, at, seen, letters = {}, 8, 0, b""
+    chunks, seen = {}, 0
+    at, letters = 8, b""
     while at + 12 <= len(data) and seen < MOST_CHUNKS and letters != b"IEND":
         length, letters = struct.unpack_from(">I4s", data, at)
         if at + 12 + length > len(data):

@@ -5,11 +5,13 @@
 # %% auto #0
 __all__ = [
     "SUFFIXES",
+    "JPEG",
     "MOST_PIXELS",
     "MOST_SCANS",
     "FORMATS",
     "limit_from",
     "most_bytes",
+    "image_bytes",
     "refuse_giants",
     "Opened",
     "open_tiff",
@@ -44,6 +46,7 @@ from .tiff import choose_page, pages_of, with_one_page
 
 # %% ../../nbs/02_io/01_images.ipynb #cff8bce1
 SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff")  # that are written, and looked for in folders
+JPEG = (".jpg", ".jpeg")  # the ones among them that hold 8 bits only
 
 
 # %% ../../nbs/02_io/01_images.ipynb #ef56f9ba
@@ -66,6 +69,17 @@ def most_bytes() -> int:
 
 
 # %% ../../nbs/02_io/01_images.ipynb #ce5c210b
+def image_bytes(
+    path: str | Path,  # image file
+) -> bytes:
+    "The content of an image file; ImageError where it is missing, unreadable, empty or too large."
+    try:
+        return read_bytes(path, most_bytes())
+    except FileError as error:
+        raise ImageError(str(error)) from None
+
+
+# %% ../../nbs/02_io/01_images.ipynb #01b22b3b
 def refuse_giants(
     size: tuple,  # (height, width)
     path: str | Path,  # of the file, for the error
@@ -101,10 +115,10 @@ class Opened:
 def open_tiff(
     data: bytes,  # of the file
     path: Path,  # as the user wrote it
-    file: Path,
+    file: Path,  # without the number of the page
     number: int | None,  # of the page; None: nobody chose
 ) -> Opened:
-    "One page of a TIFF."
+    "One page of a TIFF; ImageError where it is damaged, too large, of other depths or not chosen."
     page = choose_page(data, number, file)
     for size in (page.size, page.tile):
         refuse_giants(size, path)
@@ -120,10 +134,10 @@ def open_tiff(
 def open_dicom(
     data: bytes,  # of the file
     path: Path,  # as the user wrote it
-    file: Path,
+    file: Path,  # without the number of the frame
     number: int | None,  # of the frame; None: nobody chose
 ) -> Opened:
-    "One frame of a DICOM file."
+    "One frame of a DICOM file; ImageError where it is damaged, too large, of another kind or not chosen."
     from .dicom import open_dicom_image
 
     image = open_dicom_image(data, file, number)
@@ -141,7 +155,7 @@ def open_single(
     path: Path,  # as the user wrote it
     number: int | None,  # what the user chose
 ) -> Opened:
-    "A file of a format that holds one image."
+    "A file of a format that holds one image; ImageError where it is damaged, too large or an animation."
     header = read_header(data)
     if header is None:
         raise ImageError(f"{path}: cannot be decoded, expected a whole image: {FORMATS}")
@@ -162,10 +176,7 @@ def open_file(
     "The file with its header checked; ImageError that names it and says what was expected."
     path = Path(path)
     file, number = split_number(path)
-    try:
-        data = read_bytes(file, most_bytes())
-    except FileError as error:
-        raise ImageError(str(error)) from None
+    data = image_bytes(file)
     if format_of(data) == "TIFF":
         return open_tiff(data, path, file, number)
     if format_of(data) == "DICOM":
@@ -207,7 +218,7 @@ def turn_upright(
 
 # %% ../../nbs/02_io/01_images.ipynb #a1f0c009
 def decode(
-    opened: Opened,
+    opened: Opened,  # of any format but DICOM
 ) -> tuple:  # (H, W) or (H, W, 3) RGB as stored, alpha (H, W) or None
     "The stored pixels; ImageError where the file is damaged or of a kind that is not supported."
     path = opened.path
@@ -252,12 +263,14 @@ def read_picture(
     if opened.dicom is not None:
         return picture_of_dicom(opened)
     pixels, alpha = decode(opened)
+    orientation = opened.header.orientation
     seen = None if alpha is None else seen_through(alpha)
-    turned = opened.header.orientation
-    facts = {"format": opened.format, "orientation": turned}
+    if seen is not None:
+        seen = turn_upright(seen, orientation)
+    facts = {"format": opened.format, "orientation": orientation}
     if opened.number is not None:
         facts["page"] = opened.number
-    return Picture(turn_upright(pixels, turned), None if seen is None else turn_upright(seen, turned), facts)
+    return Picture(turn_upright(pixels, orientation), seen, facts)
 
 
 # %% ../../nbs/02_io/01_images.ipynb #cc095bc2
@@ -272,16 +285,15 @@ def read_image(
 def count_images(
     path: str | Path,  # image file
 ) -> int:
-    "Pages of a TIFF or frames of a DICOM file, 1 for all other formats."
+    "Pages of a TIFF or frames of a DICOM file, 1 for all other formats; ImageError for a damaged file."
     from .dicom import open_dicom_image
 
-    try:
-        data = read_bytes(path, most_bytes())
-    except FileError as error:
-        raise ImageError(str(error)) from None
+    data = image_bytes(path)
     if format_of(data) == "TIFF":
         return len(pages_of(data, path))
-    return open_dicom_image(data, Path(path), 0).frames if format_of(data) == "DICOM" else 1
+    if format_of(data) == "DICOM":
+        return open_dicom_image(data, Path(path), 0).frames
+    return 1
 
 
 # %% ../../nbs/02_io/01_images.ipynb #349262e3
@@ -312,13 +324,14 @@ def write_image(
         raise ImageError(f"{path}: expected a name that ends in one of {', '.join(SUFFIXES)}")
     if image.dtype == bool:
         image = image.astype(np.uint8) * 255
-    if image.dtype not in (np.uint8, np.uint16) or image.dtype == np.uint16 and suffix in (".jpg", ".jpeg"):
-        kinds = "uint8" if suffix in (".jpg", ".jpeg") else "uint8 or uint16"
+    depths = (np.uint8,) if suffix in JPEG else (np.uint8, np.uint16)
+    if image.dtype not in depths:
+        kinds = " or ".join(np.dtype(depth).name for depth in depths)
         raise ImageError(f"{path}: {suffix} holds {kinds}, got {image.dtype}")
     if 0 in image.shape or image.ndim != 2 and image.shape[2:] != (3,):
         raise ImageError(f"{path}: expected an array of shape (H, W) or (H, W, 3), got {image.shape}")
     stored = image if image.ndim == 2 else image[..., ::-1]
-    flags = [cv2.IMWRITE_JPEG_QUALITY, 95] if suffix in (".jpg", ".jpeg") else []
+    flags = [cv2.IMWRITE_JPEG_QUALITY, 95] if suffix in JPEG else []
     done, data = cv2.imencode(suffix, np.ascontiguousarray(stored), flags)
     if not done:
         raise ImageError(f"{path}: could not be encoded")

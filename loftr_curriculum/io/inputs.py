@@ -47,7 +47,7 @@ SHAPES = "(H, W), (H, W, 3) or (H, W, 4)"
 
 
 def check_array(
-    image: np.ndarray,
+    image: np.ndarray,  # of any shape and dtype
     name: str,  # how the error calls it
 ) -> np.ndarray:  # (H, W), (H, W, 3) or (H, W, 4), uint8, uint16 or float32 in [0, 1]
     "An array that is an image; ImageError that says what was expected where it is none."
@@ -66,10 +66,10 @@ def check_array(
 
 # %% ../../nbs/02_io/07_inputs.ipynb #111bd4dc
 def picture_of_array(
-    image: np.ndarray,
+    image: np.ndarray,  # (H, W), (H, W, 1), (H, W, 3) RGB or (H, W, 4) RGBA
     name: str,  # how the error calls it
 ) -> Picture:
-    "An array with its alpha channel, where it has one, as the field of view."
+    "An array, its alpha channel as the field of view; ImageError where it is no image."
     image = check_array(image, name)
     if image.ndim == 2 or image.shape[2] == 3:
         return Picture(image)
@@ -84,7 +84,7 @@ def array_of_pil(
     image: object,  # PIL image
     name: str,  # how the error calls it
 ) -> np.ndarray:  # (H, W), (H, W, 3) or (H, W, 4)
-    "The pixels of a PIL image."
+    "The pixels of a PIL image; ImageError for more than 16 bits."
     if image.mode in DEEP:
         deep = np.asarray(image)
         if deep.min() < 0 or deep.max() > 65535:
@@ -92,9 +92,9 @@ def array_of_pil(
         return deep.astype(np.uint16)
     if image.mode == "F":
         return np.asarray(image)
-    hides = "A" in image.getbands() or "a" in image.getbands() or "transparency" in image.info
-    grey = image.mode in ("1", "L") and not hides
-    return np.asarray(image.convert("L" if grey else "RGBA" if hides else "RGB"))
+    if {"A", "a"} & set(image.getbands()) or "transparency" in image.info:
+        return np.asarray(image.convert("RGBA"))
+    return np.asarray(image.convert("L" if image.mode in ("1", "L") else "RGB"))
 
 
 # %% ../../nbs/02_io/07_inputs.ipynb #3696c8d9
@@ -102,7 +102,7 @@ def array_of_tensor(
     image: object,  # torch tensor
     name: str,  # how the error calls it
 ) -> np.ndarray:  # (H, W) or (H, W, C)
-    "The values of a tensor (C, H, W) or (H, W)."
+    "The values of a tensor (C, H, W) or (H, W); ImageError for other shapes."
     channels_first = image.ndim == 3 and image.shape[0] in (1, 3, 4)
     if image.ndim != 2 and not channels_first:
         expected = "expected a tensor of shape (C, H, W) with C = 1, 3 or 4, or (H, W)"

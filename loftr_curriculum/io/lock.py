@@ -57,7 +57,7 @@ if hasattr(os, "register_at_fork"):
 # %% ../../nbs/02_io/05_lock.ipynb #a1f00c08
 def is_at(
     descriptor: int,  # of an open file
-    path: Path,
+    path: Path,  # where it was opened
 ) -> bool:
     "Is the open file the one that has this name now?"
     try:
@@ -102,13 +102,16 @@ UNFINISHED = re.compile(r"\.(.*)\.[0-9a-f]{8}(\.\w+)?")  # names that `atomic_pa
 
 
 def remove_unfinished(
-    folder: str | Path,
+    folder: str | Path,  # that this process has locked
     names: tuple | None = None,  # of files that are written there; None: the folder holds nothing else
 ) -> None:
     "Removes what killed processes have left half-written in a folder that this process holds."
     for path in Path(folder).glob(".*"):
         found = UNFINISHED.fullmatch(path.name)
-        if found and path.is_file() and (names is None or found[1] + (found[2] or "") in names):
+        if found is None or not path.is_file():
+            continue
+        finished = found[1] + (found[2] or "")
+        if names is None or finished in names:
             path.unlink(missing_ok=True)
 
 
@@ -131,8 +134,9 @@ def only_run(
     """Inside, no other process works on this folder.
 
     Raises FileError where another one does, or where the folder cannot be written. A folder that was made
-    and stayed empty goes again.
-    Where the system has no such locks (Windows, some network drives), nothing is locked."""
+    here and stayed empty is removed at the end. Where the system has no such locks (Windows, some network
+    drives), nothing is locked.
+    """
     path = Path(folder) / LOCK
     made = not path.parent.exists()
     if "\0" in str(path):
@@ -196,9 +200,15 @@ def end_in_order() -> Iterator[None]:
 def later() -> Iterator[None]:
     "Inside, the signals that end a run wait. Does nothing outside the main thread."
     came = []
-    before = {number: signal.getsignal(number) for number in heeded() and (signal.SIGINT, *heeded())}
-    for number in before:
-        signal.signal(number, lambda number, frame: came.append(number))
+    ends = heeded()
+    numbers = (signal.SIGINT, *ends) if ends else ()
+    before = {number: signal.getsignal(number) for number in numbers}
+
+    def note(number, frame):
+        came.append(number)
+
+    for number in numbers:
+        signal.signal(number, note)
     try:
         yield
     finally:

@@ -110,7 +110,8 @@ def read_table(
         names = [plain_name(name) for name in next(lines, [])]
         check_header(path, names, needed, header)
         for values in lines:
-            row = dict.fromkeys(names, "") | {name: value.strip() for name, value in zip(names, values)}
+            row = dict.fromkeys(names, "")
+            row |= {name: value.strip() for name, value in zip(names, values)}
             if any(row.values()):
                 rows.append((lines.line_num + skipped, row))
     except csv.Error as error:

@@ -96,21 +96,23 @@ class Directory:
 # %% ../../nbs/02_io/00a_tiff.ipynb #df2180cc
 def read_directory(
     data: bytes,  # of the file
-    layout: Layout,
+    layout: Layout,  # of its numbers
     at: int,  # offset of the directory
 ) -> Directory:
     """The tags of a directory; of two equal tags the first one counts.
 
-    struct.error where the file ends before the directory does.
+    Raises struct.error where the file ends before the directory does, or where it has too many tags.
     """
     if at > len(data):
         raise struct.error("a directory beyond the end of the file")
-    count = struct.unpack_from(layout.order + ("Q" if layout.big else "H"), data, at)[0]
+    count_format = layout.order + ("Q" if layout.big else "H")
+    count = struct.unpack_from(count_format, data, at)[0]
     if count > MOST_TAGS:
         raise struct.error("too many tags")
     entry = layout.entry
-    start, width = at + (8 if layout.big else 2), entry.size
-    inline = 8 if layout.big else 4
+    start = at + struct.calcsize(count_format)
+    width = entry.size
+    inline = 8 if layout.big else 4  # bytes of values that fit into an entry
     tags = {}
     for place in range(start, start + count * width, width):
         tag, kind, number = entry.unpack_from(data, place)
@@ -127,11 +129,11 @@ def read_directory(
 # %% ../../nbs/02_io/00a_tiff.ipynb #7992ec6d
 def numbers_of(
     data: bytes,  # of the file
-    layout: Layout,
-    directory: Directory,
-    tag: int,
-) -> np.ndarray:  # (N,) whole numbers; struct.error where the file ends before
-    "The values of a tag, none where the directory has no such tag."
+    layout: Layout,  # of its numbers
+    directory: Directory,  # of a page
+    tag: int,  # such as `WIDTH`
+) -> np.ndarray:  # (N,) whole numbers
+    "The values of a tag, none where the directory has no such tag; struct.error where the file ends before."
     if tag not in directory.tags:
         return np.empty(0, np.uint64)
     kind, number, where = directory.tags[tag]
@@ -144,12 +146,12 @@ def numbers_of(
 # %% ../../nbs/02_io/00a_tiff.ipynb #754c0d1c
 def number_of(
     data: bytes,  # of the file
-    layout: Layout,
-    directory: Directory,
-    tag: int,
+    layout: Layout,  # of its numbers
+    directory: Directory,  # of a page
+    tag: int,  # such as `WIDTH`
     default: int,  # where there is no such tag
 ) -> int:
-    "The first value of a tag."
+    "The first value of a tag; struct.error where the file ends before."
     numbers = numbers_of(data, layout, directory, tag)
     return int(numbers[0]) if len(numbers) else default
 
@@ -157,7 +159,7 @@ def number_of(
 # %% ../../nbs/02_io/00a_tiff.ipynb #ffd31528
 def directories_of(
     data: bytes,  # of the file
-    layout: Layout,
+    layout: Layout,  # of its numbers
     name: str | Path,  # of the file, for the error
 ) -> list:  # of Directory
     "All directories of a TIFF; ImageError where the chain is cut, overlaps or has no end."
@@ -208,9 +210,9 @@ class Page:
 # %% ../../nbs/02_io/00a_tiff.ipynb #01ff690a
 def strips_of(
     data: bytes,  # of the file
-    layout: Layout,
-    directory: Directory,
-) -> np.ndarray:  # (N, 2) float64 offset, length
+    layout: Layout,  # of its numbers
+    directory: Directory,  # of a page
+) -> np.ndarray:  # (N, 2) float64 offset, length, in bytes
     "Where the pixels of a page lie; struct.error where that is beyond the end of the file."
     for tags in DATA:
         offsets, lengths = (numbers_of(data, layout, directory, tag) for tag in tags)
@@ -225,8 +227,8 @@ def strips_of(
 # %% ../../nbs/02_io/00a_tiff.ipynb #ac1e51eb
 def describe_page(
     data: bytes,  # of the file
-    layout: Layout,
-    directory: Directory,
+    layout: Layout,  # of its numbers
+    directory: Directory,  # of the page
     at: int,  # its offset
 ) -> Page:
     "A page by its tags; struct.error where the file ends before its pixels do."
@@ -275,8 +277,8 @@ def pages_of(
 # %% ../../nbs/02_io/00a_tiff.ipynb #21281499
 def fingerprint_of(
     data: bytes,  # of the file
-    layout: Layout,
-    page: Page,
+    layout: Layout,  # of its numbers
+    page: Page,  # of the file
 ) -> bytes:
     "Equal for pages that hold the same bytes and mean the same by them."
     digest = hashlib.sha256()
@@ -323,7 +325,7 @@ def choose_page(
 # %% ../../nbs/02_io/00a_tiff.ipynb #b25ae6ce
 def with_one_page(
     data: bytes,  # of a TIFF
-    page: Page,
+    page: Page,  # the one that stays
 ) -> bytearray:
     "The same file with this page alone, its orientation set to 1."
     layout = layout_of(data)

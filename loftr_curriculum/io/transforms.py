@@ -86,7 +86,7 @@ def as_matrix(
 
 # %% ../../nbs/02_io/02_transforms.ipynb #a784cea6
 def whole_map(
-    record: TransformRecord,
+    record: TransformRecord,  # what is known of a transform
 ) -> dict | None:
     "What the file says of the map beyond its matrix; None where the matrix says it all."
     if record.point_map is None or record.point_map.matrix is not None:
@@ -96,6 +96,7 @@ def whole_map(
 
 # %% ../../nbs/02_io/02_transforms.ipynb #b8e9539b
 def _read_map(value, path):
+    "The map in a file, None where it has none; raises FileError."
     if value is None:
         return None
     try:
@@ -106,7 +107,7 @@ def _read_map(value, path):
 
 # %% ../../nbs/02_io/02_transforms.ipynb #ad412f40
 def map_of_record(
-    record: TransformRecord,
+    record: TransformRecord,  # what is known of a transform
 ) -> PointMap | None:
     "The map from moving to fixed points; None where registration failed."
     if record.point_map is not None:
@@ -117,9 +118,12 @@ def map_of_record(
 # %% ../../nbs/02_io/02_transforms.ipynb #12c20f69
 def save_transform(
     path: str | Path,  # JSON file to write, atomically
-    record: TransformRecord,
+    record: TransformRecord,  # what to write
 ) -> None:
-    "Write a transform with its direction, sizes and versions."
+    """Write a transform with its direction, sizes and versions.
+
+    Raises ValueError for another direction, FileError for a matrix that is not finite and invertible.
+    """
     if record.direction != DIRECTION:
         raise ValueError(
             f"{path}: expected the direction {DIRECTION}, got {record.direction!r}; invert the matrix first"
@@ -236,10 +240,9 @@ def save_matches(
     }
     if inliers is not None:
         arrays["inliers"] = np.asarray(inliers, bool)
-    if {len(a) for a in arrays.values()} != {n}:
-        raise ValueError(
-            f"{path}: expected arrays of one length, got { ({k: len(a) for k, a in arrays.items()}) }"
-        )
+    lengths = {name: len(array) for name, array in arrays.items()}
+    if set(lengths.values()) != {n}:
+        raise ValueError(f"{path}: expected arrays of one length, got {lengths}")
     with atomic_path(path) as temporary, open(temporary, "wb") as f:
         np.savez_compressed(f, **arrays)
 
