@@ -145,6 +145,24 @@ def test_scores_of_real_pairs_name_no_pair(stays, monkeypatch):
     )
 
 
+def test_the_wide_list_stands_beside_the_first_one(weights, stays, tmp_path):
+    wide_spec = replace(QUICK, modes=("ir-fa",), per_mode=2, version=card.WIDE_SPECIFICATION.version)
+    found = card.score_weights(
+        weights(8),
+        out=str(tmp_path / "card.json"),
+        folder=str(tmp_path / "list"),
+        wide=str(tmp_path / "wide"),
+        workers=1,
+        progress=False,
+        spec=QUICK,
+        wide_spec=wide_spec,
+    )
+    assert set(found["wide"]["pairs"]) == {"ir-fa_000", "ir-fa_001"}
+    assert found["wide"]["scores"]["ir-fa"]["pairs"] == 2 and "ir-fa" not in found["scores"]
+    assert "Wide list (version 3" in card.scores_text(found)
+    assert "Wide list" not in card.scores_text({k: v for k, v in found.items() if k != "wide"})
+
+
 # ---- histories
 
 
@@ -213,6 +231,8 @@ def test_a_curve_grows_by_files_and_refuses_those_of_unknown_history(weights, st
     assert "never reaches 0.95" in card.in_words(read_json(out))
     with pytest.raises(ValueError, match="does not tell how many"):
         more(weights(32, {"source": "x"}))
+    with pytest.raises(ValueError, match="version 99: expected one of 2, 3"):
+        card.curve([], version=99)
 
 
 # ---- the committed files

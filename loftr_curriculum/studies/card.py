@@ -55,8 +55,10 @@ from tqdm.auto import tqdm
 from ..data.landmarks import LandmarkPair, read_landmark_set
 from ..data.preprocess import estimate_fov, to_gray
 from ..data.pseudo_real import (
+    LISTS,
     PSEUDO_REAL_VERSION,
     SPECIFICATION,
+    WIDE_SPECIFICATION,
     PseudoReal,
     RawPair,
     pseudo_real_pairs,
@@ -67,7 +69,7 @@ from ..io.files import FileError, read_bytes, read_json, write_json
 from ..registration.config import RegistrationConfig, Verdict
 from ..registration.many import fingerprint
 from ..registration.pair import register
-from ..retina.config import GENERATOR_VERSION, MODES
+from ..retina.config import GENERATOR_VERSION, WIDE_MODES
 from ..training.history import facts_from
 from .study import begun, hardware, resample
 
@@ -248,7 +250,7 @@ def summary(
     rows: dict[str, dict],  # rows by pair
 ) -> dict:  # scores per mode and over all, verdicts, hard pairs, median seconds
     "What the rows of a list say."
-    by_mode = {m: [r for i, r in rows.items() if i.startswith(f"{m}_")] for m in MODES}
+    by_mode = {m: [r for i, r in rows.items() if i.startswith(f"{m}_")] for m in WIDE_MODES}
     every = list(rows.values())
     scores = {mode: figures_of(errors_of(some)) for mode, some in by_mode.items() if some}
     scores["all"] = figures_of(errors_of(every))
@@ -294,16 +296,19 @@ def score_weights(
     limit: int | None = None,  # pairs of each mode; None: all 100
     real: str | None = None,  # folder of real pairs with landmarks; only their scores are kept
     unmatchable: str | None = None,  # file of the study of that name, for the same weights and settings
+    wide: str | None = None,  # where the pairs of the wide list are kept, or will be; None: not scored
     out: str | None = None,  # JSON file, new or to go on with; None: card.json beside the packaged weights
     folder: str | None = "runs/pseudo_real",  # where the pairs of the list are kept, or will be
     device: str = "cpu",  # torch device
     workers: int = 2,  # processes that make pairs
     progress: bool = True,  # show a progress bar
     spec: PseudoReal = SPECIFICATION,  # another one is another list, and its card none of the package
+    wide_spec: PseudoReal = WIDE_SPECIFICATION,  # of the wide list
 ) -> dict:  # what was written
     """Measure a card.
 
-    `register` with default settings on the pseudo-real list, and on real pairs where there are some."""
+    `register` with default settings on the pseudo-real list, and on the wide list and on real pairs where
+    they are named."""
     from ..model.weights import PACKAGED, load_matcher
 
     if weights is not None and out is None:
@@ -324,6 +329,10 @@ def score_weights(
         card["real"] = score_real(real, matcher, progress)
     if unmatchable is not None:
         card["unmatchable"] = unmatchable_verdicts(unmatchable, settings["config"], matcher)
+    if wide is not None:
+        rows = card.setdefault("wide", {}).setdefault("pairs", {})
+        judge_list(matcher, rows, limit, wide, keep, workers, progress, spec=wide_spec)
+        card["wide"] |= {"list": wide_spec.version, **summary(rows)}
     keep()
     return card
 
@@ -494,12 +503,18 @@ def _verdict_lines(kind, verdicts):
     return lines
 
 
+# %% ../../nbs/11_studies/11_card.ipynb #5a3f1850
+def _mode_lines(scores):
+    "A table: one line a mode."
+    titles = [column.replace("_", " ") for column in COLUMNS]
+    head = f"  {'':10}{'pairs':>6}" + "".join(f"{title:>20}" for title in titles)
+    return [head, *(_score_line(mode, figures) for mode, figures in scores.items())]
+
+
 # %% ../../nbs/11_studies/11_card.ipynb #5a3f1852
 def _score_lines(card):
     "The figures of every mode, of real pairs, and the verdicts on pairs without a right answer."
-    titles = [column.replace("_", " ") for column in COLUMNS]
-    lines = [f"  {'':10}{'pairs':>6}" + "".join(f"{title:>20}" for title in titles)]
-    lines += [_score_line(mode, figures) for mode, figures in card["scores"].items()]
+    lines = _mode_lines(card["scores"])
     if "real" in card:
         lines.append(_score_line("real", card["real"]))
     if "unmatchable" in card:
@@ -516,6 +531,20 @@ def _hard_line(name, inside, outside):
     )
 
 
+# %% ../../nbs/11_studies/11_card.ipynb #8adb16d0
+def _wide_lines(
+    wide,  # "wide" of a card; {}: not measured
+):
+    "Scores and verdicts of the wide list."
+    if "scores" not in wide:
+        return []
+    title = (
+        f"  Wide list (version {wide['list']}: fields of 20 to 200 degrees, every angle, "
+        "exposures from 0.3 to 3, broad borders)"
+    )
+    return ["", title, *_mode_lines(wide["scores"]), "", *_verdict_lines("wide", wide["verdicts"]), ""]
+
+
 # %% ../../nbs/11_studies/11_card.ipynb #8adb16dc
 def scores_text(
     card: dict,  # of `score_weights`
@@ -530,6 +559,7 @@ def scores_text(
         if verdicts:
             lines += ["", *_verdict_lines(kind, verdicts)]
     lines += ["", *(_hard_line(name, *halves) for name, halves in card["hard"].items())]
+    lines += _wide_lines(card.get("wide", {}))
     lines.append(f"  a pair takes {card['seconds']:.2f} s (median), {card['hardware']}")
     return "\n".join(lines)
 
@@ -710,12 +740,18 @@ def curve(
     device: str = "cpu",  # torch device
     workers: int = 2,  # processes that make pairs
     progress: bool = True,  # show a progress bar
-    spec: PseudoReal = SPECIFICATION,  # another one is another list
+    version: int = PSEUDO_REAL_VERSION,  # of the list, one of `data.pseudo_real.LISTS`
+    spec: PseudoReal | None = None,  # another list than the one of the version
 ) -> dict:  # what was written
-    "Score weights that saw different numbers of training pairs on the same pairs."
+    """Score weights that saw different numbers of training pairs on the same pairs.
+
+    Raises ValueError for a list that there is not, and for weights that do not tell what they saw."""
     from ..model.weights import load_matcher
 
-    settings = _settings()
+    if version not in LISTS:
+        raise ValueError(f"version {version}: expected one of {', '.join(map(str, LISTS))}")
+    settings = _settings() | {"list": version}
+    spec = spec or LISTS[version]
     result = {**begun(out, settings), **settings}
 
     def keep():
