@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = [
-    "UNKNOWN_KEY",
     "REQUIRED",
+    "UNKNOWN_KEY",
     "LONGEST",
     "EXIT",
     "COMMANDS",
@@ -16,10 +16,10 @@ __all__ = [
     "settings",
     "nearest",
     "explain",
-    "refuse_classes",
-    "parse",
     "as_list",
     "plain_words",
+    "refuse_classes",
+    "parse",
     "read_settings",
     "Command",
     "program",
@@ -43,23 +43,33 @@ import sys
 import tokenize
 import warnings
 from argparse import ArgumentError
-from collections.abc import Callable
-from dataclasses import dataclass, fields, is_dataclass
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import Field, asdict, dataclass, fields, is_dataclass
 from operator import attrgetter
 from pathlib import Path
-from typing import Literal, get_args, get_origin
+from typing import TYPE_CHECKING, Literal, TypeVar, get_args, get_origin
 
-from jsonargparse import ActionConfigFile, ArgumentParser
+from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
 
 from . import __version__
+
+if TYPE_CHECKING:
+    from .io.transforms import TransformRecord
+    from .model.matcher import Matcher
+    from .registration.config import RegistrationConfig
+    from .registration.many import Shard
+    from .registration.pair import Registration
+    from .registration.table import FoundPairs, Pair
+    from .report.batch import BatchPictures
 
 
 # %% ../nbs/12_cli/00_cli.ipynb #ecb7684f
 def field_comments(
-    kind,  # dataclass, one field a line
-) -> dict:  # name -> comment
+    kind: type,  # dataclass, one field a line
+) -> dict[str, str]:  # name -> comment
     "The trailing comment of every field, or the comment lines above it, from the source."
-    comments, above = {}, []
+    comments = {}
+    above = []
     for token in tokenize.generate_tokens(io.StringIO(inspect.getsource(kind)).readline):
         field = re.match(r"\s*(\w+)\s*:", token.line)
         text = token.string.lstrip("# ")
@@ -76,24 +86,38 @@ def field_comments(
 
 # %% ../nbs/12_cli/00_cli.ipynb #496cf542
 def describe(
-    kind,  # dataclass
-    prefix="",  # of the names, such as "data."
-) -> dict:  # dotted name -> comment
+    kind: type,  # dataclass
+    prefix: str = "",  # of the names, such as "data."
+) -> dict[str, str]:  # dotted name -> comment
     "The comments of all fields, those of nested dataclasses included."
-    comments, out = field_comments(kind), {}
-    for f in fields(kind):
-        out[prefix + f.name] = comments.get(f.name, "")
-        if is_dataclass(f.type):
-            out |= describe(f.type, f"{prefix}{f.name}.")
-    return out
+    comments = field_comments(kind)
+    found = {}
+    for field in fields(kind):
+        found[prefix + field.name] = comments.get(field.name, "")
+        if is_dataclass(field.type):
+            found |= describe(field.type, f"{prefix}{field.name}.")
+    return found
+
+
+# %% ../nbs/12_cli/00_cli.ipynb #d789d2b6
+def _set_defaults(
+    parser: ArgumentParser,
+    names: Collection[str],  # of all fields, dotted
+    default: object,  # instance of the dataclass
+    prefix: str,  # of the names
+) -> None:
+    "The values of an instance become the defaults; a nested dataclass is set field by field."
+    nested = {name.rpartition(".")[0] for name in names}
+    values = {name: attrgetter(name.removeprefix(prefix))(default) for name in names if name not in nested}
+    parser.set_defaults(values)
 
 
 # %% ../nbs/12_cli/00_cli.ipynb #fd01dffe
 def add_settings(
-    parser,  # ArgumentParser
-    kind,  # dataclass whose fields become flags
-    key=None,  # the flags get this name and a dot in front; None: nothing
-    default=None,  # an instance whose values are the defaults; None: those of the class
+    parser: ArgumentParser,
+    kind: type,  # dataclass whose fields become flags
+    key: str | None = None,  # the flags get this name and a dot in front; None: nothing
+    default: object | None = None,  # an instance whose values are the defaults; None: those of the class
 ) -> None:
     "A flag for every field, and `--config` for files that hold the same keys."
     prefix = f"{key}." if key else ""
@@ -108,45 +132,73 @@ def add_settings(
         if action.dest in texts:
             action.help = re.sub(r"\bNone\b", "null", texts[action.dest])
     if default is not None:
-        parser.set_defaults(
-            {
-                n: attrgetter(n.removeprefix(prefix))(default)
-                for n in texts
-                if not any(o.startswith(f"{n}.") for o in texts)
-            }
-        )
+        _set_defaults(parser, texts, default, prefix)
+
+
+# %% ../nbs/12_cli/00_cli.ipynb #5add9742
+def _check_value(
+    field: Field,
+    value: object,  # what the parser read
+) -> None:
+    "ValueError where the parser let through null, or a single value where a dataclass is expected."
+    if value is None and type(None) not in get_args(field.type):
+        raise ValueError(f"{field.name} null: expected {getattr(field.type, '__name__', field.type)}")
+    if is_dataclass(field.type) and not hasattr(value, "keys"):
+        raise ValueError(f"{field.name}: expected the keys of {field.type.__name__}, each with its value")
 
 
 # %% ../nbs/12_cli/00_cli.ipynb #ddddf8d7
+_Settings = TypeVar("_Settings")
+
+
 def settings(
-    kind,  # dataclass
-    values,  # what the parser read: has every field as an item, nested ones as items of items
-):
+    kind: type[_Settings],  # dataclass
+    values: Namespace | dict,  # what the parser read, by name of field, nested as the dataclasses are
+) -> _Settings:
     "The dataclass, nested ones included; ValueError where a value is not allowed."
-    for f in fields(kind):
-        if values[f.name] is None and type(None) not in get_args(f.type):
-            raise ValueError(f"{f.name} null: expected {getattr(f.type, '__name__', f.type)}")
-        if is_dataclass(f.type) and not hasattr(values[f.name], "keys"):
-            raise ValueError(f"{f.name}: expected the keys of {f.type.__name__}, each with its value")
-    return kind(
-        **{
-            f.name: settings(f.type, values[f.name]) if is_dataclass(f.type) else values[f.name]
-            for f in fields(kind)
-        }
-    )
+    for field in fields(kind):
+        _check_value(field, values[field.name])
+    given = {}
+    for field in fields(kind):
+        value = values[field.name]
+        given[field.name] = settings(field.type, value) if is_dataclass(field.type) else value
+    return kind(**given)
 
 
 # %% ../nbs/12_cli/00_cli.ipynb #5c7a43cc
 def nearest(
-    name,  # what was written
-    known,  # valid names
+    name: str,  # what was written
+    known: Iterable[str],  # valid names
 ) -> str:
     "The valid name that looks most like it; the shortest of equals."
 
-    def alike(a):
-        return difflib.SequenceMatcher(None, name, a).ratio()
+    def likeness(valid: str) -> float:
+        whole = difflib.SequenceMatcher(None, name, valid).ratio()
+        last_part = difflib.SequenceMatcher(None, name, valid.rpartition(".")[2]).ratio()
+        return max(whole, last_part)
 
-    return max(sorted(known, key=len), key=lambda k: max(alike(k), alike(k.rpartition(".")[2])))
+    return max(sorted(known, key=len), key=likeness)
+
+
+# %% ../nbs/12_cli/00_cli.ipynb #ad18d579
+REQUIRED = re.compile(r"arguments are required: (.+)")
+
+
+def _missing_arguments(
+    listed: str,  # names with commas between them
+    known: Collection[str],  # names of flags
+) -> str:
+    "What has to be given: flags as they are written, other arguments in capitals."
+    written = [f"--{name}" if name in known else name.upper() for name in listed.split(", ")]
+    return "required: " + ", ".join(written)
+
+
+# %% ../nbs/12_cli/00_cli.ipynb #bec194f9
+def _expected_type(
+    found: re.Match,  # its first group is the name of a type
+) -> str:
+    "What a user has to write where a type is expected."
+    return "expected a list such as [a,b]" if found[1] == "tuple" else f"expected {found[1]}"
 
 
 # %% ../nbs/12_cli/00_cli.ipynb #d673a39e
@@ -157,25 +209,14 @@ UNKNOWN_KEY = re.compile(  # how the parser complains about a key that it does n
 )
 
 
-REQUIRED = re.compile(r"arguments are required: (.+)")
-
-
-def _expected_type(
-    found,  # match with the name of a type
-) -> str:
-    "What a user has to write where a type is expected."
-    return "expected a list such as [a,b]" if found[1] == "tuple" else f"expected {found[1]}"
-
-
 def explain(
-    message,  # what the parser complains about
-    known,  # valid names
+    message: str,  # what the parser complains about
+    known: Collection[str],  # valid names
 ) -> str:  # one line
     "The complaint; where it is about an unknown key of a file, with the nearest valid one."
     required = REQUIRED.search(message)
     if required:
-        names = required[1].split(", ")
-        return "required: " + ", ".join(f"--{n}" if n in known else n.upper() for n in names)
+        return _missing_arguments(required[1], known)
     key = UNKNOWN_KEY.search(message)
     if key:
         name = ".".join(filter(None, key.groups()))
@@ -185,82 +226,48 @@ def explain(
     return re.sub(r"Expected a <class '(\w+)'>", _expected_type, plain)
 
 
-# %% ../nbs/12_cli/00_cli.ipynb #515a3d5e
-def refuse_classes(
-    argv: list,  # of str
-) -> None:
-    "ValueError where a configuration file names a class to import."
-    named = [b for a, b in zip(argv, argv[1:]) if a == "--config"]
-    named += [word.partition("=")[2] for word in argv if word.startswith("--config=")]
-    for path in map(Path, named):
-        if path.is_file() and "class_path" in path.read_text(encoding="utf-8", errors="replace"):
-            raise ValueError(f"{path}: class_path: nothing that a file names is imported")
-
-
-# %% ../nbs/12_cli/00_cli.ipynb #fb4b0179
-LONGEST = 600  # letters of a complaint
-
-
-def parse(
-    parser,  # ArgumentParser made with exit_on_error=False
-    argv,  # list of str
-):  # namespace of values
-    "The values; ValueError says in one line what is wrong."
-    argv = plain_words(parser, argv)
-    known = {flag[2:] for a in parser._actions for flag in a.option_strings if flag.startswith("--")}
-    strange = [
-        w.partition("=")[0][2:] for w in argv if w.startswith("--") and w.partition("=")[0][2:] not in known
-    ]
-    refuse_classes(argv)
-    with_nul = [word for word in argv if "\0" in word]
-    if with_nul:
-        raise ValueError(f"{with_nul[0]!r}: expected a path without a NUL character")
-    if strange:
-        raise ValueError(
-            "; ".join(f"unknown flag --{f}, the nearest is --{nearest(f, known)}" for f in strange)
-        )
-    try:
-        return parser.parse_args(argv)
-    except ArgumentError as e:
-        message = explain(str(e), known)
-    except RecursionError:
-        message = "parsing config: nested too deeply, or within itself"
-    if "parsing config" in message:
-        message += f" (in {', '.join(b for a, b in zip(argv, argv[1:]) if a == '--config')})"
-    raise ValueError(message if len(message) < LONGEST else f"{message[:LONGEST]} ...")
-
-
 # %% ../nbs/12_cli/00_cli.ipynb #e41a9335
-def _underscored(word):
+def _underscored(
+    word: str,  # --flag or --flag=value
+) -> str:
+    "The same flag with underscores; a value stays as it is."
     flag, equals, value = word.partition("=")
     return f"--{flag[2:].replace('-', '_')}{equals}{value}"
 
 
 # %% ../nbs/12_cli/00_cli.ipynb #4816cf97
 def as_list(
-    words: list,  # of str, the first of which begins a list
+    words: Sequence[str],  # the first of them begins a list
 ) -> tuple[str, int]:
     "The list in brackets and without spaces, and how many words it took."
-    text, taken = words[0], 1
+    text = words[0]
+    taken = 1
     while taken < len(words) and (text.endswith(",") or (text.startswith("[") and "]" not in text)):
         text += words[taken]
         taken += 1
     return (text if text.startswith("[") else f"[{text}]"), taken
 
 
-# %% ../nbs/12_cli/00_cli.ipynb #20a432a9
-def plain_words(
-    parser,  # ArgumentParser
-    argv,  # list of str
-) -> list:  # of str
-    "The same words with underscores in flags, and every list as one word in brackets."
-    lists = {
+# %% ../nbs/12_cli/00_cli.ipynb #8032b6b1
+def _list_flags(parser: ArgumentParser) -> set[str]:
+    "The flags whose value is a list."
+    return {
         flag
         for action in parser._actions
         if get_origin(getattr(action, "_typehint", None)) is tuple
         for flag in action.option_strings
     }
-    words, rest = [], list(argv)
+
+
+# %% ../nbs/12_cli/00_cli.ipynb #20a432a9
+def plain_words(
+    parser: ArgumentParser,
+    argv: Sequence[str],
+) -> list[str]:
+    "The same words with underscores in flags, and every list as one word in brackets."
+    lists = _list_flags(parser)
+    words = []
+    rest = list(argv)
     while rest:
         word = rest.pop(0)
         word = _underscored(word) if word.startswith("--") else word
@@ -277,13 +284,69 @@ def plain_words(
     return words
 
 
+# %% ../nbs/12_cli/00_cli.ipynb #d57f4579
+def _unknown_flags(
+    argv: Iterable[str],  # with underscores
+    known: set[str],  # valid flags, without hyphens
+) -> list[str]:  # without hyphens
+    "The flags that no argument of the parser has."
+    flags = [word.partition("=")[0][2:] for word in argv if word.startswith("--")]
+    return [flag for flag in flags if flag not in known]
+
+
+# %% ../nbs/12_cli/00_cli.ipynb #879fb7e0
+def _files_after_config(argv: Sequence[str]) -> list[str]:
+    "The configuration files that are named as `--config FILE`."
+    return [following for word, following in zip(argv, argv[1:]) if word == "--config"]
+
+
+# %% ../nbs/12_cli/00_cli.ipynb #515a3d5e
+def refuse_classes(argv: Sequence[str]) -> None:
+    "ValueError where a configuration file names a class to import."
+    named = _files_after_config(argv)
+    named += [word.partition("=")[2] for word in argv if word.startswith("--config=")]
+    for path in map(Path, named):
+        if path.is_file() and "class_path" in path.read_text(encoding="utf-8", errors="replace"):
+            raise ValueError(f"{path}: class_path: nothing that a file names is imported")
+
+
+# %% ../nbs/12_cli/00_cli.ipynb #fb4b0179
+LONGEST = 600  # letters of a complaint
+
+
+def parse(
+    parser: ArgumentParser,  # made with exit_on_error=False
+    argv: Sequence[str],
+) -> Namespace:
+    "The values; ValueError says in one line what is wrong."
+    argv = plain_words(parser, argv)
+    known = {flag[2:] for a in parser._actions for flag in a.option_strings if flag.startswith("--")}
+    refuse_classes(argv)
+    with_nul = [word for word in argv if "\0" in word]
+    if with_nul:
+        raise ValueError(f"{with_nul[0]!r}: expected a path without a NUL character")
+    unknown = _unknown_flags(argv, known)
+    if unknown:
+        told = [f"unknown flag --{flag}, the nearest is --{nearest(flag, known)}" for flag in unknown]
+        raise ValueError("; ".join(told))
+    try:
+        return parser.parse_args(argv)
+    except ArgumentError as e:
+        message = explain(str(e), known)
+    except RecursionError:
+        message = "parsing config: nested too deeply, or within itself"
+    if "parsing config" in message:
+        message += f" (in {', '.join(_files_after_config(argv))})"
+    raise ValueError(message if len(message) < LONGEST else f"{message[:LONGEST]} ...")
+
+
 # %% ../nbs/12_cli/00_cli.ipynb #31232923
 def read_settings(
-    kind,  # dataclass
-    argv,  # list of str: flags
-    default=None,  # an instance whose values are the defaults
-    prog=None,  # name of the program in messages
-):
+    kind: type[_Settings],  # dataclass
+    argv: Sequence[str],  # flags
+    default: _Settings | None = None,  # an instance whose values are the defaults; None: those of the class
+    prog: str | None = None,  # name of the program in messages; None: that of the script
+) -> _Settings:
     "The dataclass from flags and files, for scripts; prints help or what is wrong, and exits."
     parser = ArgumentParser(
         prog=prog,
@@ -302,21 +365,38 @@ def read_settings(
 # %% ../nbs/12_cli/00_cli.ipynb #013681a1
 @dataclass(frozen=True)
 class Command:
-    "One word of the command line."
+    "One command, such as `register`."
 
     about: str  # one line for the overview
     usage: str  # what follows the command's name
-    add: Callable  # adds the flags to a parser
-    run: Callable  # parsed values -> exit code
+    add: Callable[[ArgumentParser], None]  # adds the flags to a parser
+    run: Callable[..., int]  # parsed values (where `own_words`: the list of words) -> exit code
     resumes: bool = False  # does the same command go on where it was interrupted?
-    own_words: bool = False  # does `run` take the words as they are?
+    own_words: bool = False  # does `run` parse the words after the command itself?
 
 
+# %% ../nbs/12_cli/00_cli.ipynb #0952fc26
 EXIT = {"ok": 0, "doubtful": 3, "failed": 4}  # by verdict; 2 is bad input, 130 an interruption
 
 
+# %% ../nbs/12_cli/00_cli.ipynb #97e96fd4
+def program() -> str:
+    "How this program was called: by its path where the shell would not find it by name."
+    called = sys.argv[0]
+    name = "loftr-curriculum"
+    if Path(called).name != name or shutil.which(name) in (called, os.path.abspath(called)):
+        return name
+    return called
+
+
+# %% ../nbs/12_cli/00_cli.ipynb #71abc80b
+def _command_line(*words: str) -> str:
+    "A command of this program as it is typed, quotes included."
+    return shlex.join([program(), *words])
+
+
 # %% ../nbs/12_cli/00_cli.ipynb #bb5903de
-def _add_synth(parser):
+def _add_synth(parser: ArgumentParser) -> None:
     from .retina.config import MODALITIES, MODES, EyeConfig
 
     parser.add_argument(
@@ -354,17 +434,19 @@ def _add_synth(parser):
 
 
 # %% ../nbs/12_cli/00_cli.ipynb #084cbc1c
-def _synth_pairs(a):
+def _synth_pairs(args: Namespace) -> int:
     from .data.practice import easiest, write_practice
     from .retina.config import EyeConfig
 
-    cases = 5 if a.cases is None else a.cases
-    names = write_practice(a.out, cases, a.seed, a.size, a.modes, settings(EyeConfig, a.eye), a.workers)
-    folder = Path(a.out)
+    cases = 5 if args.cases is None else args.cases
+    names = write_practice(
+        args.out, cases, args.seed, args.size, args.modes, settings(EyeConfig, args.eye), args.workers
+    )
+    folder = Path(args.out)
     mild = f"{folder / 'images' / easiest(folder, names)}"
-    one = _again("register", f"{mild}_fixed.png", f"{mild}_moving.png", "--out", f"{folder}_one")
-    many = _again("register-many", f"{folder / 'pairs.csv'}", "--out", f"{folder}_batch")
-    score = _again("evaluate", "--set", f"{folder}", "--pred", f"{folder}_batch")
+    one = _command_line("register", f"{mild}_fixed.png", f"{mild}_moving.png", "--out", f"{folder}_one")
+    many = _command_line("register-many", f"{folder / 'pairs.csv'}", "--out", f"{folder}_batch")
+    score = _command_line("evaluate", "--set", f"{folder}", "--pred", f"{folder}_batch")
     print(f"{len(names)} pairs in {folder}, their true maps in {folder / 'landmarks'}")
     print(f"register the one that turns and scales least: {one}")
     print(f"register all: {many}\nscore the answers: {score}")
@@ -372,49 +454,41 @@ def _synth_pairs(a):
 
 
 # %% ../nbs/12_cli/00_cli.ipynb #f0997464
-def _synth(a):
+def _synth(args: Namespace) -> int:
     from .retina.config import EyeConfig
     from .retina.synth import synthesise
 
-    if a.pairs:
-        return _synth_pairs(a)
-    cases = 100 if a.cases is None else a.cases
-    names = synthesise(a.out, cases, a.seed, a.size, a.modalities, settings(EyeConfig, a.eye), a.workers)
-    print(f"{len(names)} cases in {a.out}\ntrain on them: {_again('train', '--data.triplets', a.out)}")
+    if args.pairs:
+        return _synth_pairs(args)
+    cases = 100 if args.cases is None else args.cases
+    names = synthesise(
+        args.out, cases, args.seed, args.size, args.modalities, settings(EyeConfig, args.eye), args.workers
+    )
+    print(f"{len(names)} cases in {args.out}")
+    print(f"train on them: {_command_line('train', '--data.triplets', args.out)}")
     return 0
 
 
-# %% ../nbs/12_cli/00_cli.ipynb #97e96fd4
-def program() -> str:
-    "How this program was called: by its path where the shell would not find it by name."
-    called, name = sys.argv[0], "loftr-curriculum"
-    if Path(called).name != name or shutil.which(name) in (called, os.path.abspath(called)):
-        return name
-    return called
-
-
-def _again(*words):
-    return shlex.join([program(), *words])
-
-
 # %% ../nbs/12_cli/00_cli.ipynb #31daf135
-def _add_train(parser):
+def _add_train(parser: ArgumentParser) -> None:
     from .training.config import TrainConfig
 
     add_settings(parser, TrainConfig)
 
 
 # %% ../nbs/12_cli/00_cli.ipynb #d7dd096d
-def _hush():
+def _hush() -> None:
+    "Keeps Lightning's advice to programmers from the terminal; errors stay."
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", module=r"lightning\.")
 
 
 # %% ../nbs/12_cli/00_cli.ipynb #bb948af8
-def _train(a):
+def _train(args: Namespace) -> int:
     from .training.config import TrainConfig
 
-    config = settings(TrainConfig, a)
+    # a bad setting is told before the slow imports
+    config = settings(TrainConfig, args)
     from .training.estimate import Announce
     from .training.run import train
 
@@ -422,15 +496,15 @@ def _train(a):
     run = train(config, progress=sys.stdout.isatty(), callbacks=[Announce(config)])
     if os.environ.get("LOCAL_RANK", "0") != "0":  # one process of several: the first speaks for all
         return 0
-    diagnose = _again("diagnose", str(run.out))
-    use = _again("register", "FIXED", "MOVING", "--out", "DIR", "--weights", str(run.weights))
+    diagnose = _command_line("diagnose", str(run.out))
+    use = _command_line("register", "FIXED", "MOVING", "--out", "DIR", "--weights", str(run.weights))
     print(f"weights: {run.weights}; logs: {run.out / 'logs'}; did the matches collapse: {diagnose}")
     print(f"use them: {use}")
     return 0
 
 
 # %% ../nbs/12_cli/00_cli.ipynb #c12081e3
-def _add_demo(parser):
+def _add_demo(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--out",
         type=str,
@@ -447,18 +521,18 @@ def _add_demo(parser):
 
 
 # %% ../nbs/12_cli/00_cli.ipynb #e5b812da
-def _demo(a):
+def _demo(args: Namespace) -> int:
     from .training.demo import demo
 
     _hush()
-    if a.epochs is not None and a.epochs < 1:
-        raise ValueError(f"epochs {a.epochs}: expected at least 1")
-    demo(a.out, a.epochs, quick=a.quick, command=program())
+    if args.epochs is not None and args.epochs < 1:
+        raise ValueError(f"epochs {args.epochs}: expected at least 1")
+    demo(args.out, args.epochs, quick=args.quick, command=program())
     return 0
 
 
 # %% ../nbs/12_cli/00_cli.ipynb #5d387317
-def _add_diagnose(parser):
+def _add_diagnose(parser: ArgumentParser) -> None:
     parser.add_argument("run", type=str, help="folder of a training run, finished or not")
     parser.add_argument(
         "--out",
@@ -475,24 +549,24 @@ def _add_diagnose(parser):
 
 
 # %% ../nbs/12_cli/00_cli.ipynb #876ba884
-def _diagnose(a):
+def _diagnose(args: Namespace) -> int:
     from .evaluation.recording import Recording, in_words, table
     from .report.collapse import write_diagnosis
 
-    if a.patience < 1:
-        raise ValueError(f"patience {a.patience}: expected at least 1")
-    recording = Recording(a.run)
+    if args.patience < 1:
+        raise ValueError(f"patience {args.patience}: expected at least 1")
+    recording = Recording(args.run)
     if not recording.epochs:
         raise ValueError(f"{recording.folder}: nothing is recorded yet, the first epoch has to end")
-    print(table(recording), in_words(recording, patience=a.patience), sep="\n\n")
-    written = write_diagnosis(a.out or f"{a.run}/diagnosis", recording)
+    print(table(recording), in_words(recording, patience=args.patience), sep="\n\n")
+    written = write_diagnosis(args.out or f"{args.run}/diagnosis", recording)
     print(f"recording took {recording.records[-1].share:.1%} of the time")
     print(f"look at {', '.join(map(str, written))}")
     return 0
 
 
 # %% ../nbs/12_cli/00_cli.ipynb #b4bb792e
-def _add_matcher(parser):
+def _add_matcher(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--weights",
         type=str | None,
@@ -506,17 +580,19 @@ def _add_matcher(parser):
 
 
 # %% ../nbs/12_cli/00_cli.ipynb #1c9d1557
-def _matcher(a):
+def _matcher(args: Namespace) -> "Matcher":
+    "The matcher that --weights and --device name; ValueError where torch cannot use the device."
     from .model.weights import load_matcher
 
     try:
-        return load_matcher(a.weights, a.device)
+        return load_matcher(args.weights, args.device)
     except (RuntimeError, AssertionError) as e:
-        raise ValueError(f"device {a.device!r} or weights {a.weights!r}: {str(e).splitlines()[0]}") from None
+        why = str(e).splitlines()[0]
+        raise ValueError(f"device {args.device!r} or weights {args.weights!r}: {why}") from None
 
 
 # %% ../nbs/12_cli/00_cli.ipynb #023870f2
-def _add_register(parser):
+def _add_register(parser: ArgumentParser) -> None:
     from .registration.config import RegistrationConfig
 
     parser.add_argument("fixed", type=str, help="image that stays: PNG, JPEG, TIFF, DICOM, ..., 8 to 16 bits")
@@ -555,17 +631,34 @@ def _add_register(parser):
 
 
 # %% ../nbs/12_cli/00_cli.ipynb #991e7154
-def _simpler(r, config):
+def _simpler(
+    answer: "Registration",
+    config: "RegistrationConfig",
+) -> list[str]:
     "A line where the answer bends less than was asked for."
-    found = r.evidence.model
-    if config.transform not in ("quadratic", "flow") or r.point_map is None or found == config.transform:
+    asked, found = config.transform, answer.evidence.model
+    if asked not in ("quadratic", "flow") or answer.point_map is None or found == asked:
         return []
     straight = "an affine" if found in ("matches", "affine") else f"a {found} map"
-    return [f"  answered with {straight}: the patches do not support {config.transform}"]
+    return [f"  answered with {straight}: the patches do not support {asked}"]
+
+
+# %% ../nbs/12_cli/00_cli.ipynb #278a207d
+def _in_words(
+    answer: "Registration",
+    config: "RegistrationConfig",
+) -> list[str]:
+    "The verdict, how many matches agree, and the reasons, a line each."
+    if answer.moving_to_fixed is None:
+        agree = "no transform"
+    else:
+        agree = f"{answer.matches.inliers.sum()} of {len(answer.matches)} matches agree"
+    reasons = [f"  because {reason}" for reason in answer.reasons]
+    return [f"{answer.verdict}: {agree}", *reasons, *_simpler(answer, config)]
 
 
 # %% ../nbs/12_cli/00_cli.ipynb #fb7e95f9
-def _register(a):
+def _register(args: Namespace) -> int:
     from .io.files import refuse_to_overwrite
     from .io.images import with_frame
     from .io.lock import only_run
@@ -574,41 +667,29 @@ def _register(a):
     from .registration.pair import register
     from .report.registration import outputs_of, write_registration
 
-    given = [p for p in (a.fixed, a.moving, a.fixed_mask, a.moving_mask, a.weights) if p]
-    refuse_to_overwrite(outputs_of(a.out), given)
-    config, guidance = settings(RegistrationConfig, a), Guidance(a.vessel_soft_lambda)
-    fixed, moving = with_frame([a.fixed, a.moving], a.frame)
-    with only_run(a.out):
-        r = register(
+    given = [p for p in (args.fixed, args.moving, args.fixed_mask, args.moving_mask, args.weights) if p]
+    refuse_to_overwrite(outputs_of(args.out), given)
+    config = settings(RegistrationConfig, args)
+    guidance = Guidance(args.vessel_soft_lambda)
+    fixed, moving = with_frame([args.fixed, args.moving], args.frame)
+    with only_run(args.out):
+        answer = register(
             fixed,
             moving,
-            matcher=_matcher(a),
+            matcher=_matcher(args),
             config=config,
-            fixed_mask=a.fixed_mask,
-            moving_mask=a.moving_mask,
+            fixed_mask=args.fixed_mask,
+            moving_mask=args.moving_mask,
             guidance=guidance,
         )
-        written = write_registration(r, fixed, moving, a.out)
-    agree = (
-        f"{r.matches.inliers.sum()} of {len(r.matches)} matches agree"
-        if r.moving_to_fixed is not None
-        else "no transform"
-    )
-    print(
-        "\n".join(
-            [
-                f"{r.verdict}: {agree}",
-                *(f"  because {reason}" for reason in r.reasons),
-                *_simpler(r, config),
-                f"look at {a.out}: {', '.join(p.name for p in written)}",
-            ]
-        )
-    )
-    return EXIT[r.verdict]
+        written = write_registration(answer, fixed, moving, args.out)
+    print(*_in_words(answer, config), sep="\n")
+    print(f"look at {args.out}: {', '.join(path.name for path in written)}")
+    return EXIT[answer.verdict]
 
 
 # %% ../nbs/12_cli/00_cli.ipynb #b47c1e01
-def _add_patterns(parser):
+def _add_patterns(parser: ArgumentParser) -> None:
     for side in ("fixed", "moving"):
         parser.add_argument(
             f"--{side}",
@@ -630,7 +711,7 @@ def _add_patterns(parser):
 
 
 # %% ../nbs/12_cli/00_cli.ipynb #b47c1e02
-def _add_work(parser):
+def _add_work(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--workers",
         type=int | None,
@@ -671,7 +752,7 @@ def _add_work(parser):
 
 
 # %% ../nbs/12_cli/00_cli.ipynb #0ecaccab
-def _add_many(parser):
+def _add_many(parser: ArgumentParser) -> None:
     from .registration.config import RegistrationConfig
 
     parser.add_argument(
@@ -695,7 +776,7 @@ def _add_many(parser):
 
 # %% ../nbs/12_cli/00_cli.ipynb #4fd0024d
 def worst_status(
-    count: dict,  # number of pairs by verdict
+    count: dict[str, int],  # number of pairs by verdict
 ) -> int:
     "Exit status of a batch: that of its worst pair, 0 only where every pair has an answer that is ok."
     unanswered = sum(count.get(kind, 0) for kind in ("failed", "unreadable", "missing"))
@@ -705,31 +786,39 @@ def worst_status(
 
 
 # %% ../nbs/12_cli/00_cli.ipynb #b47c1e03
-def _workers(a):
+def _workers(args: Namespace) -> int:
+    "Number of processes: as many as asked for, else one a core, or one for a GPU."
     from .registration.workers import cores
 
-    if a.workers is not None:
-        return a.workers
-    return cores() if a.device == "cpu" else 1
+    if args.workers is not None:
+        return args.workers
+    return cores() if args.device == "cpu" else 1
 
 
-def _pairs(a):
+# %% ../nbs/12_cli/00_cli.ipynb #f44d6c68
+def _pairs(args: Namespace) -> "FoundPairs":
+    "The pairs of the table, or those that the patterns find."
     from .registration.table import FoundPairs, find_pairs, read_batch
 
-    patterns = (a.fixed, a.moving, a.match)
-    if a.pairs is not None and any(patterns):
+    patterns = (args.fixed, args.moving, args.match)
+    if args.pairs is not None and any(patterns):
         raise ValueError(
             "a table and --fixed, --moving, --match exclude each other; are the patterns in quotes?"
         )
-    if a.pairs is not None:
-        return FoundPairs(read_batch(a.pairs), [])
+    if args.pairs is not None:
+        return FoundPairs(read_batch(args.pairs), [])
     if not all(patterns):
         raise ValueError("expected a table of pairs, or all of --fixed, --moving and --match")
     return find_pairs(*patterns)
 
 
 # %% ../nbs/12_cli/00_cli.ipynb #fb39d071
-def _is_done(pairs, out, shard):
+def _is_done(
+    pairs: "list[Pair]",
+    out: Path,  # folder of the batch
+    shard: "Shard | None",  # the part that this job does; None: all
+) -> bool:
+    "Has every pair an answer already?"
     from .registration.journal import RESULTS, read_results
 
     if shard is not None:
@@ -741,7 +830,10 @@ def _is_done(pairs, out, shard):
 
 
 # %% ../nbs/12_cli/00_cli.ipynb #5d0c1a7e
-def _rows_of_before(folder, count):
+def _rows_of_before(
+    folder: Path,  # of the batch, or of the shard
+    count: dict[str, int],  # number of pairs by verdict
+) -> list[str]:
     "A line where the files hold more pairs than the table names, so that their numbers are understood."
     from .registration.journal import RESULTS, read_results
 
@@ -750,53 +842,63 @@ def _rows_of_before(folder, count):
     return [f"the files of the folder hold {more} more, which this table does not name"] if more else []
 
 
-# %% ../nbs/12_cli/00_cli.ipynb #25ffcbed
-def _many(a):
+# %% ../nbs/12_cli/00_cli.ipynb #1e6cd5ec
+def _register_or_merge(
+    args: Namespace,
+    found: "FoundPairs",
+    pictures: "BatchPictures",
+    shard: "Shard | None",  # the part that this job does; None: all
+) -> dict[str, int]:  # number of pairs by verdict
+    "Does what the command was asked for: put the shards together, or register what has no answer yet."
     from .registration.config import RegistrationConfig
+    from .registration.many import merge_shards, register_many
+
+    if args.merge:
+        return merge_shards(args.pairs or found.pairs, args.out, pictures, args.parquet)
+    if _is_done(found.pairs, Path(args.out), shard):
+        print("every pair has an answer already, nothing is left to register", flush=True)
+    return register_many(
+        args.pairs or found.pairs,
+        args.out,
+        matcher=_matcher(args),
+        config=settings(RegistrationConfig, args),
+        workers=_workers(args),
+        batch=args.batch or (1 if args.device == "cpu" else 8),
+        parquet=args.parquet,
+        scheduler=args.scheduler,
+        shard=shard,
+        pictures=pictures,
+    )
+
+
+# %% ../nbs/12_cli/00_cli.ipynb #25ffcbed
+def _many(args: Namespace) -> int:
     from .registration.journal import need_pyarrow
-    from .registration.many import merge_shards, parse_shard, register_many
+    from .registration.many import parse_shard
     from .registration.table import describe_pairs
     from .report.batch import BatchPictures
 
-    found = _pairs(a)
-    if a.parquet:
+    found = _pairs(args)
+    if args.parquet:
         need_pyarrow()
-    if a.dry_run:
+    if args.dry_run:
         print(describe_pairs(found))
         return 0
     for path, why in found.alone:
         print(f"alone: {path}: {why}", file=sys.stderr)
-    pictures = BatchPictures(a.out, a.save)
-    shard = parse_shard(a.shard) if a.shard else None
-    if not a.merge and _is_done(found.pairs, Path(a.out), shard):
-        print("every pair has an answer already, nothing is left to register", flush=True)
-    if a.merge:
-        count = merge_shards(a.pairs or found.pairs, a.out, pictures, a.parquet)
-    else:
-        count = register_many(
-            a.pairs or found.pairs,
-            a.out,
-            matcher=_matcher(a),
-            config=settings(RegistrationConfig, a),
-            workers=_workers(a),
-            batch=a.batch or (1 if a.device == "cpu" else 8),
-            parquet=a.parquet,
-            scheduler=a.scheduler,
-            shard=shard,
-            pictures=pictures,
-        )
-    folder = Path(a.out) if shard is None else shard.folder(Path(a.out))
+    pictures = BatchPictures(args.out, args.save)
+    shard = parse_shard(args.shard) if args.shard else None
+    count = _register_or_merge(args, found, pictures, shard)
+    folder = Path(args.out) if shard is None else shard.folder(Path(args.out))
     print(", ".join(f"{n} {what}" for what, n in count.items()))
-    print(
-        *_rows_of_before(folder, count),
-        f"look at {folder}: report.html, results.csv, transforms.json",
-        sep="\n",
-    )
+    for line in _rows_of_before(folder, count):
+        print(line)
+    print(f"look at {folder}: report.html, results.csv, transforms.json")
     return worst_status(count)
 
 
 # %% ../nbs/12_cli/00_cli.ipynb #6be6dac9
-def _add_triplet(parser):
+def _add_triplet(parser: ArgumentParser) -> None:
     from .registration.config import RegistrationConfig
 
     for name, what in (("cf", "photograph"), ("oct", "OCT en-face image"), ("fa", "angiogram")):
@@ -813,29 +915,29 @@ def _add_triplet(parser):
 
 
 # %% ../nbs/12_cli/00_cli.ipynb #acd1a24e
-def _triplet(a):
+def _triplet(args: Namespace) -> int:
     from .io.lock import only_run
     from .registration.config import RegistrationConfig
     from .registration.triplet import register_triplet
     from .report.triplet import refuse_inputs, write_triplet
 
-    images = {"cf": a.cf, "oct": a.oct, "fa": a.fa}
-    refuse_inputs(a.out, images)
-    with only_run(a.out):
+    images = {"cf": args.cf, "oct": args.oct, "fa": args.fa}
+    refuse_inputs(args.out, images)
+    with only_run(args.out):
         triplet = register_triplet(
-            *images.values(), matcher=_matcher(a), config=settings(RegistrationConfig, a)
+            *images.values(), matcher=_matcher(args), config=settings(RegistrationConfig, args)
         )
-        write_triplet(triplet, images, a.out)
+        write_triplet(triplet, images, args.out)
     for name, answer in triplet.answers.items():
         print(f"{name}: {answer.verdict}", *(f"  because {reason}" for reason in answer.reasons), sep="\n")
     if triplet.cycle_px is not None:
         print(f"going round leads {triplet.cycle_px:.1f} px away at 512 px")
-    print(f"look at {a.out}")
+    print(f"look at {args.out}")
     return EXIT[triplet.verdict]
 
 
 # %% ../nbs/12_cli/00_cli.ipynb #b3983434
-def _add_review(parser):
+def _add_review(parser: ArgumentParser) -> None:
     parser.add_argument("batch", type=str, help="folder of register-many, finished or not, or of one shard")
     parser.add_argument(
         "--images",
@@ -850,19 +952,22 @@ def _add_review(parser):
 
 
 # %% ../nbs/12_cli/00_cli.ipynb #ae56021e
-def _review(a):
+def _review(args: Namespace) -> int:
     from .registration.review import Review, check_kinds
     from .report.server import serve
 
-    kinds = check_kinds(a.kinds)
-    told = {"out": str(Path(a.batch).absolute()), "images": a.images and str(Path(a.images).absolute())}
+    kinds = check_kinds(args.kinds)
+    told = {
+        "out": str(Path(args.batch).absolute()),
+        "images": args.images and str(Path(args.images).absolute()),
+    }
     Review(**told, kinds=kinds)
-    serve(told | {"kinds": kinds}, a.port)
+    serve(told | {"kinds": kinds}, args.port)
     return 0
 
 
 # %% ../nbs/12_cli/00_cli.ipynb #be27b8aa
-def _add_warp(parser):
+def _add_warp(parser: ArgumentParser) -> None:
     parser.add_argument("image", type=str, help="image or mask in the frame of the moving image")
     parser.add_argument(
         "--frame",
@@ -885,37 +990,52 @@ def _add_warp(parser):
     )
 
 
+# %% ../nbs/12_cli/00_cli.ipynb #6d797107
+def _check_sizes(
+    record: "TransformRecord",
+    transform: str,  # the file's name, for messages
+    size: tuple[int, int],  # height and width of the image
+    image: str,  # the file's name, for messages
+) -> None:
+    "FileError where there is no transform, or one for an image of another size."
+    from .io.files import FileError
+
+    if record.matrix is None:
+        raise FileError(f"{transform}: holds no transform, the registration failed")
+    if record.fixed_size is None:
+        raise FileError(f"{transform}: expected fixed_size, the height and width of the fixed image")
+    if record.moving_size not in (None, size):
+        raise FileError(
+            f"{image}: expected the size of the moving image {record.moving_size} (height, width), got {size}"
+        )
+
+
 # %% ../nbs/12_cli/00_cli.ipynb #4ed63053
-def _warp(a):
+def _warp(args: Namespace) -> int:
     from .io.files import FileError, refuse_to_overwrite
     from .io.images import read_image, with_frame, write_image
     from .io.transforms import load_transform, map_of_record
     from .registration.frames import warp_to_fixed
     from .registration.review import reviewed_transform
 
-    refuse_to_overwrite([a.out], [a.image, a.transform])
-    if a.id is None and Path(a.transform).is_dir():
+    refuse_to_overwrite([args.out], [args.image, args.transform])
+    if args.id is None and Path(args.transform).is_dir():
         raise FileError(
-            f"{a.transform}: is a folder; name one of its pairs with --id, or give a transform.json"
+            f"{args.transform}: is a folder; name one of its pairs with --id, or give a transform.json"
         )
-    record = load_transform(a.transform) if a.id is None else reviewed_transform(a.transform, a.id)
-    image = read_image(with_frame([a.image], a.frame)[0])
-    if record.matrix is None:
-        raise FileError(f"{a.transform}: holds no transform, the registration failed")
-    if record.fixed_size is None:
-        raise FileError(f"{a.transform}: expected fixed_size, the height and width of the fixed image")
-    if record.moving_size not in (None, image.shape[:2]):
-        raise FileError(
-            f"{a.image}: expected the size of the moving image {record.moving_size} (height, width), "
-            f"got {image.shape[:2]}"
-        )
-    write_image(a.out, warp_to_fixed(image, map_of_record(record), record.fixed_size, a.mode))
-    print(f"look at {a.out}")
+    if args.id is None:
+        record = load_transform(args.transform)
+    else:
+        record = reviewed_transform(args.transform, args.id)
+    image = read_image(with_frame([args.image], args.frame)[0])
+    _check_sizes(record, args.transform, image.shape[:2], args.image)
+    write_image(args.out, warp_to_fixed(image, map_of_record(record), record.fixed_size, args.mode))
+    print(f"look at {args.out}")
     return 0
 
 
 # %% ../nbs/12_cli/00_cli.ipynb #d3994aa5
-def _add_evaluate(parser):
+def _add_evaluate(parser: ArgumentParser) -> None:
     from .registration.config import RegistrationConfig
 
     parser.add_argument(
@@ -937,23 +1057,23 @@ def _add_evaluate(parser):
 
 
 # %% ../nbs/12_cli/00_cli.ipynb #7c27c346
-def _evaluate(a):
+def _evaluate(args: Namespace) -> int:
     from .evaluation.sets import evaluate_set
     from .registration.config import RegistrationConfig
 
-    if a.pred is not None and a.weights is not None:
+    if args.pred is not None and args.weights is not None:
         raise ValueError(
             "--pred and --weights exclude each other: score these answers, or register with those weights"
         )
-    matcher, config = None if a.pred is not None else _matcher(a), settings(RegistrationConfig, a)
-    print(
-        json.dumps(evaluate_set(a.set, a.pred, matcher=matcher, config=config, per_pair=a.per_pair), indent=1)
-    )
+    matcher = _matcher(args) if args.pred is None else None
+    config = settings(RegistrationConfig, args)
+    scores = evaluate_set(args.set, args.pred, matcher=matcher, config=config, per_pair=args.per_pair)
+    print(json.dumps(scores, indent=1))
     return 0
 
 
 # %% ../nbs/12_cli/00_cli.ipynb #372b50e6
-def _add_weights(parser):
+def _add_weights(parser: ArgumentParser) -> None:
     parser.add_argument(
         "weights",
         type=str | None,
@@ -966,37 +1086,33 @@ def _add_weights(parser):
 
 
 # %% ../nbs/12_cli/00_cli.ipynb #965793c6
-def _weights(a):
-    from dataclasses import asdict
-
+def _weights(args: Namespace) -> int:
     from .model.weights import PACKAGED, load_matcher
     from .studies.card import card_text
 
-    if not a.json:
-        print(card_text(a.weights))
+    if not args.json:
+        print(card_text(args.weights))
         return 0
-    matcher = load_matcher(a.weights)
-    size = sum(p.numel() for p in matcher.parameters())
-    print(
-        json.dumps(
-            dict(
-                file=str(a.weights or PACKAGED),
-                parameters=size,
-                config=asdict(matcher.config),
-                facts=matcher.facts,
-            ),
-            indent=1,
-        )
-    )
+    matcher = load_matcher(args.weights)
+    told = {
+        "file": str(args.weights or PACKAGED),
+        "parameters": sum(p.numel() for p in matcher.parameters()),
+        "config": asdict(matcher.config),
+        "facts": matcher.facts,
+    }
+    print(json.dumps(told, indent=1))
     return 0
 
 
 # %% ../nbs/12_cli/00_cli.ipynb #7c1be5d2
-def _add_study(parser):
+def _add_study(parser: ArgumentParser) -> None:
     parser.add_argument("name", nargs="?", help="one of the list; none: print the list")
 
 
-def _study(words):
+# %% ../nbs/12_cli/00_cli.ipynb #b09b4dda
+def _study(
+    words: list[str],  # after `study`
+) -> int:
     from .studies.study import STUDIES, overview, parser_of, run_study
 
     if not words or words[0] in ("-h", "--help"):
@@ -1010,7 +1126,7 @@ def _study(words):
 
 
 # %% ../nbs/12_cli/00_cli.ipynb #a0c4e2d1
-def _add_export(parser):
+def _add_export(parser: ArgumentParser) -> None:
     parser.add_argument("--onnx", type=str, required=True, help="file to write, name.onnx")
     parser.add_argument(
         "--weights", type=str | None, default=None, help="weights to export; null: those of the package"
@@ -1024,13 +1140,13 @@ def _add_export(parser):
 
 
 # %% ../nbs/12_cli/00_cli.ipynb #a0c4e2d2
-def _export(a):
+def _export(args: Namespace) -> int:
     from .io.files import refuse_to_overwrite
     from .model.export import export_onnx
 
-    if a.weights is not None:
-        refuse_to_overwrite([a.onnx], [a.weights])
-    path = export_onnx(a.onnx, a.weights, a.side)
+    if args.weights is not None:
+        refuse_to_overwrite([args.onnx], [args.weights])
+    path = export_onnx(args.onnx, args.weights, args.side)
     print(f"wrote {path}: {path.stat().st_size / 2**20:.1f} MB")
     return 0
 
@@ -1048,7 +1164,7 @@ COMMANDS = {
         "[PAIRS.csv | --fixed 'F/*.png' --moving 'M/*.png' --match REGEX] --out DIR [--key value ...]",
         _add_many,
         _many,
-        True,
+        resumes=True,
     ),
     "register-triplet": Command(
         "register photograph, OCT and angiogram of one eye, held against each other",
@@ -1061,7 +1177,7 @@ COMMANDS = {
         "BATCH [--images DIR] [--port N] [--kinds doubtful,failed,ok]",
         _add_review,
         _review,
-        True,
+        resumes=True,
     ),
     "warp": Command(
         "apply a saved transform to another image or mask",
@@ -1080,7 +1196,7 @@ COMMANDS = {
         "[--config FILE.yaml] [--key value ...]",
         _add_train,
         _train,
-        True,
+        resumes=True,
     ),
     "diagnose": Command(
         "did the matches of a training run collapse, and since when",
@@ -1093,22 +1209,22 @@ COMMANDS = {
         "OUT [--pairs] [--cases N] [--seed N] [--size PX] [--key value ...]",
         _add_synth,
         _synth,
-        True,
+        resumes=True,
     ),
     "demo": Command(
         "the main job in less than five minutes: register, train, register again",
         "[--out DIR] [--quick] [--epochs N]",
         _add_demo,
         _demo,
-        True,
+        resumes=True,
     ),
     "study": Command(
         "measure again what notebooks and README report; alone, the list of the studies",
         "[NAME] [--key value ...]",
         _add_study,
         _study,
-        True,
-        True,
+        resumes=True,
+        own_words=True,
     ),
     "weights": Command(
         "the model card of the packaged weights, or of a weights file",
@@ -1125,9 +1241,10 @@ COMMANDS = {
 }
 
 
+# %% ../nbs/12_cli/00_cli.ipynb #26e9c2a1
 def overview() -> str:
     "What `loftr-curriculum --help` prints."
-    rows = "\n".join(f"  {name:18s}{c.about}" for name, c in COMMANDS.items())
+    rows = "\n".join(f"  {name:18s}{command.about}" for name, command in COMMANDS.items())
     return f"""usage: loftr-curriculum COMMAND ... | --help | --version
 
 Registers retinal images of one eye across modalities.
@@ -1140,24 +1257,27 @@ Exit codes: 0 done or ok, 3 doubtful, 4 failed, 2 bad input, 130 interrupted, 12
 
 # %% ../nbs/12_cli/00_cli.ipynb #743e63ff
 def make_parser(
-    name,  # one of COMMANDS
+    name: str,  # one of COMMANDS
 ) -> ArgumentParser:
     "The parser of one command."
-    c = COMMANDS[name]
-    about = f"{c.about[0].upper()}{c.about[1:]}."
+    command = COMMANDS[name]
     parser = ArgumentParser(
         prog=f"loftr-curriculum {name}",
-        usage=f"loftr-curriculum {name} {c.usage}",
-        description=about,
+        usage=f"loftr-curriculum {name} {command.usage}",
+        description=f"{command.about[0].upper()}{command.about[1:]}.",
         allow_abbrev=False,
         exit_on_error=False,
     )
-    c.add(parser)
+    command.add(parser)
     return parser
 
 
 # %% ../nbs/12_cli/00_cli.ipynb #7fa825a5
-def _complain(name, message):
+def _complain(
+    name: list[str],  # of the command; nothing: of the program itself
+    message: object,  # text, or an exception
+) -> int:  # exit code
+    "One line on standard error."
     print(f"{' '.join(['loftr-curriculum', *name])}: error: {message}", file=sys.stderr)
     return 2
 
@@ -1166,17 +1286,45 @@ def _complain(name, message):
 ENDED = (129, 143)  # exit statuses after SIGHUP and SIGTERM
 
 
-def _interrupted(argv, status=130):
-    more = (
-        f"; the same command goes on where it stopped: {_again(*argv)}" if COMMANDS[argv[0]].resumes else ""
-    )
+# %% ../nbs/12_cli/00_cli.ipynb #24122363
+def _interrupted(
+    argv: list[str],
+    status: int = 130,  # 130: Ctrl-C
+) -> int:  # exit code
+    "Says how to go on, where the command can."
+    resumes = COMMANDS[argv[0]].resumes
+    more = f"; the same command goes on where it stopped: {_command_line(*argv)}" if resumes else ""
     print(f"\ninterrupted{more}", file=sys.stderr)
     return status
 
 
+# %% ../nbs/12_cli/00_cli.ipynb #0afa4748
+def _after_exit(
+    argv: list[str],
+    error: SystemExit,
+) -> int:  # exit code
+    "The exit code where something else ended the program: a signal, Lightning after Ctrl-C, the parser."
+    if error.code in ENDED:
+        return _interrupted(argv, error.code)
+    if isinstance(error.__context__, KeyboardInterrupt):
+        return _interrupted(argv)
+    return error.code or 0
+
+
+# %% ../nbs/12_cli/00_cli.ipynb #8dd66d91
+def _run_command(argv: list[str]) -> int:
+    "Parses what follows the command's name, and runs the command."
+    name, *words = argv
+    command = COMMANDS[name]
+    told = words if command.own_words else parse(make_parser(name), words)
+    if getattr(told, "out", None) == "":
+        raise ValueError("--out: expected a path, got nothing")
+    return command.run(told)
+
+
 # %% ../nbs/12_cli/00_cli.ipynb #9731c784
 def main(
-    argv=None,  # list of words; None: those of the process
+    argv: Sequence[str] | None = None,  # None: the words of the process
 ) -> int:  # exit code
     "The console script `loftr-curriculum`."
     argv = list(sys.argv[1:] if argv is None else argv)
@@ -1189,18 +1337,12 @@ def main(
     name = argv[0]
     if name not in COMMANDS:
         return _complain([], f"unknown command {name}, the nearest is {nearest(name, COMMANDS)}")
-    command = COMMANDS[name]
     try:
-        told = argv[1:] if command.own_words else parse(make_parser(name), argv[1:])
-        if getattr(told, "out", None) == "":
-            raise ValueError("--out: expected a path, got nothing")
-        return command.run(told)
+        return _run_command(argv)
     except KeyboardInterrupt:
         return _interrupted(argv)
     except SystemExit as e:
-        if e.code in ENDED:
-            return _interrupted(argv, e.code)
-        return _interrupted(argv) if isinstance(e.__context__, KeyboardInterrupt) else e.code or 0
+        return _after_exit(argv, e)
     except BrokenPipeError:  # the reader of our lines has gone, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
