@@ -157,14 +157,16 @@ def captioned(
     return Picture(image, picture.points)
 
 
-# %% ../../nbs/11_studies/22_robustness.ipynb #fb2b788e
+# %% ../../nbs/11_studies/22_robustness.ipynb #f8ab4fdf
 Change = Callable[[Picture], Picture]
 
 
 def unchanged(picture: Picture) -> Picture:
+    "The picture as it is."
     return picture
 
 
+# %% ../../nbs/11_studies/22_robustness.ipynb #056ad920
 @dataclass(frozen=True)
 class Condition:
     "What happens to the two images of a pair."
@@ -173,11 +175,13 @@ class Condition:
     moving: Change = unchanged
 
 
+# %% ../../nbs/11_studies/22_robustness.ipynb #6a8fb0c2
 def both(change: Change) -> Condition:
     "The same for both images."
     return Condition(change, change)
 
 
+# %% ../../nbs/11_studies/22_robustness.ipynb #c282012a
 def with_settings(change: Callable, *settings: float) -> Change:
     "A change with its settings filled in."
     return lambda picture: change(picture, *settings)
@@ -224,7 +228,7 @@ def carried(
     return {**told, "error": round(float(at_512(off, fixed.image.shape[:2])), 2), "places": places}
 
 
-# %% ../../nbs/11_studies/22_robustness.ipynb #bc6d927c
+# %% ../../nbs/11_studies/22_robustness.ipynb #429e8e77
 def without_change(
     places: np.ndarray,  # (N, 2) px of the changed fixed image
     change: Change,  # of the fixed image: only `padded` moves points
@@ -234,6 +238,7 @@ def without_change(
     return places - (change(fixed).points - fixed.points)
 
 
+# %% ../../nbs/11_studies/22_robustness.ipynb #bc6d927c
 def try_pair(
     fixed: Picture,
     moving: Picture,
@@ -295,7 +300,7 @@ def measure_robustness(
     return known
 
 
-# %% ../../nbs/11_studies/22_robustness.ipynb #17bced94
+# %% ../../nbs/11_studies/22_robustness.ipynb #d51a9950
 NEAR_PX = 10.0  # px at 512 px
 
 
@@ -304,6 +309,7 @@ def share_below(values: list) -> float:  # None counts as too far
     return float(np.mean([value is not None and value < NEAR_PX for value in values]))
 
 
+# %% ../../nbs/11_studies/22_robustness.ipynb #17bced94
 def table_of(
     found: dict,  # from `measure_robustness`
 ) -> str:
