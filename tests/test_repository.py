@@ -254,6 +254,46 @@ def test_module_imports_no_development_tool_and_no_star(path):
         assert not name.endswith(".*"), f"{where}: star import"
 
 
+# ---- the map of the house is true
+
+
+ARCHITECTURE = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+STEPS = re.findall(r"^\d+\. (.+)", ARCHITECTURE, re.MULTILINE)
+WISHES = re.findall(r"^\| ([a-z].+?) \| (.+) \|$", ARCHITECTURE.partition("touch |")[2], re.MULTILINE)
+
+
+def notebooks_of(row):
+    "Notebooks that a row names; a name without a room belongs to the room named before it."
+    found, room = [], None
+    for name in re.findall(r"`((?:nbs/\d\d_\w+/)?\d\d[a-z]?_\w+)`", row):
+        room = name.rpartition("/")[0] or room
+        found.append(ROOT / room / f"{name.rpartition('/')[2]}.ipynb")
+    return found
+
+
+def test_the_map_shows_the_rooms_in_their_order():
+    assert tuple(re.findall(r"^([a-z]+)  +\w", ARCHITECTURE, re.MULTILINE)) == ROOMS
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_the_map_names_files_that_exist_and_what_is_in_them(step):
+    for file in re.findall(r"`([\w/]+\.py)`", step):
+        assert (PACKAGE / file).is_file(), f"no such file: {file}"
+    named = re.match(r"`([\w/]+\.py)`:.*?`(\w+)`", step)
+    if named:
+        source = (PACKAGE / named[1]).read_text(encoding="utf-8")
+        assert re.search(rf"\b{named[2]}\b", source), f"{named[1]} has no {named[2]}"
+
+
+@pytest.mark.parametrize(("wish", "row"), WISHES)
+def test_what_one_wants_to_add_touches_at_most_four_files(wish, row):
+    notebooks = notebooks_of(row)
+    for path in notebooks:
+        assert path.is_file(), f"no such notebook: {relative(path)}"
+    others = re.findall(r"\ba (?:notebook|JSON file|test)\b", row)
+    assert 1 <= len(notebooks) + len(others) <= 4, f"{wish}: {len(notebooks) + len(others)} files"
+
+
 # ---- what must answer at once does not import torch
 
 
