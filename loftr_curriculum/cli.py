@@ -550,6 +550,7 @@ def _add_diagnose(parser: ArgumentParser) -> None:
 
 # %% ../nbs/12_cli/00_cli.ipynb #876ba884
 def _diagnose(args: Namespace) -> int:
+    from .evaluation.causes import causes_in_words
     from .evaluation.recording import Recording, in_words, table
     from .report.collapse import write_diagnosis
 
@@ -559,6 +560,9 @@ def _diagnose(args: Namespace) -> int:
     if not recording.epochs:
         raise ValueError(f"{recording.folder}: nothing is recorded yet, the first epoch has to end")
     print(table(recording), in_words(recording, patience=args.patience), sep="\n\n")
+    causes = causes_in_words(recording, args.run, args.patience)
+    if causes:
+        print(causes)
     written = write_diagnosis(args.out or f"{args.run}/diagnosis", recording)
     print(f"recording took {recording.records[-1].share:.1%} of the time")
     print(f"look at {', '.join(map(str, written))}")

@@ -5,12 +5,15 @@ Constructed matches that must score high or low, odd input, the threshold, the r
 
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from loftr_curriculum.cli import main
+from loftr_curriculum.evaluation import causes
+from loftr_curriculum.evaluation.causes import Cause, causes_in_words
 from loftr_curriculum.evaluation.collapse import (
     THRESHOLD,
     believed_transform,
@@ -28,10 +31,11 @@ from loftr_curriculum.evaluation.recording import (
     write_probes,
 )
 from loftr_curriculum.geometry import apply_transform, centre, similarity
-from loftr_curriculum.io.files import FileError, read_json
+from loftr_curriculum.io.files import FileError, read_json, write_json
 from loftr_curriculum.io.images import read_image
 from loftr_curriculum.model.config import Matches
 from loftr_curriculum.studies.collapse import SICK, calibrate
+from loftr_curriculum.training.config import TrainConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 SIZE = (256, 256)
@@ -284,3 +288,39 @@ def test_diagnose_prints_says_and_draws_without_torch(tmp_path, capsys):
         assert read_image(tmp_path / "run" / "diagnosis" / name).std() > 10
     assert main(["diagnose", str(tmp_path)]) == 2
     assert "record_every" in capsys.readouterr().err
+
+
+SHOWN = (Cause("similarity", "cosine", "ill", "both", 0.31, 0.2, 0.4, 2, True),)  # made up
+
+
+@pytest.mark.parametrize(
+    ("sick", "shown", "says"),
+    [
+        (True, SHOWN, "similarity cosine: in small plain runs it raised the index by +0.31"),
+        (True, (), "has shown none so far"),
+        (True, (Cause("norm", "batch", "ill", "both", 0.3, 0.2, 0.4, 2, True),), "has none of the 1"),
+        (False, SHOWN, ""),
+    ],
+)
+def test_a_cause_is_named_where_the_run_collapsed_and_has_what_is_shown(tmp_path, sick, shown, says):
+    a_run(tmp_path / "recording", [sick] * 6, probes=1)
+    recording = Recording(tmp_path)
+    assert causes_in_words(recording, tmp_path, causes=shown) == ""  # nothing is known of the run
+    write_json(tmp_path / "config.json", asdict(TrainConfig()))
+    said = causes_in_words(recording, tmp_path, causes=shown)
+    assert says in said and bool(says) == bool(said)
+
+
+def test_diagnose_prints_the_causes_that_ship(tmp_path, capsys):
+    a_run(tmp_path / "recording", [True] * 6, probes=1)
+    write_json(tmp_path / "config.json", asdict(TrainConfig()))
+    assert main(["diagnose", str(tmp_path)]) == 0
+    said = causes_in_words(Recording(tmp_path), tmp_path, causes=causes.CAUSES)
+    assert said and said in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("config", [[], {"matcher": 3}, {"matcher": {}, "data": {}}])
+def test_a_strange_configuration_names_no_cause(tmp_path, config):
+    a_run(tmp_path / "recording", [True] * 6, probes=1)
+    write_json(tmp_path / "config.json", config)
+    assert causes_in_words(Recording(tmp_path), tmp_path, causes=SHOWN) == ""

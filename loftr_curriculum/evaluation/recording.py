@@ -10,6 +10,7 @@ __all__ = [
     "STEPS",
     "MOST",
     "NO_MATCHES",
+    "LARGEST",
     "TABLE",
     "PATIENCE",
     "Probe",
@@ -28,6 +29,9 @@ __all__ = [
     "probes_in",
     "read_probes",
     "Recording",
+    "entries_of",
+    "write_part",
+    "pack",
     "summary",
     "other_indices",
     "number_text",
@@ -394,6 +398,59 @@ class Recording:
     @property
     def kinds(self) -> list[str]:
         return list(dict.fromkeys(p.kind for p in self.probes))
+
+
+# %% ../../nbs/07_evaluation/07_recording.ipynb #a30682b0
+def entries_of(
+    record: EpochRecord,
+    probes: Sequence[int],  # numbers of the probes that are kept, which are numbered anew
+) -> list[Entry]:
+    "The passes over some probes, as they can be written again."
+    entries = []
+    for number, (probe, guided) in enumerate(zip(record.probe, record.guided)):
+        if probe in probes:
+            figures = {name: values[number] for name, values in record.figures.items()}
+            new = list(probes).index(probe)
+            entries.append(Entry(new, bool(guided), *record.lines(number), figures))
+    return entries
+
+
+# %% ../../nbs/07_evaluation/07_recording.ipynb #3f25190f
+def write_part(
+    folder: str | Path,  # of the new recording
+    recording: Recording,
+    probes: Sequence[int],  # numbers of those that are kept
+    epochs: Sequence[int],  # that are kept
+) -> int:  # bytes
+    "Write a part of a recording; epochs that lie in the folder already and are not kept are removed."
+    for old in epoch_files(folder):
+        old.unlink()
+    write_probes(folder, [recording.probes[k] for k in probes])
+    for r in (recording.record(epoch) for epoch in epochs):
+        write_epoch(folder, r.epoch, r.lam, r.scaler, entries_of(r, probes), r.seconds, r.share)
+    return sum(path.stat().st_size for path in (probes_file(folder), *epoch_files(folder)))
+
+
+# %% ../../nbs/07_evaluation/07_recording.ipynb #e9e89f7d
+LARGEST = 1_000_000  # bytes of a recording that ships
+
+
+def pack(
+    folder: str | Path,  # of the new recording
+    recording: Recording,
+    probes: Sequence[int],  # numbers of those that are kept
+    most: int = LARGEST,  # bytes
+) -> list[int]:  # the epochs that are kept
+    "Keep as many epochs as fit, the first and the last among them. Raises ValueError where two do not fit."
+    count, every = len(recording.epochs), recording.epochs
+    while count >= 2 or count == len(every):
+        kept = [every[k] for k in np.unique(np.linspace(0, len(every) - 1, count).round().astype(int))]
+        if write_part(folder, recording, probes, kept) <= most:
+            return kept
+        count -= 1
+    raise ValueError(
+        f"{folder}: {len(probes)} probes and two epochs take more than {most:,} bytes; keep fewer probes"
+    )
 
 
 # %% ../../nbs/07_evaluation/07_recording.ipynb #8adf592c

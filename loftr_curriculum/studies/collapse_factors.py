@@ -18,8 +18,11 @@ __all__ = [
     "FIRST",
     "PARTS",
     "LAST",
+    "LOOKS",
+    "WAY",
     "LEARNED",
     "RULE",
+    "BOTH",
     "Condition",
     "around",
     "all_conditions",
@@ -37,6 +40,9 @@ __all__ = [
     "figures_of_probe",
     "mean_known",
     "figures_of_gap",
+    "eyes_of",
+    "way_of_gap",
+    "the_way",
     "Job",
     "EndsInTime",
     "one_run",
@@ -45,12 +51,15 @@ __all__ = [
     "run_in_words",
     "do_jobs",
     "told_of",
+    "settings_of",
     "run_factors",
     "runs_found",
     "runs_of",
     "has_learned",
     "state_of",
+    "gaps_of_illness",
     "patients",
+    "differences_by_seed",
     "difference",
     "interval",
     "line_of",
@@ -60,13 +69,21 @@ __all__ = [
     "factor_in_words",
     "in_words",
     "draw_factors",
+    "level_changed",
+    "all_learned",
+    "cause_under",
+    "causes_of",
+    "causes_text",
+    "sickest",
+    "probes_to_show",
+    "pack_sick_run",
 ]
 
 # %% ../../nbs/11_studies/23_collapse_factors.ipynb #bebdce40
 import os
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, astuple, dataclass, replace
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -79,6 +96,7 @@ from ..data.module import PairDataModule
 from ..data.pairs import AlignedPlanes, GeneratedSource, cut, frame_of_world, paint_vessels
 from ..data.preprocess import normalise
 from ..data.recipe import PairRecipe, ViewSettings
+from ..evaluation.causes import Cause
 from ..evaluation.collapse import THRESHOLD, most_confident
 from ..evaluation.metrics import auc
 from ..evaluation.recording import (
@@ -86,6 +104,7 @@ from ..evaluation.recording import (
     Probe,
     Recording,
     make_probe,
+    pack,
     probes_file,
     read_probes,
     write_probes,
@@ -365,7 +384,7 @@ def figures_of_probe(
     probe: Probe,
     number: int,  # of the probe
 ) -> dict[str, float]:
-    "One probe in one epoch."
+    "One probe in one epoch, unguided."
     at = record.find(number)
     figures = {name: float(record.figures[name][at]) for name in (*PARTS, "error_px")}
     return figures | ends_of_pass(record, at, probe.image1.shape)
@@ -398,6 +417,47 @@ def figures_of_gap(
     }
 
 
+# %% ../../nbs/11_studies/23_collapse_factors.ipynb #bbe5d3e1
+def eyes_of(
+    record: EpochRecord,
+    numbers: Sequence[int],  # of the probes
+    figure: str,  # of the recording
+    guided: bool,
+) -> list[float] | None:  # one for each probe; None without such passes
+    "A figure of every eye in one epoch."
+    passes = [record.find(number, guided) for number in numbers]
+    if None in passes:
+        return None
+    return [round(float(record.figures[figure][at]), 4) for at in passes]
+
+
+# %% ../../nbs/11_studies/23_collapse_factors.ipynb #f3f2164e
+LOOKS = {"unguided": False, "guided": True}
+WAY = ("collapse_index", "inlier_ratio")  # figures of every epoch
+
+
+def way_of_gap(
+    recording: Recording,
+    gap: str,  # one of GAPS
+) -> dict:  # look -> figure -> for each epoch a number for each eye, or None
+    "Every epoch under one gap, unguided and, while masks guide, guided."
+    numbers = [k for k, p in enumerate(recording.probes) if p.kind == gap]
+    return {
+        look: {figure: [eyes_of(r, numbers, figure, guided) for r in recording.records] for figure in WAY}
+        for look, guided in LOOKS.items()
+    }
+
+
+# %% ../../nbs/11_studies/23_collapse_factors.ipynb #d5bbb81c
+def the_way(recording: Recording) -> dict:
+    "Both engines in every epoch, and what every epoch looked like."
+    return {
+        "lam": [round(r.lam, 4) for r in recording.records],
+        "scaler": [round(r.scaler, 4) for r in recording.records],
+        "way": {gap: way_of_gap(recording, gap) for gap in GAPS},
+    }
+
+
 # %% ../../nbs/11_studies/23_collapse_factors.ipynb #b9c8551b
 @dataclass(frozen=True)
 class Job:
@@ -410,11 +470,18 @@ class Job:
     cache: str  # folder of these settings
     command: int  # process that wants to know
     pretrains: bool = False  # the run on pairs of one modality, from which the other starts
+    curriculum: str = "v2.1"  # preset; this study has v2.1 alone
+    along: bool = False  # keep what every epoch looked like, guided too
+
+    @property
+    def title(self) -> str:
+        return self.name if self.curriculum == "v2.1" else f"{self.name}, {self.curriculum}"
 
     @property
     def folder(self) -> Path:
         told = key_of(asdict(replace(self.condition, start="random") if self.pretrains else self.condition))
-        return Path(self.cache) / f"{'before-' if self.pretrains else ''}{told}-seed_{self.seed}"
+        arm = "" if self.curriculum == "v2.1" else f"-{self.curriculum}"
+        return Path(self.cache) / f"{'before-' if self.pretrains else ''}{told}{arm}-seed_{self.seed}"
 
     @property
     def result(self) -> Path:
@@ -422,9 +489,9 @@ class Job:
 
     @property
     def before(self) -> "Job | None":
-        "The run from which this one starts."
+        "The run from which this one starts, the same for every curriculum."
         starts_here = self.pretrains or self.condition.start == "random"
-        return None if starts_here else replace(self, pretrains=True)
+        return None if starts_here else replace(self, pretrains=True, curriculum="v2.1", along=False)
 
     @property
     def config(self) -> TrainConfig:
@@ -432,7 +499,7 @@ class Job:
         before = self.before
         return TrainConfig(
             out=str(self.folder),
-            curriculum="v2.1",
+            curriculum=self.curriculum,
             init=None if before is None else str(RunFolder(before.folder).weights),
             epochs=s.epochs,
             data=data_of(s, self.condition, self.seed, worlds, SAME if self.pretrains else PAIRS),
@@ -501,6 +568,8 @@ def one_run(job: Job) -> dict:
         "seconds": round(limit.seconds),  # of processor time
         "threads": torch.get_num_threads(),
     }
+    if job.along:
+        found |= the_way(recording)
     write_json(job.result, found)
     for checkpoint in (run.last, run.best):
         checkpoint.unlink(missing_ok=True)
@@ -568,7 +637,7 @@ def do_jobs(
     begin = time.monotonic()
     for k, (job, run) in enumerate(zip(jobs, run_jobs(one_run, jobs, workers, ""))):
         left = (time.monotonic() - begin) / (k + 1) * (len(jobs) - k - 1) / 60
-        say(f"[{k + 1}/{len(jobs)}] {run_in_words(job.name, run)}; about {left:.0f} min left")
+        say(f"[{k + 1}/{len(jobs)}] {run_in_words(job.title, run)}; about {left:.0f} min left")
         yield job, run
 
 
@@ -581,6 +650,16 @@ def told_of(settings: Settings) -> dict:
         "generator": GENERATOR_VERSION,
         "threshold": THRESHOLD,
     }
+
+
+# %% ../../nbs/11_studies/23_collapse_factors.ipynb #34da9e26
+def settings_of(
+    result: dict,  # from `run_factors`
+) -> Settings:
+    "The settings of a record, for what has to be trained in the same way."
+    told = dict(result["settings"])
+    sizes = {k: tuple(v) if isinstance(v, list) else v for k, v in told.pop("matcher").items()}
+    return Settings(**told | {"seeds": tuple(told["seeds"]), "matcher": MatcherConfig(**sizes)})
 
 
 # %% ../../nbs/11_studies/23_collapse_factors.ipynb #b5c59363
@@ -653,19 +732,44 @@ def state_of(
     return "collapsed" if run["gaps"][gap]["collapse_index"] > threshold else "well"
 
 
+# %% ../../nbs/11_studies/23_collapse_factors.ipynb #eadc4953
+BOTH = ("both", "both, prepared")  # gaps that make a patient
+
+
+def gaps_of_illness(
+    result: dict,  # from `run_factors`
+    name: str,  # of a condition
+) -> list[str]:
+    "The gaps of both parts under which a condition collapses with every seed of the plan."
+    runs = runs_of(result, name).values()
+    if len(runs) < len(result["settings"]["seeds"]):
+        return []
+    threshold = result["threshold"]
+    return [gap for gap in BOTH if all(state_of(run, gap, threshold) == "collapsed" for run in runs)]
+
+
 # %% ../../nbs/11_studies/23_collapse_factors.ipynb #2344fc60
 def patients(
     result: dict,  # from `run_factors`
 ) -> list[str]:  # names of conditions
     "Conditions that collapse with every seed of the plan under both parts of the gap."
-    seeds, found = result["settings"]["seeds"], []
-    for name in dict.fromkeys(run["name"] for run in result["runs"]):
-        runs = runs_of(result, name)
-        for gap in ("both", "both, prepared"):
-            states = [state_of(run, gap, result["threshold"]) for run in runs.values()]
-            if len(runs) == len(seeds) and set(states) == {"collapsed"} and name not in found:
-                found.append(name)
-    return found
+    names = dict.fromkeys(run["name"] for run in result["runs"])
+    return [name for name in names if gaps_of_illness(result, name)]
+
+
+# %% ../../nbs/11_studies/23_collapse_factors.ipynb #38f666d3
+def differences_by_seed(
+    result: dict,  # from `run_factors`
+    name: str,  # of a condition
+    gap: str,  # one of GAPS
+) -> dict[int, np.ndarray]:  # seed -> (eyes,)
+    "Index of a condition minus that of its centre, for every seed that both have."
+
+    def index(run):
+        return np.array(run["gaps"][gap]["by_eye"], float)
+
+    mine, theirs = runs_of(result, name), runs_of(result, name.partition(",")[0])
+    return {seed: index(mine[seed]) - index(theirs[seed]) for seed in mine if seed in theirs}
 
 
 # %% ../../nbs/11_studies/23_collapse_factors.ipynb #168073cd
@@ -675,13 +779,7 @@ def difference(
     gap: str,  # one of GAPS
 ) -> np.ndarray:  # (eyes,); empty where no seed has both
     "Index of a condition minus that of its centre, for every eye: means over the seeds that both have."
-    mine, theirs = runs_of(result, name), runs_of(result, name.partition(",")[0])
-    rows = [
-        np.array(mine[seed]["gaps"][gap]["by_eye"], float)
-        - np.array(theirs[seed]["gaps"][gap]["by_eye"], float)
-        for seed in mine
-        if seed in theirs
-    ]
+    rows = list(differences_by_seed(result, name, gap).values())
     return np.mean(rows, 0) if rows else np.zeros(0)
 
 
@@ -818,3 +916,117 @@ def draw_factors(
     axes.legend(fontsize=7)
     figure.tight_layout()
     return figure
+
+
+# %% ../../nbs/11_studies/23_collapse_factors.ipynb #211c6c8a
+def level_changed(
+    name: str,  # of a condition
+) -> tuple[str, str | float] | None:  # factor, level
+    "The one thing in which a condition differs from its centre; None where it is none, or several."
+    conditions = all_conditions()
+    mine, centre = conditions.get(name), conditions.get(name.partition(",")[0])
+    if mine is None:
+        return None
+    differ = [f for f in asdict(mine) if getattr(mine, f) != getattr(centre, f)]
+    return (differ[0], getattr(mine, differ[0])) if len(differ) == 1 else None
+
+
+# %% ../../nbs/11_studies/23_collapse_factors.ipynb #fa3c83e9
+def all_learned(
+    result: dict,  # from `run_factors`
+    name: str,  # of a condition
+) -> bool:
+    "Has every run of the plan learned?"
+    runs = runs_of(result, name).values()
+    planned = len(result["settings"]["seeds"])
+    return len(runs) == planned and all(has_learned(run, result["threshold"]) for run in runs)
+
+
+# %% ../../nbs/11_studies/23_collapse_factors.ipynb #869559c2
+def cause_under(
+    result: dict,  # from `run_factors`
+    name: str,  # of a condition
+    gap: str,  # one of BOTH
+) -> Cause | None:
+    "A condition as a cause of collapse, where the record supports that."
+    centre, changed = name.partition(",")[0], level_changed(name)
+    if changed is None or not (all_learned(result, name) and all_learned(result, centre)):
+        return None
+    by_seed = differences_by_seed(result, name, gap)
+    mean = difference(result, name, gap)
+    low, high = interval(mean)
+    if low <= 0 or min(d.mean() for d in by_seed.values()) <= 0:
+        return None
+    figures = [round(float(v), 2) for v in (mean.mean(), low, high)]
+    return Cause(*changed, centre, gap, *figures, len(by_seed), gap in gaps_of_illness(result, name))
+
+
+# %% ../../nbs/11_studies/23_collapse_factors.ipynb #6a6a2153
+def causes_of(
+    result: dict,  # from `run_factors`
+) -> tuple[Cause, ...]:  # one for each level and centre: the gap with the larger rise
+    "What a record shows to raise the index."
+    found = []
+    for name in dict.fromkeys(run["name"] for run in result["runs"]):
+        here = [cause for gap in BOTH if (cause := cause_under(result, name, gap))]
+        if here:
+            found.append(max(here, key=lambda cause: cause.rise))
+    return tuple(found)
+
+
+# %% ../../nbs/11_studies/23_collapse_factors.ipynb #d9df15f3
+def causes_text(
+    result: dict,  # from `run_factors`
+) -> str:
+    "The causes as the cell with `CAUSES` has them."
+    rows = [f"    Cause{astuple(cause)!r}," for cause in causes_of(result)]
+    return (
+        "\n".join(["CAUSES: tuple[Cause, ...] = (", *rows, ")"]) if rows else "CAUSES: tuple[Cause, ...] = ()"
+    )
+
+
+# %% ../../nbs/11_studies/23_collapse_factors.ipynb #03fa3b58
+def sickest(
+    result: dict,  # from `run_factors`
+) -> tuple[str, int, str] | None:  # condition, seed, gap; None without a patient
+    "The run of a patient with the highest index under its gap."
+    runs = [
+        (run["gaps"][gap]["collapse_index"], name, seed, gap)
+        for name in patients(result)
+        for gap in gaps_of_illness(result, name)
+        for seed, run in runs_of(result, name).items()
+    ]
+    return max(runs)[1:] if runs else None
+
+
+# %% ../../nbs/11_studies/23_collapse_factors.ipynb #c0e7d0f8
+def probes_to_show(
+    recording: Recording,
+    gap: str,  # one of GAPS
+) -> list[int]:
+    "Numbers of two eyes under the gap, and of the first without one."
+    kinds = [probe.kind for probe in recording.probes]
+    under = [k for k, kind in enumerate(kinds) if kind == gap][:2]
+    return [*under, kinds.index("none")]
+
+
+# %% ../../nbs/11_studies/23_collapse_factors.ipynb #a4e835b3
+def pack_sick_run(
+    factors: str | Path = "collapse_study.json",  # record of the factors
+    cache: str | Path = "runs/collapse_factors",  # folder of their runs
+    out: str | Path = "sick_run",  # folder to write
+) -> dict:  # what was packed
+    "Pack a sick run of the study. Raises ValueError where no condition is a patient."
+    result = read_json(factors)
+    chosen = sickest(result)
+    if chosen is None:
+        raise ValueError(f"{factors}: no condition is a patient, so there is no sick run to pack")
+    name, seed, gap = chosen
+    settings = settings_of(result)
+    folder = Path(cache).resolve() / key_of({key: result[key] for key in told_of(settings)})
+    (job,) = [job for job in jobs_of(settings, folder, [name]) if job.seed == seed]
+    recording = Recording(RunFolder(job.folder).recording)
+    epochs = pack(out, recording, probes_to_show(recording, gap))
+    about = {"condition": name, "curriculum": "v2.1", "seed": seed, "gap": gap, "epochs": epochs}
+    write_json(Path(out) / "about.json", about)
+    return about
