@@ -412,6 +412,12 @@ def test_a_result_holds_tensors_and_no_network(variant):
         ("model.reference", "ReferenceResult", "CoarseResult"),
         ("training.losses", "nearby", "perturb"),
         ("training.curriculum", "heed_index", "end_teaching_when_calm"),
+        ("registration.workers", "Crew", "WorkerPool"),
+        ("registration.workers", "make_crew", "make_pool"),
+        ("registration.workers", "born_deaf", "signals_blocked"),
+        ("registration.workers", "hear", "unblock_signals"),
+        ("registration.many", "Seldom", "Throttle"),
+        ("registration.pair", "heed_laterality", "judge_laterality"),
     ],
 )
 def test_names_of_before_answer_and_say_so(module, old, new):

@@ -17,7 +17,7 @@ __all__ = [
     "refuse_other_files",
     "ids_in_order",
     "write_summary",
-    "Seldom",
+    "Throttle",
     "progress_bar",
     "Progress",
     "answer_all",
@@ -28,6 +28,7 @@ __all__ = [
     "working_matcher",
     "open_folder",
     "write_in_order",
+    "answered_already",
     "register_many",
     "own_settings",
     "shard_folders",
@@ -47,6 +48,7 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
+from ..io.deprecated import deprecated_names
 from ..io.files import FileError, atomic_path, read_json, refuse_to_overwrite, write_json
 from ..io.lock import end_in_order, only_run, remove_unfinished
 from .config import RegistrationConfig
@@ -71,11 +73,11 @@ from .journal import (
 from .pair import shipped_matcher
 from .table import check_pairs, read_batch
 from .workers import (
-    Crew,
     Job,
+    WorkerPool,
     answers_as_they_come,
     check_workers,
-    make_crew,
+    make_pool,
     one_thread,
 )
 
@@ -206,7 +208,7 @@ def write_summary(
 
 
 # %% ../../nbs/06_registration/14_many.ipynb #10549a3f
-class Seldom:
+class Throttle:
     "Says when something slow is due again: after so many seconds, and twenty times what it took."
 
     def __init__(
@@ -273,7 +275,7 @@ class Progress:
 
 # %% ../../nbs/06_registration/14_many.ipynb #62a2794f
 def answer_all(
-    crew: Crew,  # entered
+    pool: WorkerPool,  # entered
     todo: list,  # of Pair
     out: Path,  # folder of the batch
     rows: dict,  # {id: dict of FIELDS}, is added to
@@ -283,7 +285,7 @@ def answer_all(
 ) -> None:
     "Write the answers down as they come."
     with progress.bar:
-        for answer in answers_as_they_come(crew, todo, batch):
+        for answer in answers_as_they_come(pool, todo, batch):
             write_down(out, answer)
             rows[answer.row["id"]] = answer.row
             progress.add(answer.row)
@@ -390,6 +392,15 @@ def write_in_order(
         write_parquet(out / PARQUET, ordered)
 
 
+# %% ../../nbs/06_registration/14_many.ipynb #2b8839c8
+def answered_already(
+    pairs: list,  # of Pair
+    rows: dict,  # {id: dict of FIELDS}
+) -> dict:  # {id: dict of FIELDS}
+    "The rows that stay: those of pairs that were answered, not of files that could not be read."
+    return {pair.id: rows[pair.id] for pair in pairs if pair.id in rows and not rows[pair.id]["error"]}
+
+
 # %% ../../nbs/06_registration/14_many.ipynb #c6fd638c
 def register_many(
     table: str | Path | list,  # table with the columns id, fixed, moving; paths relative to it; or Pairs
@@ -427,10 +438,9 @@ def register_many(
     with end_in_order(), only_run(out):
         rows = open_folder(out, settings_of(matcher, config), pairs, pictures)
         refuse_other_files(out, rows, pairs)
-        todo = [pair for pair in pairs if pair.id not in rows or rows[pair.id]["error"]]
-        waiting = {pair.id for pair in todo}
-        done = {pair.id: rows[pair.id] for pair in pairs if pair.id not in waiting}
-        seldom = Seldom(save_every)
+        done = answered_already(pairs, rows)
+        todo = [pair for pair in pairs if pair.id not in done]
+        throttle = Throttle(save_every)
 
         def save():
             write_summary(out, pairs, rows, pictures)
@@ -438,9 +448,9 @@ def register_many(
         try:
             if todo:
                 job = Job(matcher, config, pictures, batch)
-                with one_thread(), make_crew(job, min(workers, len(todo)), scheduler) as crew:
+                with one_thread(), make_pool(job, min(workers, len(todo)), scheduler) as pool:
                     shown = Progress(done, len(pairs), progress)
-                    answer_all(crew, todo, out, rows, shown, lambda: seldom(save), batch)
+                    answer_all(pool, todo, out, rows, shown, lambda: throttle(save), batch)
         finally:
             save()
         write_in_order(out, pairs, rows, parquet)
@@ -508,3 +518,10 @@ def merge_shards(
         write_in_order(out, pairs, rows, parquet)
         write_summary(out, pairs, rows, pictures)
     return count_pairs(rows, [pair.id for pair in pairs])
+
+
+# %% ../../nbs/06_registration/14_many.ipynb #70b09910
+__getattr__ = deprecated_names(
+    __name__,
+    {"Seldom": "Throttle"},
+)

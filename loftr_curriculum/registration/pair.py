@@ -17,7 +17,7 @@ __all__ = [
     "open_side",
     "open_pair",
     "other_eye",
-    "heed_laterality",
+    "judge_laterality",
     "hopeless",
     "between_files",
     "map_of",
@@ -47,6 +47,7 @@ from ..geometry import (
     map_from_matrix,
     resize_image,
 )
+from ..io.deprecated import deprecated_names
 from ..io.inputs import as_picture, storable
 from ..model.config import UNGUIDED, Guidance, Matches
 from .config import RegistrationConfig, Verdict
@@ -272,7 +273,7 @@ def other_eye(
 
 
 # %% ../../nbs/06_registration/10_pair.ipynb #495c5141
-def heed_laterality(
+def judge_laterality(
     answer: Registration,
 ) -> Registration:
     "The answer, at most doubtful where the files name different eyes."
@@ -293,7 +294,7 @@ def hopeless(
     if not reasons:
         return None
     failed = Registration.failed(reasons, pair.fixed_size, pair.moving_size, facts=pair.facts)
-    return heed_laterality(failed)
+    return judge_laterality(failed)
 
 
 # %% ../../nbs/06_registration/10_pair.ipynb #3f0e11c4
@@ -369,7 +370,7 @@ def answer_of(
     if outcome.verdict == Verdict.FAILED:
         matches = judged_matches(outcome, None, pair, config)
         failed = Registration.failed(outcome.reasons, *sizes, outcome.evidence, matches, pair.facts)
-        return heed_laterality(failed)
+        return judge_laterality(failed)
     point_map = map_of(outcome, pair)
     matches = judged_matches(outcome, point_map, pair, config)
     if config.transform == "similarity":
@@ -388,7 +389,7 @@ def answer_of(
         point_map=point_map,
         facts=pair.facts,
     )
-    return heed_laterality(answer)
+    return judge_laterality(answer)
 
 
 # %% ../../nbs/06_registration/10_pair.ipynb #a9735f96
@@ -455,3 +456,10 @@ def register_batch(
     for k, outcome in zip(asked, outcomes):
         answers[k] = answer_of(outcome, opened[k], config)
     return answers
+
+
+# %% ../../nbs/06_registration/10_pair.ipynb #d88820bf
+__getattr__ = deprecated_names(
+    __name__,
+    {"heed_laterality": "judge_laterality"},
+)

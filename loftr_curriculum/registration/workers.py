@@ -25,11 +25,11 @@ __all__ = [
     "drop_job",
     "answer_here",
     "pack",
-    "Crew",
+    "WorkerPool",
     "OwnProcess",
     "leave_with_parent",
-    "born_deaf",
-    "hear",
+    "signals_blocked",
+    "unblock_signals",
     "start_worker",
     "say_ready",
     "LocalProcesses",
@@ -37,7 +37,7 @@ __all__ = [
     "DaskWorkers",
     "job_plugin",
     "check_workers",
-    "make_crew",
+    "make_pool",
     "answers_of",
     "lots_of",
     "one_by_one",
@@ -72,6 +72,7 @@ from pathlib import Path
 import cv2
 import torch
 
+from ..io.deprecated import deprecated_names
 from ..io.files import FileError, split_number
 from ..io.lock import later
 from ..model.matcher import KeptMaps, keep_maps
@@ -297,12 +298,12 @@ def pack(
 
 
 # %% ../../nbs/06_registration/13_workers.ipynb #10dc6e5e
-class Crew(ABC):
+class WorkerPool(ABC):
     "Answers pairs through futures; a context manager."
 
     slots: int = 1  # lots that may be under way at once
 
-    def __enter__(self) -> "Crew":
+    def __enter__(self) -> "WorkerPool":
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -318,7 +319,7 @@ class Crew(ABC):
 
 
 # %% ../../nbs/06_registration/13_workers.ipynb #e5343734
-class OwnProcess(Crew):
+class OwnProcess(WorkerPool):
     "This process answers, one pair after the other."
 
     def __init__(self, job: Job):
@@ -343,8 +344,8 @@ ENDING = {getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if h
 
 # %% ../../nbs/06_registration/13_workers.ipynb #989aaaf6
 @contextmanager
-def born_deaf() -> Iterator[None]:
-    "Processes that are started inside hear no signal that ends a run until `hear`; nor does this thread."
+def signals_blocked() -> Iterator[None]:
+    "Inside, signals that end a run wait: for this thread, and for new processes until `unblock_signals`."
     if not hasattr(signal, "pthread_sigmask"):  # Windows
         yield
         return
@@ -356,8 +357,8 @@ def born_deaf() -> Iterator[None]:
 
 
 # %% ../../nbs/06_registration/13_workers.ipynb #503ea95c
-def hear() -> None:
-    "Let in what `born_deaf` held back; Ctrl-C is the parent's to heed."
+def unblock_signals() -> None:
+    "Let in what `signals_blocked` held back; Ctrl-C is left to the parent."
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "pthread_sigmask"):
         signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING)
@@ -369,7 +370,7 @@ def start_worker(
     job: bytes,  # pickled Job
 ) -> None:
     "What a worker process does first."
-    hear()
+    unblock_signals()
     threading.Thread(target=leave_with_parent, daemon=True).start()
     take_job(key, job)
 
@@ -381,7 +382,7 @@ def say_ready() -> bool:
 
 
 # %% ../../nbs/06_registration/13_workers.ipynb #c35d7444
-class LocalProcesses(Crew):
+class LocalProcesses(WorkerPool):
     "Processes of one thread each on this machine."
 
     def __init__(
@@ -400,7 +401,7 @@ class LocalProcesses(Crew):
 
     def __enter__(self) -> "LocalProcesses":
         try:
-            with later(), born_deaf():
+            with later(), signals_blocked():
                 first, *_ = [self.pool.submit(say_ready) for _ in range(self.workers)]
             first.result()
         except BrokenExecutor:
@@ -419,7 +420,7 @@ class LocalProcesses(Crew):
     def submit(self, lot: tuple) -> Future:
         with (
             later(),
-            born_deaf(),
+            signals_blocked(),
         ):  # a signal between the start of a process and its first words would leave it puzzled
             return self.pool.submit(answer_here, self.start[0], lot)
 
@@ -444,7 +445,7 @@ def dask_client(
 
 
 # %% ../../nbs/06_registration/13_workers.ipynb #53ebf018
-class DaskWorkers(Crew):
+class DaskWorkers(WorkerPool):
     "The workers of a Dask scheduler, those that join later too."
 
     def __init__(
@@ -507,11 +508,11 @@ def check_workers(
 
 
 # %% ../../nbs/06_registration/13_workers.ipynb #e1aefc95
-def make_crew(
+def make_pool(
     job: Job,
     workers: int,  # processes on this machine
     scheduler: str | None = None,  # address of a Dask scheduler; None: this machine
-) -> Crew:
+) -> WorkerPool:
     "Who answers the pairs of a batch."
     if scheduler is not None:
         return DaskWorkers(job, scheduler)
@@ -559,7 +560,7 @@ def one_by_one(
 
 # %% ../../nbs/06_registration/13_workers.ipynb #f8b3f329
 def answers_as_they_come(
-    crew: Crew,  # entered
+    pool: WorkerPool,  # entered
     pairs: Iterable,  # of Pair
     batch: int = 1,  # pairs that are handed out together
 ) -> Iterator:  # of Answer
@@ -567,8 +568,8 @@ def answers_as_they_come(
     todo, suspects, running = lots_of(pairs, batch), deque(), {}
     while todo or suspects or running:
         alone = bool(suspects)
-        queue, room = (suspects, 1) if alone else (todo, crew.slots)
-        broken = fill(crew, queue, room, running)
+        queue, room = (suspects, 1) if alone else (todo, pool.slots)
+        broken = fill(pool, queue, room, running)
         done, _ = wait(running, return_when=FIRST_COMPLETED)
         for future in done:
             lot = running.pop(future)
@@ -583,12 +584,12 @@ def answers_as_they_come(
         if broken:
             suspects.extend(one_by_one(running.values()))
             running.clear()
-            crew.renew()
+            pool.renew()
 
 
 # %% ../../nbs/06_registration/13_workers.ipynb #b43cfa5a
 def fill(
-    crew: Crew,
+    pool: WorkerPool,
     queue: deque,  # of tuples of Pair
     room: int,  # lots that may be under way
     running: dict,  # Future -> tuple of Pair, is added to
@@ -596,8 +597,20 @@ def fill(
     "Hand out lots while there is room."
     while queue and len(running) < room:
         try:
-            running[crew.submit(queue[0])] = queue[0]
+            running[pool.submit(queue[0])] = queue[0]
         except BrokenExecutor:
             return True
         queue.popleft()
     return False
+
+
+# %% ../../nbs/06_registration/13_workers.ipynb #0dd51940
+__getattr__ = deprecated_names(
+    __name__,
+    {
+        "Crew": "WorkerPool",
+        "make_crew": "make_pool",
+        "born_deaf": "signals_blocked",
+        "hear": "unblock_signals",
+    },
+)
