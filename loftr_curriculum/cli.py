@@ -1139,7 +1139,7 @@ def _add_export(parser: ArgumentParser) -> None:
         "--side",
         type=int | None,
         default=None,
-        help="px of both images, a multiple of 32; null: the size at which the weights look first",
+        help="px of both images, a multiple of 32; null: coarse_side of the weights",
     )
 
 

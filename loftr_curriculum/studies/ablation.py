@@ -470,7 +470,7 @@ def found_by(
 
 # %% ../../nbs/11_studies/13_ablation.ipynb #f9534fd6
 def one_run(job: Job) -> dict:
-    "Train, look, score; what was found, from its file where it was found before."
+    "Train, measure the matches, score; what was found, from its file where it was found before."
     known = begun(job.result, {"arm": job.arm, "seed": job.seed, "strength": job.strength})
     if known:
         return known
