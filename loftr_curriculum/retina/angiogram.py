@@ -14,9 +14,9 @@ __all__ = [
     "angiogram_ground",
     "AngiogramDisc",
     "angiogram_disc",
+    "add_where",
     "angiogram_lesions",
     "WideAngiogram",
-    "add_where",
     "wide_angiogram",
     "hollow_veins",
     "angiogram_vessels",
@@ -171,6 +171,18 @@ ANGIOGRAM_LESIONS = {
 }
 
 
+# %% ../../nbs/03_retina/05b_angiogram.ipynb #1e16c7dd
+def add_where(
+    plane: np.ndarray,  # (half, half)
+    spot: np.ndarray | None,  # (half, half) float32 in 0..1
+    gain: float,  # added where positive; a share that is taken away where negative
+) -> np.ndarray:  # (half, half)
+    "The plane with what a lesion or a feature of the eye adds or takes."
+    if spot is None:
+        return plane
+    return plane + gain * spot if gain > 0 else plane * (1 + gain * spot)
+
+
 # %% ../../nbs/03_retina/05b_angiogram.ipynb #88a3b5e5
 def angiogram_lesions(
     rng: np.random.Generator,  # source of chance
@@ -187,7 +199,7 @@ def angiogram_lesions(
     seen = {}
     for kind, gain, spot in gains_shown(rng, canvas, config, ANGIOGRAM_LESIONS, gains, common):
         seen[kind] = round(float(gain), 2)
-        plane = plane + gain * spot if gain > 0 else plane * (1 + gain * spot)
+        plane = add_where(plane, spot, gain)
         uncovered = cover_vessels(rng, kind, spot, uncovered)
     return plane, uncovered, seen
 
@@ -212,18 +224,6 @@ class WideAngiogram:
     choroid: tuple = (0.0, 0.18)  # brightness of the choroid
     falloff: tuple = (0.4, 0.93)  # loss of light at 100 degrees from the pole
     dim: tuple = (0.15, 0.7)  # how dark the tissue of a large field is
-
-
-# %% ../../nbs/03_retina/05b_angiogram.ipynb #1e16c7dd
-def add_where(
-    plane: np.ndarray,  # (half, half)
-    spot: np.ndarray | None,  # (half, half) float32 in 0..1
-    gain: float,  # added where positive; a share that is taken away where negative
-) -> np.ndarray:  # (half, half)
-    "The plane with what a feature of the eye adds or takes."
-    if spot is None:
-        return plane
-    return plane + gain * spot if gain > 0 else plane * (1 + gain * spot)
 
 
 # %% ../../nbs/03_retina/05b_angiogram.ipynb #7b4b7150
@@ -252,7 +252,8 @@ def wide_angiogram(
     for kind, gain in gains.items():
         plane = add_where(plane, feature(common, kind), gain)
     lost = feature(common, "dropout")
-    uncovered = uncovered if lost is None else uncovered * (1 - rng.uniform(0.4, 0.9) * lost)
+    if lost is not None:
+        uncovered = uncovered * (1 - rng.uniform(0.4, 0.9) * lost)
     light = limb(rng, canvas, style.falloff)
     return plane * light, uncovered * light**0.6
 

@@ -179,7 +179,7 @@ class Amounts:
     "Ranges (lowest, highest) at strength 1."
 
     gamma: tuple[float, float] = (-0.5, 0.5)  # logarithm of the exponent
-    # px in a view of 256: least; what the strength adds to 0.5 at most
+    # px in a view of 256, drawn between the first and (0.5 + the second * strength)
     blur: tuple[float, float] = (0.3, 0.9)
     spots: float = 0.35  # amplitude at most
     count: tuple[int, int] = (1, 10)  # number of spots, the second excluded

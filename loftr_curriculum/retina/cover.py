@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 
-from .drawing import clouds
+from .drawing import clouds, to_bytes
 from .modality import modality
 
 
@@ -58,7 +58,8 @@ def draw_lashes(
     "Blurred strokes from the border inwards, most of them in one group."
     h, w = size
     plane = np.zeros(size, np.uint8)
-    middle, width = rng.uniform(0, 1), rng.uniform(0.1, 0.4)
+    middle = rng.uniform(0, 1)
+    width = rng.uniform(0.1, 0.4)
     for _ in range(rng.integers(5, 26)):
         start = np.array([w * (middle + width * rng.normal()), h * (0.5 + 0.52 * side)])
         lean = rng.normal(0, 0.35) + 0.6 * (start[0] / w - 0.5)
@@ -67,7 +68,8 @@ def draw_lashes(
         t = np.linspace(0, 1, 8)[:, None]
         curve = (1 - t) ** 2 * start + 2 * t * (1 - t) * bend + t**2 * (start + reach)
         width_px = max(1, round(h / 256 * rng.uniform(1, 4.5)))
-        cv2.polylines(plane, [np.round(curve * 16).astype(np.int32)], False, 255, width_px, cv2.LINE_AA, 4)
+        at16 = np.round(curve * 16).astype(np.int32)
+        cv2.polylines(plane, [at16], False, 255, width_px, cv2.LINE_AA, 4)
     shadow = cv2.GaussianBlur(plane, (0, 0), h / 256 * rng.uniform(0.8, 2.5))
     return shadow * np.float32(rng.uniform(0.4, 0.95) / 255)
 
@@ -80,8 +82,10 @@ def draw_mark(
 ) -> np.ndarray:  # size float32 in 0..1
     "A bright bar at the side, leaning a little."
     h, w = size
-    x0, wide = w * (0.5 + side * rng.uniform(0.44, 0.51)), w * rng.uniform(0.008, 0.05)
-    lean, top = w * rng.normal(0, 0.05), h * rng.uniform(-0.3, 0.3)
+    x0 = w * (0.5 + side * rng.uniform(0.44, 0.51))
+    wide = w * rng.uniform(0.008, 0.05)
+    lean = w * rng.normal(0, 0.05)
+    top = h * rng.uniform(-0.3, 0.3)
     bottom = top + h * rng.uniform(0.4, 1.2)
     bar = [[x0 - wide, top], [x0 + wide, top], [x0 + lean + wide, bottom], [x0 + lean - wide, bottom]]
     plane = np.zeros(size, np.uint8)
@@ -109,11 +113,12 @@ def draw_cover(
             keep *= 1 - draw_lashes(rng, side, size)
         if has["lid"][k]:
             lid = draw_lid(rng, side * np.deg2rad(rng.normal(90, 35)), size)
-            skin = rng.uniform(darkest, brightest) * (
-                1 + 0.2 * clouds(rng, max(size), 4)[: size[0], : size[1]]
-            )
-            keep, ink = keep * (1 - lid), ink * (1 - lid) + lid * skin
+            tone = rng.uniform(darkest, brightest)
+            skin = tone * (1 + 0.2 * clouds(rng, max(size), 4)[: size[0], : size[1]])
+            keep = keep * (1 - lid)
+            ink = ink * (1 - lid) + lid * skin
         if has["mark"][k]:
             mark = draw_mark(rng, side, size)
-            keep, ink = keep * (1 - mark), ink * (1 - mark) + mark * rng.uniform(darkest, 1)
-    return Cover(*(cv2.convertScaleAbs(np.clip(plane, 0, 1), alpha=255) for plane in (keep, ink)))
+            keep = keep * (1 - mark)
+            ink = ink * (1 - mark) + mark * rng.uniform(darkest, 1)
+    return Cover(to_bytes(keep), to_bytes(ink))

@@ -35,7 +35,7 @@ import numpy as np
 from .tree import Anatomy, Vessels
 
 # %% ../../nbs/03_retina/02_drawing.ipynb #f4bd9c7d
-PARTS = 4  # steps in which the missing part of a width is told
+PARTS = 4  # steps to which the missing part of a width is rounded
 
 
 def odd_width(
@@ -67,15 +67,16 @@ def strokes_of(
     "The strokes of a tree."
     ends = np.stack([vessels.points[vessels.parent[child]], vessels.points[child]], 1)
     ends = np.round((2 * ends + 0.5) * 16).astype(np.int32)
-    across = 4 * vessels.radius[child] * width
+    across = 4 * vessels.radius[child] * width  # a diameter, at twice the size
     inner, missing = odd_width(across)
     level = np.clip(np.round(value * np.minimum(1, across) * 16), 0, 16).astype(np.int64)
-    core = (inner > 1) & rounded
-    body = np.where(core, 0.72, 1.0) * level / 16
-    shades = np.concatenate([body * missing / PARTS, body, level[core] / 16])
+    has_core = (inner > 1) & rounded
+    core = odd_width(0.55 * inner[has_core])[0]
+    body = np.where(has_core, 0.72, 1.0) * level / 16
+    shades = np.concatenate([body * missing / PARTS, body, level[has_core] / 16])
     return Strokes(
-        ends=np.concatenate([ends, ends, ends[core]]),
-        widths=np.concatenate([inner + 2, inner, odd_width(0.55 * inner[core])[0]]),
+        ends=np.concatenate([ends, ends, ends[has_core]]),
+        widths=np.concatenate([inner + 2, inner, core]),
         shades=np.round(255 * shades).astype(np.int64),
     )
 

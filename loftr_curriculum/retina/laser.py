@@ -89,7 +89,8 @@ def features_seen(
     "What the periphery of a wide eye does to the ground."
     factor = 1.0
     for kind, gain in (("laser", look.scar), ("laser_core", look.core), ("dropout", look.lost)):
-        amount, spot = rng.uniform(*gain), feature(common, kind)
+        amount = rng.uniform(*gain)
+        spot = feature(common, kind)
         if spot is not None:
             factor = factor * (1 + amount * spot)
     return factor if canvas.anatomy.sphere is None else factor * limb(rng, canvas)

@@ -140,10 +140,14 @@ def draw_lesions(
     ill: bool,  # is there disease at all?
     chances: dict[str, float],  # of each kind
 ) -> list:  # (kind, (size/2, size/2) float32 in 0..1)
-    "Each kind with its chance."
+    "Each kind with its chance; none where there is no disease."
+    drawn = []
     if not ill:
-        return []
-    return [(kind, lesion(rng, anatomy, kind)) for kind, chance in chances.items() if rng.random() < chance]
+        return drawn
+    for kind, chance in chances.items():
+        if rng.random() < chance:
+            drawn.append((kind, lesion(rng, anatomy, kind)))
+    return drawn
 
 
 # %% ../../nbs/03_retina/03_lesions.ipynb #587d802d

@@ -209,7 +209,8 @@ def render_oct(
     shadow = vessels_left(rng, canvas, vessels, config, uncovered, PROJECTION_VESSELS)
     plane = plane * (1 - shadow * (rng.uniform(*style.shadow) / 255))
     plane = plane * (1 + rng.uniform(*style.speckle) * speckle(rng, canvas.size, rng.uniform(*style.grain)))
-    return to_bytes(expose(mosaic(rng, plane, config.gap), rng)), {"lesions": seen}
+    plane = mosaic(rng, plane, config.gap)
+    return to_bytes(expose(plane, rng)), {"lesions": seen}
 
 
 # %% ../../nbs/03_retina/05c_oct.ipynb #4995cff9
@@ -250,11 +251,10 @@ def capillary_bed(
     "Nets of three sizes, one over the other."
     cells = rng.uniform(*style.cells) * loops_left(canvas)
     finest = mesh(rng, canvas.size, cells, 1.8)
-    fine = np.maximum(finest, canvas.enlarge(mesh(rng, canvas.half, 0.8 * cells, 1.6)))
-    coarse = canvas.enlarge(
-        mesh(rng, canvas.half, rng.uniform(*style.coarse_cells) * loops_left(canvas), 2.5)
-    )
-    return 0.75 * fine + 0.3 * coarse
+    middle = canvas.enlarge(mesh(rng, canvas.half, 0.8 * cells, 1.6))
+    coarse_cells = rng.uniform(*style.coarse_cells) * loops_left(canvas)
+    coarse = canvas.enlarge(mesh(rng, canvas.half, coarse_cells, 2.5))
+    return 0.75 * np.maximum(finest, middle) + 0.3 * coarse
 
 
 # %% ../../nbs/03_retina/05c_oct.ipynb #103d33d9
@@ -346,4 +346,5 @@ def render_octa(
     image = np.maximum(capillary, flow * rng.uniform(*style.flow))
     image = image + 0.25 * capillary + rng.uniform(*style.floor)
     grain = rng.uniform(*style.speckle) * speckle(rng, canvas.size, rng.uniform(*style.grain))
-    return to_bytes(expose(mosaic(rng, image * light * (1 + grain), config.gap), rng)), {"lesions": seen}
+    image = mosaic(rng, image * light * (1 + grain), config.gap)
+    return to_bytes(expose(image, rng)), {"lesions": seen}

@@ -75,7 +75,8 @@ def draw_vein(
     "A vein that runs outwards for most of its way and bends into the vortex; a few come from beyond it."
     direction, distance = vortex
     from_beyond = rng.random() < style.beyond
-    begin = distance * (rng.uniform(1.15, 1.4) if from_beyond else rng.uniform(0.05, 0.7))
+    first = rng.uniform(1.15, 1.4) if from_beyond else rng.uniform(0.05, 0.7)
+    begin = distance * first
     end = distance * rng.uniform(0.9, 1.08)
     t = np.linspace(0, 1, STEPS)
     turn = rng.normal(0, style.spread) * (1 - t ** rng.uniform(1.6, 3.5))
@@ -108,8 +109,9 @@ def choroid_veins(
     "The veins that run to the vortices."
     sphere, half = anatomy.sphere, anatomy.size // 2
     plane = np.zeros((half, half), np.uint8)
-    veins = [v for v in draw_vortices(rng, style) for _ in range(rng.integers(*style.veins))]
-    for vortex in veins:
+    vortices = draw_vortices(rng, style)
+    counts = [rng.integers(*style.veins) for _ in vortices]
+    for vortex in np.repeat(vortices, counts, axis=0):
         way = sphere.project(sphere.middle + sphere.radius * draw_vein(rng, vortex, style))
         grows = np.linspace(0.6, 1.5, STEPS) * anatomy.stretch(way)
         width = rng.uniform(*style.width) * anatomy.px_per_mm / 2
@@ -157,11 +159,13 @@ def laser_places(
     style: LaserStyle = LaserStyle(),  # ranges
 ) -> np.ndarray:  # (n, 2) world px
     "Rows of burns on the retina, without those too near to macula and disc or too far out."
-    sphere, step = anatomy.sphere, rng.uniform(*style.spacing) * anatomy.px_per_mm
+    sphere = anatomy.sphere
+    step = rng.uniform(*style.spacing) * anatomy.px_per_mm
     count = int(np.clip(np.deg2rad(200) * sphere.radius / step, 4, 44))
     rows = (np.arange(count) - count / 2) * step
     x, y = np.meshgrid(rows, 0.87 * rows)
-    flat = np.stack([x + 0.5 * step * (np.arange(count) % 2)[:, None], y], -1).reshape(-1, 2)
+    half_a_step = 0.5 * step * (np.arange(count) % 2)[:, None]  # in every other row
+    flat = np.stack([x + half_a_step, y], -1).reshape(-1, 2)
     flat = flat + rng.normal(0, 0.16 * step, flat.shape)
     points = sphere.project(sphere.middle + flat)
     keep = rng.random(len(points)) < rng.uniform(*style.share)
@@ -169,7 +173,8 @@ def laser_places(
     away = np.linalg.norm(anatomy.flat(points) - anatomy.flat(anatomy.fovea), axis=1)
     keep &= away > rng.uniform(*style.nearest) * anatomy.reach
     keep &= np.hypot(*(points - anatomy.disc).T) > 0.45 * anatomy.reach
-    return points[keep & (points > 0).all(1) & (points < anatomy.size).all(1)]
+    in_picture = (points > 0).all(1) & (points < anatomy.size).all(1)
+    return points[keep & in_picture]
 
 
 # %% ../../nbs/03_retina/03a_periphery.ipynb #85444cd1
@@ -181,8 +186,9 @@ def discs(
 ) -> np.ndarray:  # (at, at) float32 in 0..1
     "Round spots with soft edges."
     plane = np.zeros((at, at), np.uint8)
-    for (x, y), radius, level in zip(np.round(16 * centres).astype(int), radii, strength):
-        cv2.circle(plane, (int(x), int(y)), max(1, round(16 * radius)), int(255 * level), -1, cv2.LINE_AA, 4)
+    at16 = np.round(16 * centres).astype(int).tolist()  # in sixteenths of a px
+    for centre, radius, level in zip(at16, radii, strength):
+        cv2.circle(plane, centre, max(1, round(16 * radius)), int(255 * level), -1, cv2.LINE_AA, 4)
     return cv2.GaussianBlur(plane, (0, 0), 0.6 + at / 1500).astype(np.float32) / 255
 
 
@@ -194,7 +200,8 @@ def laser_scars(
 ) -> list:  # (kind, (size/2, size/2) float32 in 0..1)
     "Scars and their cores."
     points = laser_places(rng, anatomy, style)
-    half, at = anatomy.size // 2, (points + 0.5) / 2 - 0.5
+    half = anatomy.size // 2
+    at = (points + 0.5) / 2 - 0.5  # px of the coarse grid
     mm = anatomy.px_per_mm / 2 * anatomy.stretch(points)
     radii = mm * rng.uniform(*style.radius) * rng.uniform(0.8, 1.25, len(points))
     strength = rng.uniform(0.5, 1.0, len(points))
@@ -277,9 +284,10 @@ def limb(
     darkest: tuple = (0.1, 0.8),  # range of the loss at 100 degrees
 ) -> np.ndarray:  # (half, half) float32, a factor
     "Light that falls off towards the rim, not evenly."
-    sphere, loss = canvas.anatomy.sphere, rng.uniform(*darkest)
+    sphere = canvas.anatomy.sphere
+    loss = rng.uniform(*darkest)
+    shift_x, shift_y = sphere.radius * rng.normal(0, 0.2, 2)
     x, y = canvas.axes
-    shift = sphere.radius * rng.normal(0, 0.2, 2)
-    squared = ((x - sphere.middle - shift[0]) ** 2 + (y - sphere.middle - shift[1]) ** 2) / sphere.radius**2
+    squared = ((x - sphere.middle - shift_x) ** 2 + (y - sphere.middle - shift_y) ** 2) / sphere.radius**2
     uneven = 1 + 0.25 * clouds(rng, canvas.half, 3)
     return np.exp(np.log(1 - loss) * squared * uneven / 5.7).astype(np.float32)

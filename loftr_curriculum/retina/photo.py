@@ -351,7 +351,11 @@ def two_lasers(
 ) -> list:  # the same in red and green
     "Pseudo-colour: patches of red and green of their own, and hardly any blue."
     half = len(planes[1])
-    red, green = (np.exp(style.patches * clouds(rng, half, rng.uniform(2, 6), 2)) for _ in range(2))
+
+    def draw_patches():
+        return np.exp(style.patches * clouds(rng, half, rng.uniform(2, 6), 2))
+
+    red, green = draw_patches(), draw_patches()
     tone = 0.5 * (planes[0].mean() + planes[1].mean())
     red = red * planes[0] * (tone / planes[0].mean())
     green = green * planes[1] * (tone / planes[1].mean())

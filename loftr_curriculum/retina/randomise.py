@@ -14,6 +14,7 @@ __all__ = [
     "draw_field",
     "draw_spots",
     "draw_tilt",
+    "draw_patches",
     "draw_weakness",
     "local_mean",
     "weaken",
@@ -49,17 +50,17 @@ from .config import Amounts
 # %% ../../nbs/03_retina/11_randomise.ipynb #5b82e340
 @dataclass(frozen=True)
 class Law:
-    "Numbers of both painters."
+    "Numbers that both painters read."
 
     few_nodes: int = 5  # nodes a side of the finest smooth field
     veil_nodes: int = 3  # of haze
     tilt_nodes: int = 16  # of a weakness that comes from one side
     spot_nodes: int = 40  # of the spots
     opaque: float = 0.85  # share of the view that haze hides at most
-    noise_slope: float = 6.0  # noise that a unit of contrast bears
-    noise_bounds: tuple[float, float] = (0.3, 1.2)  # of that product
+    noise_slope: float = 6.0  # factor on the view's standard deviation, which scales its noise
+    noise_bounds: tuple[float, float] = (0.3, 1.2)  # least and largest of that product
     soft: int = 3  # px of the box that softens noise
-    soft_gain: float = 2.0  # which makes up for what that takes
+    soft_gain: float = 2.0  # factor that makes up for the amplitude which softening takes
 
 
 LAW = Law()
@@ -134,13 +135,21 @@ def draw_tilt(
 
 
 # %% ../../nbs/03_retina/11_randomise.ipynb #6536d334
+def draw_patches(
+    rng: np.random.Generator,  # source of chance
+) -> np.ndarray:  # (n, n) float32 about 0.5, with 3 to 5 nodes a side
+    "Patches anywhere in the view."
+    return 0.5 + draw_field(rng, int(rng.integers(3, LAW.few_nodes + 1)))
+
+
+# %% ../../nbs/03_retina/11_randomise.ipynb #a65f29b3
 def draw_weakness(
     rng: np.random.Generator,  # source of chance
     strength: float,  # 0..
 ) -> tuple[np.ndarray, float]:  # nodes that say where, clipped to 0..1 when used; contrast that goes, 0..0.95
     "One side of the view (16 nodes a side), or patches of it (3 to 5)."
     one_side = rng.random() < 0.6
-    nodes = draw_tilt(rng) if one_side else 0.5 + draw_field(rng, int(rng.integers(3, LAW.few_nodes + 1)))
+    nodes = draw_tilt(rng) if one_side else draw_patches(rng)
     amount = min(0.95, rng.uniform(0.3, 0.9) * strength)
     return nodes.astype(np.float32), amount
 
@@ -163,7 +172,7 @@ def weaken(
     "Take the contrast out of one side of the view, or out of patches of it; the local mean stays."
     nodes, amount = weakness
     mean = local_mean(gray)
-    keep = np.clip(enlarge(nodes, gray.shape), 0, 1)
+    keep = np.clip(enlarge(nodes, gray.shape), 0, 1)  # becomes 1 - amount * where, in place
     keep *= np.float32(-amount)
     keep += 1
     return cv2.add(mean, cv2.multiply(keep, cv2.subtract(gray, mean)))
@@ -348,8 +357,9 @@ def add_noise(
     photometry: Photometry,  # with a `grain`
 ) -> np.ndarray:  # (H, W) float32
     "Noise in proportion to the contrast that is left, within bounds."
-    box = (LAW.soft, LAW.soft)
-    grain = LAW.soft_gain * cv2.blur(photometry.grain, box) if photometry.soft else photometry.grain
+    grain = photometry.grain
+    if photometry.soft:
+        grain = LAW.soft_gain * cv2.blur(grain, (LAW.soft, LAW.soft))
     deviation = float(cv2.meanStdDev(gray)[1][0, 0])
     contrast = np.clip(LAW.noise_slope * deviation, *LAW.noise_bounds)
     return cv2.scaleAdd(grain, float(photometry.noise * contrast), gray)

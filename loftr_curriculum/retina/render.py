@@ -69,7 +69,7 @@ SHARP = (0.45, 1.0)  # least and largest factor on the widths that matter
 def visibility_in(
     anatomy: Anatomy,  # landmarks
 ) -> Visibility:
-    "What is a wide vessel and what a twig by the scale of the picture; as usual where the eye is flat."
+    "The radii that tell wide vessels from twigs, by the scale of the picture; the usual ones in a flat eye."
     usual = Visibility()
     if anatomy.sphere is None:
         return usual
@@ -115,7 +115,8 @@ def weak_side(
     downwards = rng.random() < 0.7
     angle = np.deg2rad(rng.normal(90, 40) if downwards else rng.uniform(0, 360))
     x, y = coordinates(at, at)
-    along = ((x - at / 2) * np.cos(angle) + (y - at / 2) * np.sin(angle)) / at - rng.uniform(-0.25, 0.25)
+    along = ((x - at / 2) * np.cos(angle) + (y - at / 2) * np.sin(angle)) / at
+    along = along - rng.uniform(-0.25, 0.25)
     loss = rng.uniform(0.4, 0.9)
     slope = rng.uniform(0.04, 0.15)
     return (1 - loss / (1 + np.exp(-along / slope))).astype(np.float32)

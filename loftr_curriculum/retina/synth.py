@@ -75,7 +75,7 @@ def draw_middle(
     rng: np.random.Generator,  # source of chance
     facts: dict,  # of the world: where disc and fovea lie
 ) -> np.ndarray:  # (2,) world px
-    "Where the camera points: at the disc, or between the fovea and nearly half-way to the disc; never quite."
+    "Where the camera points: near the disc, or near a place up to 0.4 of the way from the fovea to it."
     disc = np.array(facts["disc"])
     fovea = np.array(facts["fovea"])
     at_disc = rng.random() < 0.2

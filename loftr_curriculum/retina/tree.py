@@ -117,7 +117,7 @@ class Anatomy:
         return placed if self.sphere is None else self.sphere.project(placed)
 
     def flat(self, points: np.ndarray) -> np.ndarray:
-        "World px (..., 2) -> the same along the retina."
+        "World px (..., 2) -> flat points, as far from the middle as the way along the retina; see `Sphere`."
         return points if self.sphere is None else self.sphere.unroll(points)
 
     def stretch(self, points: np.ndarray) -> np.ndarray:
@@ -355,10 +355,8 @@ def rim_of(
     "How far the rim of the field lies from the pole, along the retina."
     sphere = anatomy.sphere
     rim = sphere.unroll(np.array([0.0, sphere.middle]))
-    return float(
-        (sphere.middle - rim[0])
-        / np.hypot(*np.subtract(*anatomy.flat(np.stack([anatomy.fovea, anatomy.disc]))))
-    )
+    fovea, disc = anatomy.flat(np.stack([anatomy.fovea, anatomy.disc]))
+    return float((sphere.middle - rim[0]) / np.hypot(*(fovea - disc)))
 
 
 # %% ../../nbs/03_retina/01_tree.ipynb #15c717b8
@@ -371,12 +369,16 @@ def draw_long_trunk(
     "A vessel that leaves the trunk that points its way, and runs to the periphery."
     tips = np.array([trunk.control[-1] for trunk in trunks])
     way = np.deg2rad(angle)
-    off = np.abs(np.angle(np.exp(1j * (np.arctan2(tips[:, 1], tips[:, 0]) - way))))
-    off = np.where(np.hypot(*tips.T) < 0.65, np.inf, off)
-    leaves = int(off.argmin())
+    turn = np.arctan2(tips[:, 1], tips[:, 0]) - way
+    off = np.abs(np.angle(np.exp(1j * turn)))  # in 0..pi
+    is_short = np.hypot(*tips.T) < 0.65
+    leaves = int(np.where(is_short, np.inf, off).argmin())
     tip = rng.uniform(0.6, 1.0) * rim * np.array([np.cos(way), np.sin(way)])
     start = tips[leaves]
-    bends = [start + share * (tip - start) + rng.normal(0, 0.03 * rim, 2) for share in (0.35, 0.7)]
+    bends = []
+    for share in (0.35, 0.7):
+        sway = rng.normal(0, 0.03 * rim, 2)
+        bends.append(start + share * (tip - start) + sway)
     return Trunk([*bends, tip], leaves, rng.uniform(0.75, 0.98))
 
 
@@ -420,7 +422,7 @@ def trunks(
 ) -> tuple[np.ndarray, np.ndarray]:  # nodes (n, 2) in world px, parents (n,)
     "The curves as chains of nodes; a branch starts at a node of the curve that it leaves."
     points, parent = np.zeros((0, 2)), np.zeros(0, np.int64)
-    ranges = []  # first and last node of each trunk; of one that was left out, those of the trunk it leaves
+    ranges = []  # first and last node of each trunk; one that is left out has those of the trunk it leaves
     curves = trunk_curves(rng, system)
     for trunk in curves + long_trunks(rng, anatomy, curves):
         start = len(points)
@@ -878,8 +880,6 @@ def sample_field(
 
 # %% ../../nbs/03_retina/01_tree.ipynb #4310b2d1
 OCTAVES = ((230, 14.0), (105, 7.0), (48, 3.0), (22, 1.2))  # wavelength and shift, px at a world of 1024
-
-
 WIDE_CALM = 0.7  # tortuosity of a wide eye at its pole; towards the rim vessels run straighter
 
 
@@ -890,8 +890,9 @@ def add_tortuosity(
     amount: float = 1.0,  # 1 is an ordinary eye
 ) -> np.ndarray:  # (N, 2) moved points
     "One smooth displacement in four octaves: the tortuosity that every modality shares."
-    k, moved = anatomy.size / 1024, points.copy()
+    k = anatomy.size / 1024
     calm = 1.0 if anatomy.sphere is None else WIDE_CALM / anatomy.stretch(points)[:, None]
+    moved = points.copy()
     for cell, shift in OCTAVES:
         grid = smooth_field(rng, anatomy.size, cell * k)
         field = sample_field(grid, np.r_[anatomy.disc[None], points], anatomy.size, cell * k)

@@ -127,9 +127,8 @@ def make_world(
     config: EyeConfig = EyeConfig(),  # settings
     modalities: tuple[str, ...] = USUAL,  # names of the renderings wanted; the others cost nothing
     systems: bool = False,  # arteries and veins as masks of their own, too
-    table: dict[
-        str, Modality
-    ] = MODALITIES,  # of modalities; the order of the renderings is that of the table
+    # of modalities; the order of the renderings is that of the table
+    table: dict[str, Modality] = MODALITIES,
     fellow: bool = False,  # the other eye of the same person
 ) -> World:  # the same for the same arguments
     "Grow and render one eye."
