@@ -15,7 +15,7 @@ from torch.utils.data import default_collate
 
 # %% ../../nbs/04_data/05a_batch.ipynb #75c8b2ea
 def change_tensors(
-    holder: "TensorFields",
+    holder: "TensorFields",  # such as a batch
     change: Callable[[torch.Tensor], torch.Tensor],  # function of a tensor
 ) -> "TensorFields":  # of the same type
     "The same with every tensor changed."
@@ -52,7 +52,8 @@ class TensorFields:
 class PairBatch(TensorFields):
     """B pairs of S x S pixels, on one device.
 
-    Convention: points are pixels (x, y); image 0 is the fixed one, image 1 the moving one."""
+    Convention: points are pixels (x, y); image 0 is the fixed one, image 1 the moving one.
+    """
 
     image0: torch.Tensor  # (B, 1, S, S) float32 in [-1, 1], 0 outside the field of view
     image1: torch.Tensor  # (B, 1, S, S)

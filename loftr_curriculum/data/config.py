@@ -113,7 +113,7 @@ def _checks(
 
 # %% ../../nbs/04_data/02_config.ipynb #f1aff4f7
 def shares_of(
-    config: DataConfig,
+    config: DataConfig,  # shares and paths of the sources
 ) -> dict:  # source name -> relative share, given sources only
     "The relative share of every source that is given."
     named = {
@@ -129,7 +129,7 @@ def shares_of(
 
 # %% ../../nbs/04_data/02_config.ipynb #c51c6951
 def check(
-    config: DataConfig,
+    config: DataConfig,  # to be checked
 ) -> None:
     "Raise ValueError that lists everything wrong with a configuration."
     wrong = [text for right, text in _checks(config) if not right]
@@ -148,11 +148,10 @@ def patient_of(
 ) -> str:
     "The patient that a case belongs to; the case itself where the pattern does not match."
     found = re.search(pattern, case)
-    return (
-        case
-        if not found
-        else (found.group(1) if found.re.groups and found.group(1) else found.group(0)) or case
-    )
+    if found is None:
+        return case
+    group = found.group(1) if found.re.groups else None
+    return group or found.group(0) or case
 
 
 # %% ../../nbs/04_data/02_config.ipynb #86fff99f
@@ -163,12 +162,12 @@ def held_out(
 ) -> set:  # names of the cases of the held-out patients
     """The cases for validation: those of `share` of the patients.
 
-    At least one patient where there are two and `share` is above 0.
+    At least one patient where there are two and `share` is above 0; never all of them.
     """
-    cases = sorted(set(cases))
-    patients = sorted(
-        {patient_of(c, pattern) for c in cases}, key=lambda p: hashlib.sha256(p.encode()).hexdigest()
-    )
-    count = min(max(1, round(share * len(patients))), len(patients) - 1) if share > 0 else 0
-    out = set(patients[:count])
-    return {c for c in cases if patient_of(c, pattern) in out}
+    patient = {case: patient_of(case, pattern) for case in cases}
+    if share <= 0:
+        return set()
+    patients = sorted(set(patient.values()), key=lambda p: hashlib.sha256(p.encode()).hexdigest())
+    wanted = max(1, round(share * len(patients)))
+    out = patients[: min(wanted, len(patients) - 1)] if patients else []
+    return {case for case in patient if patient[case] in out}

@@ -179,9 +179,8 @@ class RecipeBatch(TensorFields):
     ink: torch.Tensor  # (n, 2, S, S) uint8, `ink_of` of the views with a stamp
     inked: torch.Tensor  # (n,) int64, which views these are
     photometry: PhotometryBatch | None  # of the 2 B views; None: their pixels stay as they are
-    unbent: (
-        torch.Tensor | None
-    )  # (B, S, S, 2) float32: where pixels of the moving view lay before it was bent
+    # (B, S, S, 2) float32: where pixels of the moving view lay before it was bent
+    unbent: torch.Tensor | None
     fixed_to_moving: torch.Tensor  # (B, 3, 3) float32
     map_0to1: torch.Tensor | None  # (B, S / 8, S / 8, 2) float32, as in `PairBatch`
     map_1to0: torch.Tensor | None
@@ -249,12 +248,11 @@ def collate_recipes(
     views = [view for recipe in recipes for view in recipe.views]
     changed = [view.photometry for view in views if view.photometry is not None]
     map_0to1, map_1to0 = zip(*(true_maps(recipe) for recipe in recipes))
+    planes = [plane_index(view.modality, recipe.planes) for recipe in recipes for view in recipe.views]
     return RecipeBatch(
         world=[recipe.world for recipe in recipes],
         seed=[recipe.seed for recipe in recipes],
-        plane=torch.tensor(
-            [plane_index(view.modality, recipe.planes) for recipe in recipes for view in recipe.views]
-        ),
+        plane=torch.tensor(planes),
         fov=stack_arrays(view.fov for view in views),
         **pack_levels(views, recipes[0].frame_size),
         **pack_scans(views),
@@ -287,7 +285,9 @@ def sample_planes(
             i, j = y0.long() + dy, x0.long() + dx
             inside = (i >= 0) & (i < side) & (j >= 0) & (j < side)
             value = flat[torch.where(inside, start + i * side + j, 0)]
-            out += torch.where(inside, value, 0) * (u if dx else 1 - u) * (v if dy else 1 - v)
+            along_x = u if dx else 1 - u
+            along_y = v if dy else 1 - v
+            out += torch.where(inside, value, 0) * along_x * along_y
     return out
 
 
@@ -298,11 +298,14 @@ class DeviceBank:
     def __init__(
         self,
         bank: WorldBank,  # rendered eyes
-        device: torch.device,
+        device: torch.device,  # where the planes shall lie
     ):
-        side = bank.config.size
-        full, half = (p.size for p in bank[0])
-        self.bank, self.side, self.full, self.stride, self.there = bank, side, full, full + half, set()
+        full, half = (level.size for level in bank[0])
+        self.bank = bank
+        self.side = bank.config.size  # px of a world's side
+        self.full = full  # bytes of a world's full level
+        self.stride = full + half  # bytes of a world
+        self.there = set()  # worlds that were copied
         self.flat = torch.empty(len(bank) * self.stride, dtype=torch.uint8, device=device)
 
     def fetch(
@@ -323,7 +326,8 @@ class DeviceBank:
     ) -> tuple:  # start and side (N,) int64 of each plane
         "Where planes begin in the flat bank, and how large they are."
         side = torch.where(half, self.side // 2, self.side)
-        return world * self.stride + torch.where(half, self.full, 0) + plane * side * side, side
+        level = world * self.stride + torch.where(half, self.full, 0)
+        return level + plane * side * side, side
 
 
 # %% ../../nbs/04_data/05b_device.ipynb #7b11e3d1
@@ -465,7 +469,7 @@ STEPS = np.array(
 # %% ../../nbs/04_data/05b_device.ipynb #7b15e3d5
 @lru_cache(4)
 def jpeg_tables(
-    device: torch.device,
+    device: torch.device,  # where the tables shall lie
 ) -> tuple[torch.Tensor, torch.Tensor]:
     "Steps (8, 8) at quality 50, and the cosine transform (8, 8) of a column."
     return torch.from_numpy(STEPS).to(device), torch.from_numpy(matrix_of(cv2.dct, 8)).to(device)
@@ -616,7 +620,7 @@ def normalise_batch(
 def draw_grain(
     seeds: list,  # B integers
     size: int,  # side of the views, px
-    device: torch.device,
+    device: torch.device,  # where the noise is drawn
 ) -> torch.Tensor:  # (2 B, S, S) float32, unit noise
     "Noise of every pair from a seed of its own."
     out = []
@@ -678,7 +682,7 @@ class DeviceViews:
     def __init__(
         self,
         source: GeneratedSource,  # whose worlds are cut
-        device: torch.device,
+        device: torch.device,  # that paints
     ):
         self.device = torch.device(device)
         self.bank = DeviceBank(source.bank, self.device)

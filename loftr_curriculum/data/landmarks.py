@@ -91,9 +91,9 @@ def read_landmarks(
 class LandmarkPair:
     "Two images of one eye and what is known about their geometry."
 
-    id: str
-    fixed: Path
-    moving: Path
+    id: str  # beginning of its files' names
+    fixed: Path  # image file
+    moving: Path  # image file
     fixed_points: np.ndarray  # (N, 2) float64, px of the fixed image
     moving_points: np.ndarray  # (N, 2) float64, px of the moving image
     moving_to_fixed: np.ndarray | None  # (3, 3) reference, None where the set has none
@@ -104,7 +104,8 @@ def _natural(
     text: str,  # an id
 ) -> list:  # sort key
     "Order in which 2 comes before 10."
-    return [(0, int(p), "") if p.isdigit() else (1, 0, p) for p in re.split(r"(\d+)", text) if p]
+    parts = [part for part in re.split(r"(\d+)", text) if part]
+    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in parts]
 
 
 # %% ../../nbs/04_data/05_landmarks.ipynb #02f3e9a7
@@ -113,10 +114,8 @@ def _image_of(
     stem,  # name without suffix
 ) -> Path:  # existing file, or the PNG that should exist
     "The image of a stem, PNG first."
-    return next(
-        (p for s in (".png", ".tif", ".tiff", ".jpg", ".jpeg") if (p := folder / f"{stem}{s}").is_file()),
-        folder / f"{stem}.png",
-    )
+    paths = [folder / f"{stem}{suffix}" for suffix in (".png", ".tif", ".tiff", ".jpg", ".jpeg")]
+    return next((path for path in paths if path.is_file()), paths[0])
 
 
 # %% ../../nbs/04_data/05_landmarks.ipynb #8e01b8f1
@@ -182,11 +181,11 @@ def parse_matrix(
 class TablePair:
     "One line of a table of pairs."
 
-    id: str
-    patient: str
-    fixed: Path
-    moving: Path
-    moving_to_fixed: np.ndarray  # (3, 3)
+    id: str  # name of the pair
+    patient: str  # by whom training and validation are split
+    fixed: Path  # image file
+    moving: Path  # image file
+    moving_to_fixed: np.ndarray  # (3, 3) moving points -> fixed points
     mask: Path | None  # vessel mask of the fixed image
     mode: str  # "" where the table does not say
 
@@ -197,10 +196,11 @@ def fit_landmarks(
 ) -> np.ndarray:  # (3, 3) moving to fixed
     "The affine of a file of landmarks; raises FileError where none fits."
     fixed, moving = read_landmarks(path)
-    ranks = [
-        np.linalg.matrix_rank(points - points.mean(0), tol=1e-3) for points in (fixed, moving) if len(fixed)
-    ]
-    if len(fixed) < 3 or min(ranks) < 2:
+
+    def on_a_line(points):
+        return np.linalg.matrix_rank(points - points.mean(0), tol=1e-3) < 2
+
+    if len(fixed) < 3 or on_a_line(fixed) or on_a_line(moving):
         raise FileError(f"{path}: expected at least three points that are not on one line")
     moving_to_fixed = fit_affine(moving, fixed)
     residual = np.linalg.norm(apply_transform(moving_to_fixed, moving) - fixed, axis=1).mean()
@@ -269,7 +269,7 @@ LEAST_OVERLAP = 0.05  # share of the fixed image that the moving image must cove
 
 
 def _misfit(
-    pair: TablePair,
+    pair: TablePair,  # one line of a table
     sizes,  # path -> (height, width) of the readable files
 ) -> str:  # what is wrong with the geometry, "" where nothing is
     "Whether matrix, mask and images can belong together."
@@ -279,7 +279,7 @@ def _misfit(
     if np.linalg.det(jacobian(pair.moving_to_fixed, centre(moving))) <= 0:
         return "the transform mirrors the image"
     share = overlap(invert(pair.moving_to_fixed), fixed, moving)
-    if not share >= LEAST_OVERLAP:
+    if not share >= LEAST_OVERLAP:  # also where it is nan
         covered = f"the moving image covers {share:.0%} of the fixed one"
         return f"{covered}; is the transform in the other direction?"
     if pair.mask in sizes and not same_shape(sizes[pair.mask], fixed):
@@ -307,7 +307,8 @@ def read_pairs(
     path: str | Path,  # CSV file
 ) -> list:  # of TablePair
     "All pairs of a table; raises one FileError that lists the faults of all lines."
-    pairs, faults = parse_lines(read_table(path, ("fixed", "moving")), Path(path).parent)
+    rows = read_table(path, ("fixed", "moving"))
+    pairs, faults = parse_lines(rows, Path(path).parent)
     files = [file for pair in pairs.values() for file in (pair.fixed, pair.moving, pair.mask) if file]
     sizes, unreadable = decode_all(files)
     faults += unreadable.values()
@@ -329,7 +330,7 @@ def aligned(
 
 # %% ../../nbs/04_data/05_landmarks.ipynb #30a6e3fe
 def table_frame(
-    pair: TablePair,
+    pair: TablePair,  # one line of a table
 ) -> AlignedPlanes:
     "The frame of one pair, in the geometry of its fixed image."
     fixed = load_plane(pair.fixed)
@@ -368,7 +369,8 @@ class PairTableSource:
         cases: Iterable[str],  # names to keep
     ) -> "PairTableSource":
         "The same source with some of its patients."
-        return PairTableSource(self.table, self.strength, [p for p in self.pairs if p.patient in cases])
+        kept = [pair for pair in self.pairs if pair.patient in cases]
+        return PairTableSource(self.table, self.strength, kept)
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -382,7 +384,6 @@ class PairTableSource:
     ) -> PairSample:
         "Two views of one pair."
         pair = self.pairs[index]
-        sample = cut_views(
-            self.frames[index], rng, size, motion, self.strength, pair.mode or "cf-fa", pair.id, FIELD
-        )
+        mode = pair.mode or "cf-fa"
+        sample = cut_views(self.frames[index], rng, size, motion, self.strength, mode, pair.id, FIELD)
         return replace(sample, mode=pair.mode or "unknown")

@@ -20,16 +20,20 @@ from .preprocess import estimate_fov, normalise, to_gray
 def read_mask(
     path: str | Path,  # image file; RGB masks are read through their brightest channel
 ) -> np.ndarray:  # (H, W) float32 in [0, 1]
-    "A vessel mask as soft values: 0..1 files as they are, others divided by their depth's white."
+    """A vessel mask as soft values: 0..1 files as they are, others divided by their depth's white.
+
+    Raises ImageError where the file is missing, unreadable or no image.
+    """
     mask = read_image(path)
-    mask = mask.max(axis=2) if mask.ndim == 3 else mask
+    if mask.ndim == 3:
+        mask = mask.max(axis=2)
     return mask.astype(np.float32) if mask.max() <= 1 else to_gray(mask)
 
 
 # %% ../../nbs/04_data/01_masks.ipynb #840d1080
 SIGMAS = (1.2, 2.0, 3.2)  # px at `MASK_SIDE`: from capillaries to the large veins
 MASK_SIDE = 512  # px of the long side at which ridges are looked for
-COVER = (0.15, 0.06)  # share of the field that is at least faintly, and that is fully vessel
+COVER = (0.15, 0.06)  # shares of the field: at least faintly vessel, fully vessel
 NOISE = 0.05  # response below which a ridge is not believed
 
 
@@ -43,9 +47,8 @@ def _ridges(
     from skimage.filters import sato
 
     scale = max(flat.shape) / MASK_SIDE
-    response = sato(
-        flat, sigmas=[max(0.8, s * scale) for s in SIGMAS], black_ridges=not bright, mode="reflect"
-    )
+    sigmas = [max(0.8, sigma * scale) for sigma in SIGMAS]
+    response = sato(flat, sigmas=sigmas, black_ridges=not bright, mode="reflect")
     rim = int(round(6 * scale)) * 2 + 1
     inside = cv2.erode(fov.astype(np.uint8), np.ones((rim, rim), np.uint8))
     return response.astype(np.float32) * inside
@@ -67,21 +70,23 @@ def _without_specks(
 def vesselness(
     gray: np.ndarray,  # (H, W) float32 in [0, 1]
     fov: np.ndarray | None = None,  # (H, W) bool; None: estimated
-    bright: bool
-    | None = None,  # True: vessels are bright (angiograms); False: dark; None: the stronger ridges
+    # True: vessels are bright (angiograms); False: dark; None: the stronger ridges
+    bright: bool | None = None,
 ) -> np.ndarray:  # (H, W) float32 soft vessel mask in [0, 1], 0 outside the field of view
     "Soft vessel mask from multi-scale ridges."
     gray = np.asarray(gray, np.float32)
     fov = estimate_fov(gray) if fov is None else np.asarray(fov, bool)
     size = fit_size(gray.shape, MASK_SIDE) if max(gray.shape) > MASK_SIDE else gray.shape
-    small, inside = resize_image(gray, size), resize_image(fov.astype(np.uint8), size) > 0
+    small = resize_image(gray, size)
+    inside = resize_image(fov.astype(np.uint8), size) > 0
     if not inside.any():
         return np.zeros(gray.shape, np.float32)
     flat = normalise(small, inside)
-    both = [_ridges(flat, inside, b) for b in ((False, True) if bright is None else (bright,))]
-    response = max(both, key=lambda r: np.quantile(r[inside], 0.97))
-    low, high = np.quantile(response[inside], [1 - c for c in COVER])
-    low = max(low, NOISE)
-    soft = np.clip((response - low) / max(high - low, NOISE), 0, 1).astype(np.float32)
+    polarities = (False, True) if bright is None else (bright,)
+    responses = [_ridges(flat, inside, polarity) for polarity in polarities]
+    response = max(responses, key=lambda r: np.quantile(r[inside], 0.97))
+    faint, full = np.quantile(response[inside], [1 - share for share in COVER])
+    faint = max(faint, NOISE)
+    soft = np.clip((response - faint) / max(full - faint, NOISE), 0, 1).astype(np.float32)
     soft = _without_specks(soft, least=40 * (max(size) / MASK_SIDE) ** 2)
     return np.clip(resize_image(soft, gray.shape), 0, 1) * fov

@@ -65,24 +65,22 @@ class EpochSampler(DistributedSampler):
         replicas: int = 1,  # number of processes; n is rounded down to a multiple of it
     ):
         super().__init__(range(n), num_replicas=replicas, rank=rank, shuffle=False, drop_last=True)
-        self.n, self.skip = n, 0  # skip: pairs of this process that the next pass leaves out
+        self.n = n
+        self.skip = 0  # pairs of this process that the next pass leaves out
 
     def __iter__(self) -> Iterator[int]:
-        start = self.epoch * self.n
-        return iter(
-            range(
-                start + self.rank + self.skip * self.num_replicas,
-                start + self.num_samples * self.num_replicas,
-                self.num_replicas,
-            )
-        )
+        begin = self.epoch * self.n
+        first = begin + self.rank + self.skip * self.num_replicas
+        end = begin + self.num_samples * self.num_replicas
+        return iter(range(first, end, self.num_replicas))
 
 
 # %% ../../nbs/04_data/06_module.ipynb #d447e810
 class PairLoader(DataLoader):
     "A DataLoader over an `EpochSampler` whose pass can go on after the batches that were taken from it."
 
-    taken = ahead = 0
+    taken = 0  # batches of this pass, those before it was resumed included
+    ahead = 0  # batches that the next pass leaves out
 
     def __iter__(self) -> Iterator:
         self.taken, self.ahead = self.ahead, 0
@@ -102,7 +100,7 @@ class PairLoader(DataLoader):
 
 # %% ../../nbs/04_data/06_module.ipynb #e07c52b8
 def maps_of(
-    sample: PairSample,
+    sample: PairSample,  # two views and their geometry
 ) -> tuple[np.ndarray, np.ndarray]:  # fixed to moving, moving to fixed: (S/8, S/8, 2) float32
     "The true maps of a sample at the centres of the cells; those of its matrix where it is not bent."
     if sample.map_0to1 is not None:
@@ -115,8 +113,8 @@ def maps_of(
 
 # %% ../../nbs/04_data/06_module.ipynb #01c1fbe2
 def to_tensors(
-    sample: PairSample,
-    maps: bool = False,  # carry the true maps too
+    sample: PairSample,  # two views and their geometry
+    maps: bool = False,  # carry the true maps, too
 ) -> dict:
     """One training item.
 
@@ -138,17 +136,18 @@ def to_tensors(
 
 # %% ../../nbs/04_data/06_module.ipynb #6761cafe
 def motion_at(
-    config: DataConfig,
+    config: DataConfig,  # motion and widen_epochs
     g: int,  # global index of a training pair
 ) -> Motion:
     "The range of motion of a training pair: mild at first where the configuration widens it."
     pairs = config.widen_epochs * config.pairs_per_epoch
-    return mild(config.motion, min(1.0, g / pairs) if pairs else 1.0)
+    share = min(1.0, g / pairs) if pairs else 1.0
+    return mild(config.motion, share)
 
 
 # %% ../../nbs/04_data/06_module.ipynb #cdfc8bed
 def size_at(
-    config: DataConfig,
+    config: DataConfig,  # size, start_size and grow_epochs
     g: int,  # global index of a training pair
 ) -> int:
     """Side of the views of a training pair, px.
@@ -174,7 +173,8 @@ class TrainPairs(Dataset):
     ):
         self.sources = [source for source, _ in sources]
         shares = np.array([share for _, share in sources], float)
-        self.edges, self.config = np.cumsum(shares) / shares.sum(), config
+        self.edges = np.cumsum(shares) / shares.sum()
+        self.config = config
 
     def __len__(self) -> int:
         return self.config.pairs_per_epoch
@@ -185,10 +185,14 @@ class TrainPairs(Dataset):
     ) -> tuple:  # source, and the arguments of its `draw`
         "What is drawn for a global index."
         rng = np.random.default_rng((self.config.seed, g))
-        source = self.sources[int(np.searchsorted(self.edges, rng.random(), side="right"))]
-        index, near = int(rng.integers(len(source))), self.config.near_share
-        motion = NEAR if near and rng.random() < near else motion_at(self.config, g)
-        return source, index, rng, (size_at(self.config, g),) * 2, motion
+        number = int(np.searchsorted(self.edges, rng.random(), side="right"))
+        source = self.sources[number]
+        index = int(rng.integers(len(source)))
+        near = self.config.near_share
+        is_near = near > 0 and rng.random() < near
+        motion = NEAR if is_near else motion_at(self.config, g)
+        side = size_at(self.config, g)
+        return source, index, rng, (side, side), motion
 
     def sample(
         self,
@@ -217,11 +221,9 @@ class ValPairs(Dataset):
         shares = np.array([share for _, share in sources], float)
         ends = np.round(np.cumsum(shares) / shares.sum() * config.val_pairs).astype(int)
         self.config = config
-        self.items = [
-            (source, k % len(source))
-            for (source, _), a, b in zip(sources, [0, *ends], ends)
-            for k in range(b - a)
-        ]
+        self.items = []  # (source, index of its item) of every pair
+        for (source, _), count in zip(sources, np.diff(ends, prepend=0)):
+            self.items += [(source, k % len(source)) for k in range(count)]
 
     def __len__(self) -> int:
         return len(self.items)
@@ -233,7 +235,8 @@ class ValPairs(Dataset):
         "The k-th validation pair."
         source, index = self.items[k]
         rng = np.random.default_rng((SEEDS["validation"][0], k))
-        return source.draw(index, rng, (self.config.size,) * 2, self.config.motion)
+        side = self.config.size
+        return source.draw(index, rng, (side, side), self.config.motion)
 
     def __getitem__(self, k: int) -> dict:
         return to_tensors(self.sample(k), self.config.bends)
@@ -241,7 +244,7 @@ class ValPairs(Dataset):
 
 # %% ../../nbs/04_data/06_module.ipynb #cfa1b42e
 def cache_folder(
-    config: DataConfig,
+    config: DataConfig,  # cache, eye and modes
 ) -> Path | None:  # None where eyes stay in memory
     "The folder of rendered eyes of one kind: another generator or another eye gets another folder."
     if not config.cache:
@@ -255,7 +258,7 @@ def cache_folder(
 
 # %% ../../nbs/04_data/06_module.ipynb #241f5663
 def view_settings(
-    config: DataConfig,
+    config: DataConfig,  # strength, deform, photometry, padding and gaze_deg
 ) -> ViewSettings:
     "How views of generated eyes are drawn."
     return ViewSettings(
@@ -269,7 +272,7 @@ def view_settings(
 
 # %% ../../nbs/04_data/06_module.ipynb #e5204a04
 def generated_source(
-    config: DataConfig,
+    config: DataConfig,  # eyes, modes and views
     split: str,  # "train" or "validation"
 ) -> GeneratedSource:
     "Generated eyes of one split; those that are not in the cache yet are rendered, with a progress bar."
@@ -287,7 +290,7 @@ def generated_source(
 
 # %% ../../nbs/04_data/06_module.ipynb #e5aa034e
 def file_sources(
-    config: DataConfig,
+    config: DataConfig,  # triplets and pairs
 ) -> dict:  # "triplets" and "pairs", where they are given -> source over all cases
     "The sources that read files; raises one error per source that lists everything wrong with its files."
     out = {}
@@ -302,21 +305,24 @@ def file_sources(
 
 # %% ../../nbs/04_data/06_module.ipynb #e14af3c8
 def split_sources(
-    config: DataConfig,
+    config: DataConfig,  # sources, shares and held-out patients
 ) -> tuple:  # (training, validation): lists of (PairSource, share)
     "All sources with a share above 0, divided by patient; validation falls back to generated eyes."
-    shares, train, val = shares_of(config), [], []
+    shares = shares_of(config)
+    train, val = [], []
     for name, source in file_sources(config).items():
+        if shares[name] <= 0:
+            continue
         out = held_out(source.cases, config.val_share, config.patient_pattern)
         train.append((source.subset(set(source.cases) - out), shares[name]))
         if out:
             val.append((source.subset(out), shares[name]))
-    if shares["generated"] > 0:
-        train.append((generated_source(config, "train"), shares["generated"]))
-    val = [(source, share) for source, share in val if share > 0]
-    if shares["generated"] > 0 or not val:
-        val.append((generated_source(config, "validation"), shares["generated"] or 1.0))
-    return [(source, share) for source, share in train if share > 0], val
+    generated = shares["generated"]
+    if generated > 0:
+        train.append((generated_source(config, "train"), generated))
+    if generated > 0 or not val:
+        val.append((generated_source(config, "validation"), generated or 1.0))
+    return train, val
 
 
 # %% ../../nbs/04_data/06_module.ipynb #b1f00c08
@@ -338,14 +344,15 @@ def set_up_worker(
 ) -> None:
     """Set up a loader worker.
 
-    It runs one thread, keeps the memory of freed images, and leaves it to the training process to stop.
+    It runs one thread and keeps the memory of freed images. It ignores Ctrl-C, and ends `GRACE` seconds after
+    any other signal to end, unless the training process stops it before.
     """
     torch.set_num_threads(1)
     keep_memory()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    for number in (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
-        if signal.getsignal(number) != signal.SIG_IGN:
-            signal.signal(number, leave_soon)
+    for ending in (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
+        if signal.getsignal(ending) != signal.SIG_IGN:
+            signal.signal(ending, leave_soon)
 
 
 # %% ../../nbs/04_data/06_module.ipynb #04742a1f
@@ -370,13 +377,15 @@ class PairDataModule(L.LightningDataModule):
     def prepare_data(self) -> None:
         "Render what is missing in the cache, once per machine."
         if self.config.cache and self.train_pairs is None and shares_of(self.config)["generated"] > 0:
-            generated_source(self.config, "train"), generated_source(self.config, "validation")
+            generated_source(self.config, "train")
+            generated_source(self.config, "validation")
 
     def setup(self, stage: str | None = None) -> None:
         "Check the files, open the eyes; a second call does nothing."
         if self.train_pairs is None:
             train, val = split_sources(self.config)
-            self.train_pairs, self.val_pairs = TrainPairs(train, self.config), ValPairs(val, self.config)
+            self.train_pairs = TrainPairs(train, self.config)
+            self.val_pairs = ValPairs(val, self.config)
 
     def _loader(self, dataset, sampler=None, collate=collate_pairs, kind=DataLoader):
         workers = self.config.workers
@@ -397,9 +406,8 @@ class PairDataModule(L.LightningDataModule):
         "Batches of the current epoch, divided among the processes of a distributed run."
         rank, replicas = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
         collate = collate_recipes if self.config.on_device else collate_pairs
-        return self._loader(
-            self.train_pairs, EpochSampler(self.config.pairs_per_epoch, rank, replicas), collate, PairLoader
-        )
+        sampler = EpochSampler(self.config.pairs_per_epoch, rank, replicas)
+        return self._loader(self.train_pairs, sampler, collate, PairLoader)
 
     def val_dataloader(self) -> DataLoader:
         "The fixed validation pairs."

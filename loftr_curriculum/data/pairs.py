@@ -87,7 +87,11 @@ class PairSource(Protocol):
     def __len__(self) -> int: ...
 
     def draw(
-        self, index: int, rng: np.random.Generator, size: tuple[int, int], motion: Motion
+        self,
+        index: int,  # of an item
+        rng: np.random.Generator,  # decides everything else
+        size: tuple[int, int],  # (height, width) of both views
+        motion: Motion,  # range of relative motion
     ) -> PairSample: ...
 
 
@@ -155,10 +159,10 @@ def view_from_level(
 
     Convention: both matrices map px to px of the view; the levels are related by the one resize rule.
     """
-    half = bool(np.sqrt(abs(np.linalg.det(frame_to_view[:2, :2]))) < SHRINKS)
-    if half:
-        return compose(resize_matrix(half_size, frame_size), frame_to_view), half
-    return frame_to_view, half
+    zoom = np.sqrt(abs(np.linalg.det(frame_to_view[:2, :2])))
+    if zoom >= SHRINKS:
+        return frame_to_view, False
+    return compose(resize_matrix(half_size, frame_size), frame_to_view), True
 
 
 # %% ../../nbs/04_data/03_pairs.ipynb #395cb914
@@ -177,7 +181,8 @@ def cut(
     level_to_view, halved = view_from_level(frame_to_view, plane.shape[:2], half.shape[:2])
     level = half if halved else plane
     if unbent is not None:
-        return cv2.remap(level, cv2.transform(unbent, invert(level_to_view)[:2]), None, cv2.INTER_LINEAR)
+        at = cv2.transform(unbent, invert(level_to_view)[:2])
+        return cv2.remap(level, at, None, cv2.INTER_LINEAR)
     return cv2.warpAffine(level, level_to_view[:2], (size[1], size[0]), flags=cv2.INTER_LINEAR)
 
 
@@ -290,14 +295,15 @@ def draw_from_bank(
     grain: bool,  # draw the noise of every pixel
 ) -> PairRecipe:
     "The recipe of a pair of generated eyes."
+    bank = source.bank
     world = int(index) % len(source)
+    seed = bank.seeds[world]
     mode = source.modes[rng.integers(len(source.modes))]
-    side = source.bank.config.size
-    seed, planes = source.bank.seeds[world], source.bank.planes
-    sphere = Sphere.of(source.bank.config.of_eye(seed))
+    side = bank.config.size
+    sphere = Sphere.of(bank.config.of_eye(seed))
     settings = replace(source.settings, grain=grain, sphere=sphere)
     recipe = draw_pair(rng, (side, side), size, motion, mode, settings)
-    return replace(recipe, id=f"eye{seed}", world=world, planes=planes)
+    return replace(recipe, id=f"eye{seed}", world=world, planes=bank.planes)
 
 
 # %% ../../nbs/04_data/03_pairs.ipynb #4e61a7c1
@@ -308,8 +314,9 @@ def frame_of_world(
 ) -> AlignedPlanes:
     "The two planes of a mode, and the vessels."
     full, half = bank[world]
-    chosen = [plane_index(name, bank.planes) for name in (*split_mode(mode), "vessels")]
-    return AlignedPlanes(*(full[k] for k in chosen), tuple(half[k] for k in chosen))
+    fixed, moving, vessels = (plane_index(name, bank.planes) for name in (*split_mode(mode), "vessels"))
+    smaller = (half[fixed], half[moving], half[vessels])
+    return AlignedPlanes(full[fixed], full[moving], full[vessels], smaller)
 
 
 # %% ../../nbs/04_data/03_pairs.ipynb #49170fb4
@@ -325,6 +332,7 @@ class GeneratedSource:
         deform: float = 0.0,  # largest residual of the moving view, rms px at 512; 0: none
         settings: ViewSettings | None = None,  # all of it at once, instead of the three before
     ):
+        "Raises ValueError for no mode or an unknown one."
         self.bank = bank
         self.modes = tuple(modes)
         self.settings = settings or ViewSettings(float(strength), field, deform=float(deform))
@@ -384,16 +392,16 @@ def cell_points(
 
 
 # %% ../../nbs/04_data/03_pairs.ipynb #4e66a7c6
+# to the module of the recipe
 MOVED = ("draw_fov", "place_views", "view_fov", "Residual", "draw_residual", "to_fixed", "to_moving")
 MOVED += ("draw_views", "STEEPEST", "WAVES", "LENGTHS")
-RENAMED = {"CELL": "STRIDE"}
+RENAMED = {
+    "Frame": "AlignedPlanes",
+    "make_frame": "make_planes",
+    "CELL": "loftr_curriculum.data.recipe:STRIDE",
+}
 
 # %% ../../nbs/04_data/03_pairs.ipynb #af7e963d
 __getattr__ = deprecated_names(
-    __name__,
-    {
-        old: f"loftr_curriculum.data.recipe:{new}"
-        for old, new in {**dict(zip(MOVED, MOVED)), **RENAMED}.items()
-    }
-    | {"Frame": "AlignedPlanes", "make_frame": "make_planes"},
+    __name__, {name: f"loftr_curriculum.data.recipe:{name}" for name in MOVED} | RENAMED
 )

@@ -29,7 +29,13 @@ from ..retina.config import GENERATOR_VERSION, MODES, EyeConfig, split_mode
 from ..retina.jobs import run_jobs
 from ..retina.synth import world_for
 from ..retina.world import check_settings
-from .pseudo_real import PseudoReal, RawPair, pseudo_real_pair, write_raw_pair
+from .pseudo_real import (
+    PseudoReal,
+    RawPair,
+    pseudo_real_pair,
+    truth_file,
+    write_raw_pair,
+)
 
 # %% ../../nbs/04_data/08_practice.ipynb #5bbfafb7
 FIRST_EYE = 50_000  # offset of the practice eyes in the report seeds
@@ -48,7 +54,7 @@ def practice_pair(
     number: int,  # of the pair, from 0
     mode: str,  # 'fixed-moving', such as 'cf-fa'
     spec: PseudoReal,  # from `practice_spec`
-) -> RawPair:  # RawPair
+) -> RawPair:
     "Always the same pair for the same number, mode and specification."
     eye = FIRST_EYE + number
     return pseudo_real_pair(mode, eye, replace(spec, modes=(mode,), per_mode=eye + 1))
@@ -114,20 +120,27 @@ def write_practice(
     """Write `pairs.csv`, `images/<id>_fixed.png`, `images/<id>_moving.png`, `landmarks/<id>.csv` and `.json`.
 
     `landmarks/<id>.json` holds the true moving_to_fixed (3, 3). Raises ValueError where the folder was made
-    with other settings, holds other files, or is being filled by another process."""
+    with other settings, holds other files, or is being filled by another process.
+    """
     out, modes = Path(out), tuple(modes)
     check_practice(count, seed, size, modes)
     spec = practice_spec(size, eye)
-    told = {"practice": 1, "generator": GENERATOR_VERSION, "seed": seed, "size": size, "modes": list(modes)}
-    numbers = range(seed, seed + count)
-    wanted = {practice_name(n, mode): (n, mode) for n in numbers for mode in [modes[(n - seed) % len(modes)]]}
+    settings = {
+        "practice": 1,
+        "generator": GENERATOR_VERSION,
+        "seed": seed,
+        "size": size,
+        "modes": list(modes),
+        "eye": asdict(spec.eye),
+    }
+    wanted = [(seed + k, modes[k % len(modes)]) for k in range(count)]
     with only_run(out):
         remove_unfinished(out, ("practice.json", "pairs.csv"))
-        check_settings(out / "practice.json", told | {"eye": asdict(spec.eye)})
+        check_settings(out / "practice.json", settings)
         jobs = [
-            (str(out), n, mode, spec)
-            for name, (n, mode) in wanted.items()
-            if not (out / "landmarks" / f"{name}.json").exists()
+            (str(out), number, mode, spec)
+            for number, mode in wanted
+            if not truth_file(out, practice_name(number, mode)).exists()
         ]
         for _ in run_jobs(_write_pair, jobs, workers, "writing pairs" if progress and jobs else ""):
             pass
@@ -152,6 +165,6 @@ def easiest(
     folder = Path(folder)
 
     def effort(name):
-        return turn_and_scale(load_transform(folder / "landmarks" / f"{name}.json").matrix)
+        return turn_and_scale(load_transform(truth_file(folder, name)).matrix)
 
     return min(names, key=effort)

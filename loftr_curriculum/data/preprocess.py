@@ -6,6 +6,8 @@
 __all__ = [
     "DEPTHS",
     "SIDE",
+    "BLACK",
+    "TOLERANCE",
     "WINDOW",
     "FLOOR",
     "full_scale",
@@ -33,7 +35,7 @@ def full_scale(
 ) -> float:  # the value that stands for white
     """White: 255 for uint8, 1 for booleans and floats.
 
-    For uint16 it is `2**depth - 1` of the smallest depth that fits.
+    For uint16 it is `2**depth - 1` of the smallest depth that fits. Raises TypeError for other dtypes.
     """
     if image.dtype == np.uint8:
         return 255.0
@@ -51,11 +53,12 @@ def to_gray(
 ) -> np.ndarray:  # (H, W) float32 in [0, 1]
     """The green channel of an RGB image, or the image itself, scaled to [0, 1].
 
-    Raises ValueError for other shapes.
+    Raises ValueError for other shapes, TypeError for other dtypes.
     """
     image = np.asarray(image)
     if image.ndim == 3 and image.shape[2] == 3:
-        scale, image = full_scale(image), image[..., 1]
+        scale = full_scale(image)
+        image = image[..., 1]
     elif image.ndim == 2:
         scale = full_scale(image)
     else:
@@ -74,7 +77,8 @@ def _border_level(
 ) -> float | None:  # level of the flat border, None where there is none
     "Median level of the flat corners: one dark corner is enough, a grey border needs three that agree."
     n = max(2, min(small.shape) // 16)
-    corners = [small[y, x] for y in (slice(n), slice(-n, None)) for x in (slice(n), slice(-n, None))]
+    first, last = slice(n), slice(-n, None)
+    corners = [small[first, first], small[first, last], small[last, first], small[last, last]]
     level = np.array([np.median(c) for c in corners])
     spread = np.array([np.median(np.abs(c - m)) for c, m in zip(corners, level)])
     dark = (spread < 0.015) & (level < max(0.1, 0.3 * float(np.median(small))))
@@ -113,26 +117,46 @@ def _hull(
 
 
 # %% ../../nbs/04_data/00_preprocess.ipynb #93c731c2
+def _small_copy(
+    gray,  # (H, W) float in [0, 1]
+) -> np.ndarray:  # (h, w) float32, at most `SIDE` px on the long side
+    "The image in which the field is looked for, without single bright pixels."
+    small = np.ascontiguousarray(gray, dtype=np.float32)
+    if max(gray.shape) > SIDE:
+        small = resize_image(small, fit_size(gray.shape, SIDE))
+    return cv2.medianBlur(small, 3) if min(small.shape) > 4 else small
+
+
+# %% ../../nbs/04_data/00_preprocess.ipynb #bfdc3e1a
+BLACK = 2 / 255  # grey values that differ by less are equal
+TOLERANCE = (3 / 255, 16 / 255)  # least and largest difference from the border that makes a pixel field
+
+
+def _unlike(
+    small,  # (h, w) float32 in [0, 1]
+    level,  # of the border
+) -> np.ndarray:  # (h, w) uint8, 1 in the field
+    "What differs from the border, without thin and small components."
+    away = np.abs(small - level)
+    inside = away[away > BLACK]
+    contrast = float(np.median(inside)) if inside.size else 0.0
+    field = (away > np.clip(0.15 * contrast, *TOLERANCE)).astype(np.uint8)
+    return _largest(cv2.morphologyEx(field, cv2.MORPH_OPEN, np.ones((5, 5), np.uint8)))
+
+
+# %% ../../nbs/04_data/00_preprocess.ipynb #f0bf452e
 def estimate_fov(
     gray: np.ndarray,  # (H, W) float32 in [0, 1]
 ) -> np.ndarray:  # (H, W) bool, True where the optics saw something
     "Field of view of a grey image: everything if there is no flat border, nothing if the image is black."
     size = gray.shape
-    small = np.ascontiguousarray(gray, dtype=np.float32)
-    if max(size) > SIDE:
-        small = resize_image(small, fit_size(size, SIDE))
-    if min(small.shape) > 4:
-        small = cv2.medianBlur(small, 3)
-    if small.max() < 2 / 255:
+    small = _small_copy(gray)
+    if small.max() < BLACK:
         return np.zeros(size, bool)
     level = _border_level(small)
     if level is None:
         return np.ones(size, bool)
-    away = np.abs(small - level)
-    inside = away[away > 2 / 255]
-    contrast = float(np.median(inside)) if inside.size else 0.0
-    field = (away > np.clip(0.15 * contrast, 3 / 255, 16 / 255)).astype(np.uint8)
-    field = _largest(cv2.morphologyEx(field, cv2.MORPH_OPEN, np.ones((5, 5), np.uint8)))
+    field = _unlike(small, level)
     if field.mean() < 0.02:  # a spot or a time stamp is no field
         return np.full(size, level >= 0.1)
     field = _hull(field, small.shape).astype(np.uint8)
@@ -146,6 +170,24 @@ WINDOW = 0.2  # share of the long side over which mean and deviation are taken
 FLOOR = 0.5  # share of the field's overall deviation that is added to the local one
 
 
+# %% ../../nbs/04_data/00_preprocess.ipynb #b3ef5adc
+def _window_means(
+    z,  # (H, W) float32, 0 outside the field
+    inside,  # (H, W) float32, 1 in the field; None: everywhere
+) -> tuple:  # (H, W) float32 each
+    "Means of z and of its square over the window, of pixels in the field alone."
+    side = int(WINDOW * max(z.shape)) // 2 * 2 + 1
+    window = (side, side)
+    if inside is None:
+        return cv2.split(cv2.stackBlur(cv2.merge([z, z * z]), window))
+    mean, second, weight = cv2.split(cv2.stackBlur(cv2.merge([z, z * z, inside]), window))
+    weight = cv2.max(weight, 1e-3)
+    mean /= weight
+    second /= weight
+    return mean, second
+
+
+# %% ../../nbs/04_data/00_preprocess.ipynb #a38a22be
 def normalise(
     gray: np.ndarray,  # (H, W) float32, any range
     fov: np.ndarray | None = None,  # (H, W) bool, None = the whole image
@@ -160,19 +202,13 @@ def normalise(
     if not deviation[0] > 1e-6:
         return np.zeros(gray.shape, np.float32)
     z = (gray - np.float32(mean[0])) * np.float32(1 / deviation[0])
-    k = int(WINDOW * max(gray.shape)) // 2 * 2 + 1
-    if inside is None:
-        mu, second = cv2.split(cv2.stackBlur(cv2.merge([z, z * z]), (k, k)))
-    else:
+    if inside is not None:
         inside = inside.astype(np.float32)
         z *= inside
-        mu, second, weight = cv2.split(cv2.stackBlur(cv2.merge([z, z * z, inside]), (k, k)))
-        weight = cv2.max(weight, 1e-3)
-        mu /= weight
-        second /= weight
-    second -= mu * mu
+    mu, second = _window_means(z, inside)
+    variance = second - mu * mu
     z -= mu
-    z /= 3 * cv2.sqrt(cv2.max(second, 0.0) + np.float32(FLOOR**2))
+    z /= 3 * cv2.sqrt(cv2.max(variance, 0.0) + np.float32(FLOOR**2))
     if inside is not None:
         z *= inside
     return np.clip(z, -1, 1, out=z)

@@ -31,7 +31,9 @@ __all__ = [
     "shared_fields",
     "place_raw_views",
     "draw_raw_pair",
+    "pair_id",
     "pseudo_real_pair",
+    "truth_file",
     "write_points",
     "write_raw_pair",
     "read_raw_pair",
@@ -108,17 +110,17 @@ class PseudoReal:
     first: int = 0  # how many seeds of the split belong to other lists
     amounts: Amounts = Amounts()  # ranges of the photometric randomisation
     padding: float = 0.0  # share of the views with a broad border
-    gaze_deg: float = 0.0  # largest turn of a wide eye between its two pictures
+    gaze_deg: float = 0.0  # largest turn of a wide eye between its two pictures, degrees
 
 
 SPECIFICATION = PseudoReal()
 
 # %% ../../nbs/04_data/07_pseudo_real.ipynb #addcbb22
-EXPONENTS = (0.3, 3.0)  # of the second list, least and largest
+EXPONENTS = (0.3, 3.0)  # of gamma in the second list, least and largest
 
 
 def gamma_for(
-    exponents: tuple[float, float],  # least and largest
+    exponents: tuple[float, float],  # of gamma, least and largest
     strength: float,  # of the randomisation, which scales the logarithm
 ) -> tuple[float, float]:  # `Amounts.gamma`
     "The range of logarithms that reaches these exponents at a strength."
@@ -147,10 +149,10 @@ LISTS = {spec.version: spec for spec in (SPECIFICATION, WIDE_SPECIFICATION)}
 def list_settings(
     spec: PseudoReal,  # of a list
 ) -> dict:  # for JSON
-    "What is written into a folder; settings that are younger than the first list only where they differ."
-    younger = ("version", "first", "amounts", "padding", "gaze_deg")
+    "What is written into a folder; newer settings only where they differ from the first list."
+    newer = ("version", "first", "amounts", "padding", "gaze_deg")
     settings = {**asdict(spec), "eye": eye_settings(spec.eye)}
-    for name in younger:
+    for name in newer:
         if getattr(spec, name) == getattr(SPECIFICATION, name):
             del settings[name]
     return {"version": spec.version, "generator": GENERATOR_VERSION, **settings}
@@ -184,8 +186,9 @@ def shared_grid(
     p = np.stack(np.meshgrid(x, y), -1).reshape(-1, 2)
     q = apply_transform(fixed_to_moving, p) if gaze is None else to_moving(fixed_to_moving, gaze, p)
 
-    def sees(fov, at):
-        return cv2.remap(fov.astype(np.uint8), *(np.float32(at.T)[..., None]), cv2.INTER_NEAREST)[:, 0] > 0
+    def sees(fov, points):
+        x, y = np.float32(points.T)[..., None]
+        return cv2.remap(fov.astype(np.uint8), x, y, cv2.INTER_NEAREST)[:, 0] > 0
 
     keep = sees(fov0, p) & sees(fov1, q)
     return p[keep], q[keep]
@@ -203,9 +206,8 @@ def spoil(
 
     def plane(channel):
         rng = np.random.default_rng(seed)
-        return to_bytes(
-            randomise(channel * np.float32(1 / 255), fov, rng, strength, flip=0.0, amounts=amounts)
-        )
+        gray = channel * np.float32(1 / 255)
+        return to_bytes(randomise(gray, fov, rng, strength, flip=0.0, amounts=amounts))
 
     if image.ndim == 2:
         return plane(image)
@@ -321,10 +323,14 @@ def place_raw_views(
     names: tuple[str, str],  # modality of the fixed and of the moving image
     spec: PseudoReal,  # what the pairs look like
     sphere: Sphere | None,  # of a wide eye
-) -> (
-    tuple
-):  # fixed_to_moving, world -> view of both, fields of view of both, gaze, where pixels of the moving lay
-    "Where the two pictures are taken."
+) -> tuple:
+    """Where the two pictures are taken.
+
+    fixed_to_moving (3, 3); world -> view (3, 3) of both; fields of view (H, W) bool of both. Where the eye
+    has turned, its `Gaze` and where pixels of the moving view lay before, (H, W, 2) float32; else None twice.
+
+    Convention: `fixed_to_moving` maps px of the fixed view to px of the moving one.
+    """
     fixed_to_moving, places, fovs = draw_views(
         rng, world_size, spec.size, spec.motion, names, spec.field, padding=spec.padding, sphere=sphere
     )
@@ -344,17 +350,18 @@ def draw_raw_pair(
 ) -> Drawn:
     "Two pictures of one eye."
     sphere = Sphere.of(spec.eye.of_eye(world.seed))
-    side, size = world.vessels.shape, spec.size
-    fixed_to_moving, places, fovs, gaze, unbent = place_raw_views(rng, side, names, spec, sphere)
+    world_size = world.vessels.shape
+    fixed_to_moving, places, fovs, gaze, unbent = place_raw_views(rng, world_size, names, spec, sphere)
     half = cv2.resize(world.vessels, None, fx=0.5, fy=0.5, interpolation=cv2.INTER_AREA)
     images, vessels = [], []
-    for k, bent in enumerate((None, unbent)):
-        cover, fovs[k] = draw_before(rng, names[k], fovs[k]) if is_wide(sphere) else (None, fovs[k])
-        picture = world.images[names[k]]
-        images.append(
-            expose_view(picture, names[k], places[k], fovs[k], rng, spec.strength, spec.amounts, bent, cover)
-        )
-        vessels.append(cut(world.vessels, half, places[k], size, bent))
+    for k, (name, place, bent) in enumerate(zip(names, places, (None, unbent))):
+        cover = None
+        if is_wide(sphere):
+            cover, fovs[k] = draw_before(rng, name, fovs[k])
+        picture = world.images[name]
+        image = expose_view(picture, name, place, fovs[k], rng, spec.strength, spec.amounts, bent, cover)
+        images.append(image)
+        vessels.append(cut(world.vessels, half, place, spec.size, bent))
     shared = shared_fields(fixed_to_moving, *fovs)
     contrast = min(contrast_of(images[k], vessels[k], fovs[k], shared[k]) for k in (0, 1))
     return Drawn(contrast, images, fixed_to_moving, fovs, gaze)
@@ -364,6 +371,15 @@ def draw_raw_pair(
 DRAWS = 8  # views of an eye that are tried
 
 
+def pair_id(
+    mode: str,  # 'fixed-moving', such as 'cf-fa'
+    number: int,  # of the pair among those of its mode
+) -> str:  # such as 'cf-fa_007'
+    "The name of a pair."
+    return f"{mode}_{number:03d}"
+
+
+# %% ../../nbs/04_data/07_pseudo_real.ipynb #0e8de03a
 def pseudo_real_pair(
     mode: str,  # one of the specification's modes
     number: int,  # 0 .. per_mode - 1
@@ -372,12 +388,14 @@ def pseudo_real_pair(
 ) -> RawPair:
     """A pair of the list, always the same one.
 
-    It is the first of at most eight draws that shows vessels enough, else the best.
+    It is the first of at most eight draws that shows vessels enough, else the best. Raises ValueError for a
+    number that the list does not have.
     """
     if not 0 <= number < spec.per_mode:
         raise ValueError(f"number must be in 0..{spec.per_mode - 1}, got {number}")
     names = split_mode(mode)
-    (seed,) = seeds_of(spec.split, 1, spec.first + spec.modes.index(mode) * spec.per_mode + number)
+    place = spec.modes.index(mode) * spec.per_mode + number
+    (seed,) = seeds_of(spec.split, 1, spec.first + place)
     rng = np.random.default_rng([spec.version, seed])
     world = make_world(seed, spec.eye, names, fellow=fellow)
     best = draw_raw_pair(rng, world, names, spec)
@@ -387,10 +405,19 @@ def pseudo_real_pair(
         drawn = draw_raw_pair(rng, world, names, spec)
         best = drawn if drawn.contrast > best.contrast else best
     points = shared_grid(best.fixed_to_moving, *best.fovs, gaze=best.gaze)
-    return RawPair(f"{mode}_{number:03d}", mode, *best.images, best.fixed_to_moving, *points)
+    return RawPair(pair_id(mode, number), mode, *best.images, best.fixed_to_moving, *points)
 
 
 # %% ../../nbs/04_data/07_pseudo_real.ipynb #6d07b8f7
+def truth_file(
+    folder: str | Path,  # where `images` and `landmarks` are
+    id: str,  # of the pair
+) -> Path:
+    "The JSON of a pair; it is written last, so a pair that has one is complete."
+    return Path(folder) / "landmarks" / f"{id}.json"
+
+
+# %% ../../nbs/04_data/07_pseudo_real.ipynb #d8d417a5
 def write_points(
     path: Path,  # CSV file
     pair: RawPair,  # whose points these are
@@ -407,14 +434,14 @@ def write_raw_pair(
     folder: str | Path,  # where `images` and `landmarks` are
     pair: RawPair,  # to be written
 ) -> None:
-    "Write one pair; its JSON last, so that a pair that has one is complete."
+    "Write one pair, its JSON last."
     folder = Path(folder)
     for name, image in (("fixed", pair.fixed), ("moving", pair.moving)):
         write_image(folder / "images" / f"{pair.id}_{name}.png", image)
     write_points(folder / "landmarks" / f"{pair.id}.csv", pair)
     sizes = {"fixed_size": pair.fixed.shape[:2], "moving_size": pair.moving.shape[:2]}
     record = TransformRecord(invert(pair.fixed_to_moving), **sizes)
-    save_transform(folder / "landmarks" / f"{pair.id}.json", record)
+    save_transform(truth_file(folder, pair.id), record)
 
 
 # %% ../../nbs/04_data/07_pseudo_real.ipynb #b9cc42b4
@@ -422,22 +449,23 @@ def read_raw_pair(
     folder: str | Path,  # where `images` and `landmarks` are
     id: str,  # mode and number
 ) -> RawPair:
-    "One pair that `write_raw_pair` wrote."
+    "One pair that `write_raw_pair` wrote; FileError or OSError where a file of it is missing."
     folder = Path(folder)
     points = np.loadtxt(folder / "landmarks" / f"{id}.csv", delimiter=",", skiprows=1, ndmin=2)
-    moving_to_fixed = load_transform(folder / "landmarks" / f"{id}.json").matrix
     return RawPair(
         id,
-        id.partition("_")[0],
-        *(read_image(folder / "images" / f"{id}_{n}.png") for n in ("fixed", "moving")),
-        invert(moving_to_fixed),
-        points[:, :2],
-        points[:, 2:],
+        mode=id.partition("_")[0],
+        fixed=read_image(folder / "images" / f"{id}_fixed.png"),
+        moving=read_image(folder / "images" / f"{id}_moving.png"),
+        fixed_to_moving=invert(load_transform(truth_file(folder, id)).matrix),
+        fixed_points=points[:, :2],
+        moving_points=points[:, 2:],
     )
 
 
 # %% ../../nbs/04_data/07_pseudo_real.ipynb #ed3d9163
 def _make(job):
+    "A worker's job: (folder, mode, number, spec) -> the pair, or None where it was written to the folder."
     folder, mode, number, spec = job
     pair = pseudo_real_pair(mode, number, spec)
     if folder is None:
@@ -459,20 +487,17 @@ def pseudo_real_pairs(
     unknown = [m for m in modes if m not in spec.modes]
     if unknown:
         raise ValueError(f"unknown mode {unknown[0]!r}: expected some of {', '.join(spec.modes)}")
-    wanted = [
-        (mode, number) for mode in modes for number in range(min(limit or spec.per_mode, spec.per_mode))
-    ]
+    count = min(limit or spec.per_mode, spec.per_mode)
+    jobs = [(folder, mode, number, spec) for mode in modes for number in range(count)]
     title = "making pairs" if progress else ""
     if folder is None:
-        yield from run_jobs(_make, [(None, *w, spec) for w in wanted], workers, title)
+        yield from run_jobs(_make, jobs, workers, title)
         return
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    check_settings(folder / "pseudo_real.json", list_settings(spec))
-    missing = [
-        (folder, *w, spec) for w in wanted if not (folder / "landmarks" / f"{w[0]}_{w[1]:03d}.json").exists()
-    ]
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    check_settings(Path(folder) / "pseudo_real.json", list_settings(spec))
+    ids = [pair_id(mode, number) for _, mode, number, _ in jobs]
+    missing = [job for id, job in zip(ids, jobs) if not truth_file(folder, id).exists()]
     for _ in run_jobs(_make, missing, workers, title if missing else ""):
         pass
-    for mode, number in wanted:
-        yield read_raw_pair(folder, f"{mode}_{number:03d}")
+    for id in ids:
+        yield read_raw_pair(folder, id)

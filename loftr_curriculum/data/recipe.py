@@ -23,6 +23,7 @@ __all__ = [
     "draw_disc",
     "draw_barrel",
     "draw_padding",
+    "pad_some",
     "draw_fov",
     "Stamp",
     "draw_text",
@@ -163,10 +164,21 @@ def draw_padding(
     inside = np.ones(size, bool)
     for axis, length in enumerate(size):
         low, high = rng.uniform(0, 1 - LEAST_LEFT, 2) * (rng.random(2) < 0.5)
-        low, high = (low, high) if low + high <= 1 - LEAST_LEFT else (low / 2, high / 2)
+        if low + high > 1 - LEAST_LEFT:
+            low, high = low / 2, high / 2
         at = np.arange(length) / length
         inside &= np.expand_dims((at >= low) & (at < 1 - high), 1 - axis)
     return inside
+
+
+# %% ../../nbs/04_data/02a_recipe.ipynb #5cb0aa0e
+def pad_some(
+    rng: np.random.Generator,  # source of chance
+    fov: np.ndarray,  # (H, W) bool
+    share: float,  # of the views that are padded, 0..1
+) -> np.ndarray:  # (H, W) bool
+    "A field of view, in that share of the calls with a broad border taken off."
+    return fov & draw_padding(rng, fov.shape) if rng.random() < share else fov
 
 
 # %% ../../nbs/04_data/02a_recipe.ipynb #4e11a7c1
@@ -182,7 +194,8 @@ def draw_fov(
 ) -> np.ndarray:  # size bool
     "What the optics let through."
     size = tuple(size)
-    shape = FieldShares._fields[rng.choice(len(shares), p=np.asarray(shares) / np.sum(shares))]
+    number = rng.choice(len(shares), p=np.asarray(shares) / np.sum(shares))
+    shape = FieldShares._fields[number]
     if shape == "full":
         return np.ones(size, bool)
     if shape == "inset":
@@ -275,10 +288,11 @@ def place_views(
     zoom = draw_zoom(rng, ratio, frame_size, size, field)
     turn = draw_turn(rng)
     c, s = np.cos(turn) / zoom, np.sin(turn) / zoom
-    view_to_frame = np.array([[c, -s, 0], [s, c, 0], [0, 0, 1.0]])
+    view_to_frame = np.array([[c, -s, 0], [s, c, 0], [0, 0, 1.0]])  # of the fixed view, not yet shifted
     outline = np.r_[corners(size), apply_transform(invert(fixed_to_moving), corners(size))]
     middle = centre(size)
-    outline = apply_transform(view_to_frame, 0.85 * (outline - middle) + middle)
+    shrunk = 0.85 * (outline - middle) + middle  # a corner may lie outside the frame a little
+    outline = apply_transform(view_to_frame, shrunk)
     low = -outline.min(0)
     high = np.array(frame_size[::-1]) - 1 - outline.max(0)
     view_to_frame[:2, 2] = low + (high - low) * rng.uniform(0, 1, 2)
@@ -399,16 +413,16 @@ def displaced_pixels(
 ) -> np.ndarray:  # (H, W, 2) float32
     "Every pixel plus its displacement."
     y, x = (np.arange(n) for n in size)
-    a = np.outer(y, residual.waves[:, 1])
-    b = np.outer(residual.waves[:, 0], x) + residual.phases[:, None]
-    rows, columns = np.hstack([np.cos(a), -np.sin(a)]), np.vstack([np.cos(b), np.sin(b)])
-    K = np.eye(3, 2) - residual.affine
-    out = [
-        (rows * np.tile(residual.amplitude[:, c], 2)) @ columns
-        + (x * K[0, c] + y[:, None] * K[1, c] + K[2, c])
-        for c in (0, 1)
-    ]
-    return np.stack(out, -1).astype(np.float32)
+    a = np.outer(y, residual.waves[:, 1])  # (H, K)
+    b = np.outer(residual.waves[:, 0], x) + residual.phases[:, None]  # (K, W)
+    rows = np.hstack([np.cos(a), -np.sin(a)])
+    columns = np.vstack([np.cos(b), np.sin(b)])
+    own = np.eye(3, 2) - residual.affine  # the pixel itself, less the affine part
+    planes = []
+    for c in (0, 1):
+        waves = (rows * np.tile(residual.amplitude[:, c], 2)) @ columns
+        planes.append(waves + (x * own[0, c] + y[:, None] * own[1, c] + own[2, c]))
+    return np.stack(planes, -1).astype(np.float32)
 
 
 # %% ../../nbs/04_data/02a_recipe.ipynb #4e29a7c9
@@ -447,7 +461,8 @@ def draw_residual(
     p = map_grid(size).points().reshape(-1, 2)
     raw = replace(raw, affine=fit_affine(p, raw.at(p))[:2].T)
     rms = np.sqrt((raw.at(p) ** 2).sum(-1).mean())
-    factor = min(rng.uniform(0, deform) * side / 512 / rms, STEEPEST / raw.slope())
+    wanted = rng.uniform(0, deform) * side / 512  # rms, px of the view
+    factor = min(wanted / rms, STEEPEST / raw.slope())
     return replace(raw, amplitude=factor * raw.amplitude, affine=factor * raw.affine)
 
 
@@ -486,6 +501,7 @@ class Gaze:
         return self._move(points, self.k).astype(np.float32)
 
     def _move(self, points: np.ndarray, k: complex) -> np.ndarray:
+        "Points (..., 2) after w / (1 + k w)."
         w = (points[..., 0] - self.middle[0]) + 1j * (points[..., 1] - self.middle[1])
         w = w / (1 + k * w)
         return np.stack([w.real, w.imag], -1) + self.middle
@@ -502,15 +518,19 @@ def draw_gaze(
     size: tuple[int, int],  # (height, width) of the view
     gaze_deg: float,  # largest turn, degrees at the centre of the eye
 ) -> Gaze:
-    "A turn by up to that angle, any way; every area of directions as often as another."
+    """A turn of the eye, uniform over the directions of gaze within that angle.
+
+    Convention: `frame_to_view` maps px of the frame to px of the view, before it is bent.
+    """
     turn = np.deg2rad(gaze_deg) * np.sqrt(rng.random())
     a = np.tan(turn / 2) * np.exp(2j * np.pi * rng.random())
     middle = centre(size)
     at = apply_transform(invert(frame_to_view), middle[None])[0]
     z0 = complex(*(at - sphere.middle)) / (2 * sphere.radius)
-    k = np.conj(a) / (1 + np.conj(a) * z0) / (2 * sphere.radius)
+    k = np.conj(a) / (1 + np.conj(a) * z0) / (2 * sphere.radius)  # per pixel of the frame
     (p, q), (r, s) = frame_to_view[:2, :2]
-    k = k / (0.5 * complex(p + s, r - q))  # of the similarity that is nearest to the view's affine
+    similarity = 0.5 * complex(p + s, r - q)  # nearest to the view's affine
+    k = k / similarity
     most = STEEPEST_GAZE / (0.5 * np.hypot(*size))
     return Gaze(complex(k * min(1.0, most / max(abs(k), 1e-12))), middle)
 
@@ -556,7 +576,7 @@ def field_shares(
     name: str,  # of a modality
     sphere: Sphere | None = None,  # of the eye in its frame
 ) -> FieldShares:
-    "How often its field has each shape: the modality's own, or those of a scanning laser with a wide field."
+    "How often its field has each shape: the shares of the modality, or of wide lasers."
     return WIDE_SHARES if is_wide(sphere) else modality(name).fields
 
 
@@ -570,7 +590,7 @@ def field_for(
     field: tuple[float, float],  # range of the side of a view, as a share of the frame's shorter side
     sphere: Sphere | None,  # of a wide eye in its frame
 ) -> tuple[float, float]:
-    "The range of views of an eye: those of a narrow field are no smaller than the squares of scanners."
+    "The same range; in a wide eye no view is smaller than the squares of scanners."
     if sphere is None:
         return field
     side = 2 * (sphere.middle + 0.5) / (sphere.radius / EYE_RADIUS_MM)  # mm
@@ -601,11 +621,10 @@ def draw_views(
     for _ in range(6):
         fixed_to_moving = random_transform(rng, size, size, motion)
         places = place_views(fixed_to_moving, frame_size, size, rng, field)
-        fovs = [
-            view_fov(rng, frame_fovs[k], frame_size, places[k], size, shares[k], unbent[k]) for k in (0, 1)
-        ]
+        seen = zip(frame_fovs, places, shares, unbent)
+        fovs = [view_fov(rng, fov, frame_size, place, size, share, bend) for fov, place, share, bend in seen]
         if padding > 0:
-            fovs = [fov & draw_padding(rng, size) if rng.random() < padding else fov for fov in fovs]
+            fovs = [pad_some(rng, fov, padding) for fov in fovs]
         shared = overlap(fixed_to_moving, size, size, *fovs)
         if shared >= motion.min_overlap and min(fov.mean() for fov in fovs) > 0.2:
             break
@@ -625,9 +644,8 @@ class ViewSettings:
     grain: bool = True
     amounts: Amounts = Amounts()  # ranges of the photometric randomisation
     padding: float = 0.0  # share of the views with a broad border
-    gaze_deg: float = (
-        0.0  # largest turn of a wide eye between two views, degrees; takes the place of `deform`
-    )
+    # largest turn of a wide eye between two views, degrees; takes the place of `deform`
+    gaze_deg: float = 0.0
     sphere: Sphere | None = None  # of a wide eye in its frame
 
 
@@ -656,8 +674,8 @@ class ViewRecipe:
 class PairRecipe:
     "All that is drawn at random about a pair."
 
-    fixed: ViewRecipe
-    moving: ViewRecipe
+    fixed: ViewRecipe  # of image 0
+    moving: ViewRecipe  # of image 1
     fixed_to_moving: np.ndarray  # (3, 3) float64, the affine part
     residual: Residual | Gaze | None  # of the moving view
     frame_size: tuple[int, int]  # (height, width) of the frame that is cut
@@ -715,8 +733,9 @@ def draw_before(
     "A cover for most views of a wide field; half of the fields end where it begins."
     if rng.random() >= COVERED:
         return None, fov
-    cover, excluded = draw_cover(rng, name, fov.shape), rng.random() < 0.5
-    if cover is None or not excluded:
+    cover = draw_cover(rng, name, fov.shape)
+    is_excluded = rng.random() < 0.5
+    if cover is None or not is_excluded:
         return cover, fov
     free = fov & (cover.keep > 128)
     return cover, free if free.mean() > 0.2 else fov
@@ -733,8 +752,9 @@ def draw_view(
 ) -> ViewRecipe:
     "What happens to a view whose place and field are known."
     strength, size = settings.strength, fov.shape
-    scan, stamp = draw_optics(rng, name, size, strength) if settings.optics else (None, None)
-    photometry, cover = None, None
+    scan = stamp = photometry = cover = None
+    if settings.optics:
+        scan, stamp = draw_optics(rng, name, size, strength)
     if strength > 0:
         photometry = draw_photometry(rng, size, strength, grain=settings.grain, amounts=settings.amounts)
     if settings.optics and is_wide(settings.sphere):
@@ -768,15 +788,25 @@ def draw_pair(
     frame_fovs: tuple = (None, None),  # (H, W) uint8 or None each: what the frame's images saw
 ) -> PairRecipe:
     "The recipe of a pair. The residual has a random generator of its own: nothing else depends on it."
-    names, deform = split_mode(mode), settings.deform
+    names = split_mode(mode)
+    deform = settings.deform
     turns = settings.sphere is not None and settings.gaze_deg > 0
     own = rng.spawn(1)[0] if deform > 0 or turns else None
     residual = draw_residual(own, size, deform) if deform > 0 and not turns else None
     unbent = None if residual is None else residual.unbent(size)
     fixed_to_moving, places, fovs = draw_views(
-        rng, frame_size, size, motion, names, settings.field, settings.optics, frame_fovs, (None, unbent),
-        settings.padding, settings.sphere,
-    )  # fmt: skip
+        rng,
+        frame_size,
+        size,
+        motion,
+        names,
+        settings.field,
+        settings.optics,
+        frame_fovs,
+        unbent=(None, unbent),
+        padding=settings.padding,
+        sphere=settings.sphere,
+    )
     if turns:
         residual, unbent, fovs[1] = bend_view(own, places[1], fovs[1], frame_size, frame_fovs[1], settings)
     fixed = draw_view(rng, names[0], places[0], fovs[0], None, settings)

@@ -88,7 +88,9 @@ def _rank(
     file,  # CaseFile
 ) -> tuple:  # smaller comes first
     "The order of precedence among files of one kind."
-    parts = [(0, -int(p), "") if p.isdigit() else (1, 0, p) for p in file.note.split("_") if p]
+    words = [word for word in file.note.split("_") if word]
+    # numbers before words, the larger first
+    parts = [(0, -int(word), "") if word.isdigit() else (1, 0, word) for word in words]
     return (
         not file.note,
         file.kind == "vessel_mask",
@@ -107,17 +109,17 @@ def choose(
     fixed, moving = split_mode(mode)
 
     def first(kinds, clipped):
-        return min((f for f in files if f.kind in kinds and f.clipped == clipped), key=_rank, default=None)
-
-    def either(kinds):
-        return first(kinds, True) or first(kinds, False)
+        fitting = [file for file in files if file.kind in kinds and file.clipped == clipped]
+        return min(fitting, key=_rank, default=None)
 
     clip = "octa" in (fixed, moving) and first(("cf",), True) is not None
-    pick = {
-        side: either((kind,)) if kind == "octa" else first((kind,), clip and kind == "cf")
-        for side, kind in (("fixed", fixed), ("moving", moving))
-    }
-    return {**pick, "mask": first(MASKS, clip)}
+
+    def pick(kind):
+        if kind == "octa":
+            return first((kind,), True) or first((kind,), False)
+        return first((kind,), clip and kind == "cf")
+
+    return {"fixed": pick(fixed), "moving": pick(moving), "mask": first(MASKS, clip)}
 
 
 # %% ../../nbs/04_data/04_triplets.ipynb #356325f5
@@ -128,10 +130,10 @@ ASPECT_TOLERANCE = 0.01  # largest relative difference of aspect ratios
 class Item:
     "One pair of a case: the files of one mode."
 
-    case: str
-    mode: str
-    fixed: Path
-    moving: Path
+    case: str  # name of its folder
+    mode: str  # 'fixed-moving', such as 'cf-fa'
+    fixed: Path  # image file
+    moving: Path  # image file
     mask: Path | None  # None: estimated from the fixed image
 
 
@@ -164,34 +166,65 @@ def decode_all(
     with ThreadPoolExecutor(4) as pool:
         found = dict(zip(paths, pool.map(shape_or_fault, paths)))
     sizes = {path: said for path, said in found.items() if isinstance(said, tuple)}
-    return sizes, {path: said for path, said in found.items() if path not in sizes}
+    faults = {path: said for path, said in found.items() if path not in sizes}
+    return sizes, faults
 
 
 # %% ../../nbs/04_data/04_triplets.ipynb #e5b7124b
+def _item_of(
+    case: str,  # name of the case
+    mode: str,  # 'fixed-moving', such as 'cf-fa'
+    files: list[CaseFile],  # of the case
+) -> tuple:  # Item, or None where files are missing; names of the missing files
+    "One mode of one case."
+    chosen = choose(files, mode)
+    fixed, moving, mask = chosen["fixed"], chosen["moving"], chosen["mask"]
+    sides = zip((fixed, moving), split_mode(mode))
+    lacking = [f"{case}_{kind}.png" for file, kind in sides if file is None]
+    if lacking:
+        return None, lacking
+    return Item(case, mode, fixed.path, moving.path, None if mask is None else mask.path), []
+
+
+# %% ../../nbs/04_data/04_triplets.ipynb #d728a7e8
 def _items_of(
-    folder: str | Path,  # a case's folder
+    folder: Path,  # a case's folder
     modes: tuple[str, ...],  # chosen modes
     faults: list[str],  # list that messages are added to
 ) -> list:  # of Item
     "The items of one case, from names alone."
     case = folder.name
-    files = [f for f in (parse_name(p, case) for p in sorted(folder.iterdir())) if f]
+    named = [parse_name(path, case) for path in sorted(folder.iterdir())]
+    files = [file for file in named if file is not None]
     items, needed_by = [], {}
     for mode in modes:
-        chosen = choose(files, mode)
-        lacking = [
-            f"{case}_{kind}.png"
-            for side, kind in zip(("fixed", "moving"), split_mode(mode))
-            if not chosen[side]
-        ]
+        item, lacking = _item_of(case, mode, files)
         for name in lacking:
             needed_by.setdefault(name, []).append(mode)
-        if not lacking:
-            items.append(Item(case, mode, *(f and f.path for f in chosen.values())))
+        if item is not None:
+            items.append(item)
     for name, needing in needed_by.items():
         who = f"mode {needing[0]} needs" if len(needing) == 1 else f"modes {', '.join(needing)} need"
         faults.append(f"{folder / name}: no such file, {who} it")
     return items
+
+
+# %% ../../nbs/04_data/04_triplets.ipynb #7eb6c049
+def _misfits(
+    items: list,  # of Item
+    sizes: dict,  # path -> (height, width) of the readable files
+) -> list:  # of messages, one a file
+    "The files that have another aspect ratio than the fixed image that they belong to."
+    messages = {}
+    for item in items:
+        for other in (item.moving, item.mask):
+            if item.fixed not in sizes or other not in sizes or other in messages:
+                continue
+            (h, w), (h0, w0) = sizes[other], sizes[item.fixed]
+            if not same_shape((h0, w0), (h, w)):
+                shape = f"{w} x {h} px has another aspect ratio than {item.fixed.name} with {w0} x {h0}"
+                messages[other] = f"{other}: {shape}"
+    return list(messages.values())
 
 
 # %% ../../nbs/04_data/04_triplets.ipynb #cc2d1166
@@ -211,16 +244,10 @@ def find_items(
         raise FileError(f"{folder}: expected one sub-folder per case, found none")
     faults = []
     items = [item for case in cases for item in _items_of(case, modes, faults)]
-    sizes, unreadable = decode_all(p for i in items for p in (i.fixed, i.moving, i.mask) if p)
+    files = [file for item in items for file in (item.fixed, item.moving, item.mask) if file]
+    sizes, unreadable = decode_all(files)
     faults += unreadable.values()
-    told = set()
-    for item in items:
-        for other in (item.moving, item.mask):
-            known = item.fixed in sizes and other in sizes and other not in told
-            if known and not same_shape(sizes[item.fixed], sizes[other]):
-                told.add(other)
-                faults.append("{}: {} x {} px has another aspect ratio than {} with {} x {}".format(
-                    other, *sizes[other][::-1], item.fixed.name, *sizes[item.fixed][::-1]))  # fmt: skip
+    faults += _misfits(items, sizes)
     raise_faults(folder, faults)
     return items
 
@@ -233,9 +260,8 @@ def raise_faults(
     "One FileError that lists every distinct fault; nothing where there is none."
     faults = list(dict.fromkeys(faults))
     if faults:
-        raise FileError(
-            f"{what}: {len(faults)} fault{'s' * (len(faults) > 1)}\n" + "\n".join(f"  {f}" for f in faults)
-        )
+        count = "1 fault" if len(faults) == 1 else f"{len(faults)} faults"
+        raise FileError("\n  ".join([f"{what}: {count}", *faults]))
 
 
 # %% ../../nbs/04_data/04_triplets.ipynb #1f56a2b9
@@ -249,7 +275,8 @@ def load_plane(
 ) -> np.ndarray:  # (h, w) float32 in [0, 1]
     "A grey plane of a frame."
     gray = to_gray(read_image(path))
-    size = size or (fit_size(gray.shape, PLANE_SIDE) if max(gray.shape) > PLANE_SIDE else gray.shape)
+    if size is None:
+        size = fit_size(gray.shape, min(PLANE_SIDE, max(gray.shape)))
     return resize_image(gray, size)
 
 
@@ -273,7 +300,10 @@ class FrameStore:
         items: list,  # list of items
         budget: int = KEEP_BYTES,  # bytes
     ):
-        self.make, self.items, self.left, self.frames = make, items, budget, {}
+        self.make = make
+        self.items = items
+        self.left = budget  # bytes that are not spent
+        self.frames = {}  # index of the item -> its frame
 
     def __getitem__(
         self,
@@ -285,13 +315,15 @@ class FrameStore:
         frame = self.make(self.items[index])
         size = sum(a.nbytes for a in (frame.plane0, frame.plane1, frame.mask, *frame.half))
         if size <= self.left:
-            self.frames[index], self.left = frame, self.left - size
+            self.frames[index] = frame
+            self.left -= size
         return frame
 
 
 # %% ../../nbs/04_data/04_triplets.ipynb #4b088a4f
 @lru_cache(1024)
-def _estimate(path, _):
+def _estimate(path, changed_at):
+    "The mask of a file; a file that changes has another `changed_at` and is estimated again."
     return cv2.convertScaleAbs(vesselness(load_plane(path)), alpha=255)
 
 
@@ -317,14 +349,13 @@ def mask_plane(
 
 # %% ../../nbs/04_data/04_triplets.ipynb #c73e788c
 def triplet_frame(
-    item: Item,
+    item: Item,  # one mode of a case
 ) -> AlignedPlanes:
     "The frame of one pair; a missing mask is estimated from the fixed image."
     fixed = load_plane(item.fixed)
     moving = load_plane(item.moving, fixed.shape)
-    return make_planes(
-        fixed, moving, mask_plane(item.mask, item.fixed, fixed.shape), frame_fov(fixed), frame_fov(moving)
-    )
+    mask = mask_plane(item.mask, item.fixed, fixed.shape)
+    return make_planes(fixed, moving, mask, frame_fov(fixed), frame_fov(moving))
 
 
 # %% ../../nbs/04_data/04_triplets.ipynb #7e01b8f1
