@@ -24,7 +24,7 @@ from torch import nn
 
 # %% ../../nbs/05_model/03_attention.ipynb #bc535322
 def fused_pays(
-    q: torch.Tensor,  # queries
+    q: torch.Tensor,  # queries, of any shape
 ) -> bool:
     "Is the fused kernel faster here? Not where a CPU computes gradients in bf16."
     on_cpu = q.device.type == "cpu"
@@ -76,7 +76,7 @@ ATTEND = {"softmax": attend_softmax, "linear": attend_linear}
 def rotary_angles(
     grid: tuple[int, int],  # (h, w) tokens
     dim: int,  # channels of a head, a multiple of 4
-    device: torch.device | None = None,
+    device: torch.device | None = None,  # of the answer
 ) -> torch.Tensor:
     "Angles (h * w, dim / 2) in radians: first half for x, second half for y."
     n = dim // 4
@@ -102,7 +102,7 @@ def rotate(
 def added_positions(
     grid: tuple[int, int],  # (h, w) tokens
     dim: int,  # channels, a multiple of 4
-    device: torch.device | None = None,
+    device: torch.device | None = None,  # of the answer
 ) -> torch.Tensor:
     "Sines and cosines of x and of y in [-1, 1], (h * w, dim), at wavelengths from 2 pi to 20,000 pi tokens."
     frequency = 10_000 ** (-torch.arange(dim // 4, device=device) / (dim // 4))
@@ -114,7 +114,7 @@ def added_positions(
 
 # %% ../../nbs/05_model/03_attention.ipynb #f7ac0ab5
 class AttentionLayer(nn.Module):
-    "Pre-normalised attention and channel mixing, (B, N, C) -> (B, N, C)."
+    "Attention and mixing of channels, each after a layer norm, (B, N, C) -> (B, N, C)."
 
     def __init__(
         self,
@@ -135,14 +135,15 @@ class AttentionLayer(nn.Module):
         )
 
     def _split(self, x):
+        "(B, N, C) -> (B, heads, N, d)."
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
     def forward(
         self,
-        x: torch.Tensor,  # (B, N, C) tokens that ask
-        source: torch.Tensor,  # (B, M, C) tokens that answer
-        bias: torch.Tensor,  # (B, M) bias of the answering tokens
-        seen: torch.Tensor,  # (B, M) bool: answering tokens inside the field of view
+        x: torch.Tensor,  # (B, N, C) tokens of the queries
+        source: torch.Tensor,  # (B, M, C) tokens of the keys and values
+        bias: torch.Tensor,  # (B, M) bias of the keys
+        seen: torch.Tensor,  # (B, M) bool: keys inside the field of view
         angles: torch.Tensor | None = None,  # (N, d / 2) rotary angles for self-attention
     ) -> torch.Tensor:
         q = self.q(self.norm_q(x))
@@ -168,7 +169,6 @@ class Transformer(nn.Module):
         positions: str = "rotary",  # "rotary" or "added"
     ):
         super().__init__()
-
         self.head_dim = dim // heads
         self.positions = positions
         self.self_layers = nn.ModuleList(AttentionLayer(dim, heads, attention) for _ in range(layers))
@@ -195,14 +195,16 @@ class Transformer(nn.Module):
             return self.together(torch.cat([x0, x1]), bias, seen, angles0)
         angles1 = self.angles(grid1, x1.device)
         for own, cross in zip(self.self_layers, self.cross_layers):
-            x0, x1 = own(x0, x0, bias0, seen0, angles0), own(x1, x1, bias1, seen1, angles1)
+            x0 = own(x0, x0, bias0, seen0, angles0)
+            x1 = own(x1, x1, bias1, seen1, angles1)
+            # both from the tokens before this layer
             x0, x1 = cross(x0, x1, bias1, seen1), cross(x1, x0, bias0, seen0)
         return x0, x1
 
     def angles(
         self,
         grid: tuple[int, int],  # (h, w)
-        device: torch.device,
+        device: torch.device,  # of the answer
     ) -> torch.Tensor | None:
         "Rotary angles of a grid, (h * w, d / 2); None where positions are added."
         return rotary_angles(grid, self.head_dim, device) if self.positions == "rotary" else None

@@ -34,9 +34,9 @@ from .matcher import Matcher
 
 # %% ../../nbs/05_model/10_attention_maps.ipynb #db06c6b0
 def queries_and_keys(
-    layer: AttentionLayer,
-    x: torch.Tensor,  # (B, N, C) tokens that ask
-    source: torch.Tensor,  # (B, M, C) tokens that answer
+    layer: AttentionLayer,  # whose projections are used
+    x: torch.Tensor,  # (B, N, C) tokens of the queries
+    source: torch.Tensor,  # (B, M, C) tokens of the keys
     angles: torch.Tensor | None = None,  # (N, d / 2) rotary angles for self-attention
 ) -> tuple:
     "What the layer compares: (B, heads, N, d) and (B, heads, M, d)."
@@ -62,18 +62,19 @@ def log_kernel(
 
 # %% ../../nbs/05_model/10_attention_maps.ipynb #a6a3fb63
 def attention_weights(
-    layer: AttentionLayer,
+    layer: AttentionLayer,  # whose projections are used
     kind: str,  # "softmax" or "linear", as the layer was made
-    x: torch.Tensor,  # (B, N, C) tokens that ask
-    source: torch.Tensor,  # (B, M, C) tokens that answer
-    bias: torch.Tensor,  # (B, M) bias of the answering tokens
-    seen: torch.Tensor,  # (B, M) bool: answering tokens inside the field of view
+    x: torch.Tensor,  # (B, N, C) tokens of the queries
+    source: torch.Tensor,  # (B, M, C) tokens of the keys
+    bias: torch.Tensor,  # (B, M) bias of the keys
+    seen: torch.Tensor,  # (B, M) bool: keys inside the field of view
     angles: torch.Tensor | None = None,  # (N, d / 2) rotary angles for self-attention
     queries: torch.Tensor | slice = slice(None),  # which of the N tokens: a slice or (Q,) int
 ) -> torch.Tensor:
     """Weights of a layer, (B, heads, Q, M) float32.
 
-    Each row has sum 1; tokens outside the field of view get 0."""
+    Each row has sum 1; tokens outside the field of view get 0.
+    """
     q, k = queries_and_keys(layer, x, source, angles)
     logits = log_kernel(kind, q[:, :, queries].float(), k.float()) + bias.float()[:, None, None]
     return logits.masked_fill(~seen[:, None, None], torch.finfo(logits.dtype).min).softmax(-1)
@@ -127,7 +128,7 @@ class LayerRecorder:
     def __init__(
         self,
         kind: str,  # "softmax" or "linear", as the layers were made
-        image: int,  # the image that asks: 0 or 1
+        image: int,  # the image of the queries: 0 or 1
         queries: torch.Tensor | slice,  # (Q,) tokens of this image
         head: int | None,  # one head; None: the mean over the heads
     ):
@@ -153,7 +154,7 @@ class LayerRecorder:
 
     def maps(
         self,
-        layers: nn.ModuleList,  # layers that answer over the same image
+        layers: nn.ModuleList,  # layers whose keys are of the same image
         grid: Grid,  # of the tokens of that image
     ) -> tuple:
         "Maps (layers, Q, h, w), and which tokens are inside the field of view (h, w)."
@@ -164,11 +165,11 @@ class LayerRecorder:
 # %% ../../nbs/05_model/10_attention_maps.ipynb #1d576d9e
 @torch.inference_mode()
 def attention_maps(
-    matcher: Matcher,
+    matcher: Matcher,  # of the variant fast
     image0: torch.Tensor,  # (1, 1, H0, W0) prepared fixed image
     image1: torch.Tensor,  # (1, 1, H1, W1) prepared moving image
-    points: torch.Tensor | None = None,  # (Q, 2) pixels (x, y) of the image that asks; None: all its tokens
-    image: int = 0,  # the image that asks: 0 or 1
+    points: torch.Tensor | None = None,  # (Q, 2) pixels (x, y) of the queries' image; None: all its tokens
+    image: int = 0,  # the image of the queries: 0 or 1
     head: int | None = None,  # one head; None: the mean over the heads
     fov0: torch.Tensor | None = None,  # (1, H0, W0) bool
     fov1: torch.Tensor | None = None,  # (1, H1, W1) bool
@@ -178,7 +179,8 @@ def attention_maps(
 ) -> AttentionMaps:
     """Attention of chosen tokens in a forward pass of the variant `fast`.
 
-    Raises ValueError for another variant, a batch, or a point outside."""
+    Raises ValueError for another variant, a batch, or a point outside.
+    """
     variant = matcher.config.variant
     if not VARIANTS[variant].shows_attention:
         raise ValueError(f"variant {variant}: attention maps are of the variant fast")

@@ -50,12 +50,12 @@ def unit_length(
 def as_published(
     f: torch.Tensor,  # (B, N, C)
 ) -> torch.Tensor:
-    "Features over the root of C, as in LoFTR: their length stays, and with it how loud a cell is."
+    "Features over the root of C, as in LoFTR: they keep their length, so long ones are similar to many."
     return f * f.shape[-1] ** -0.5
 
 
 # %% ../../nbs/05_model/04_coarse.ipynb #64e7b320
-COMPARED = {"cosine": unit_length, "product": as_published}
+COMPARED = {"cosine": unit_length, "product": as_published}  # similarity -> what is done to features first
 
 
 # %% ../../nbs/05_model/04_coarse.ipynb #45421323
@@ -117,7 +117,10 @@ def spread_of_maxima(
     seen0: torch.Tensor,  # (B, L) bool
     seen1: torch.Tensor,  # (B, S) bool
 ) -> tuple:
-    "The largest similarity (B, 1, 1), and how far the best of the worst seen row or column lies below it."
+    """The largest similarity, and how far below it the lowest maximum of a row or column lies.
+
+    (B, 1, 1) each. Only rows and columns inside the field of view count.
+    """
     high = sim.amax((1, 2))[:, None, None]
     rows = sim.amax(2).masked_fill(~seen0, torch.inf).amin(1)
     columns = sim.amax(1).masked_fill(~seen1, torch.inf).amin(1)
@@ -133,8 +136,9 @@ def log_sums(
 ) -> tuple:
     "Logarithms of the sums over rows (B, L, 1) and over columns (B, 1, S), of exp(sim - high)."
     B, _, S = sim.shape
-    kind, least = (torch.float64, -700) if in_double else (torch.float32, -80)
-    rows, columns = [], sim.new_zeros(B, 1, S, dtype=kind)
+    kind, least = (torch.float64, -700) if in_double else (torch.float32, -80)  # least: of an exponent
+    rows = []
+    columns = sim.new_zeros(B, 1, S, dtype=kind)
     for part in split_rows(sim, B * S, band):
         e = (part - high).to(kind).clamp_(min=least).exp_()
         rows.append(e.sum(2, keepdim=True))
@@ -144,12 +148,12 @@ def log_sums(
 
 # %% ../../nbs/05_model/04_coarse.ipynb #cc2c6d88
 def log_confidence(
-    sim: torch.Tensor,  # part of the similarity
+    sim: torch.Tensor,  # part of the similarity, of any shape
     high: torch.Tensor,  # its largest value, broadcastable
     row: torch.Tensor,  # logarithm of the sum of the row, broadcastable
     column: torch.Tensor,  # logarithm of the sum of the column, broadcastable
 ) -> torch.Tensor:
-    "Logarithm of the confidence of a part of the matrix."
+    "Logarithm of the confidence of a part of the matrix, in its shape."
     return (sim - high).mul_(2).sub_(row).sub_(column)
 
 
@@ -165,15 +169,16 @@ def mutual_maxima(
     B, _, S = sim.shape
     high, spread = spread_of_maxima(sim, seen0, seen1)
     row, column = log_sums(sim, high, bool((spread > 80).any()), band)
-    best, top = [], sim.new_full((B, S), -torch.inf)  # of each row, of each column
-    for part, r in zip(split_rows(sim, B * S, band), split_rows(row, B * S, band)):
-        found = log_confidence(part, high, r, column)
-        best.append(found.amax(2))
-        top = torch.maximum(top, found.amax(1))
-    sure = torch.cat(best, 1).exp() > threshold
-    b, i = (sure & seen0).nonzero(as_tuple=True)
+    best_of_rows = []
+    best_of_columns = sim.new_full((B, S), -torch.inf)
+    for part, part_row in zip(split_rows(sim, B * S, band), split_rows(row, B * S, band)):
+        found = log_confidence(part, high, part_row, column)
+        best_of_rows.append(found.amax(2))
+        best_of_columns = torch.maximum(best_of_columns, found.amax(1))
+    is_sure = torch.cat(best_of_rows, 1).exp() > threshold
+    b, i = (is_sure & seen0).nonzero(as_tuple=True)
     conf, j = log_confidence(sim[b, i], high[b, 0], row[b, i], column[b, 0]).max(1)
-    keep = (conf == top[b, j]) & seen1[b, j]
+    keep = (conf == best_of_columns[b, j]) & seen1[b, j]
     return b[keep], i[keep], j[keep], conf[keep].exp()
 
 
@@ -181,7 +186,7 @@ def mutual_maxima(
 def cell_centres(
     grid: tuple[int, int],  # (h, w) cells
     cell: int = COARSE,  # pixels a side
-    device: torch.device | str | None = None,
+    device: torch.device | str | None = None,  # of the answer
 ) -> torch.Tensor:
     "Deprecated, use `Grid(*grid, cell).centres(device)`."
     warnings.warn("cell_centres is now Grid.centres", DeprecationWarning, stacklevel=2)

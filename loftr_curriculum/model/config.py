@@ -26,7 +26,10 @@ import numpy as np
 # %% ../../nbs/05_model/00_config.ipynb #45cd9131
 @dataclass(frozen=True)
 class Guidance:
-    "How strongly vessel masks guide the forward pass (Engine 1) and weight the loss (Engine 2)."
+    """How strongly vessel masks guide the forward pass (Engine 1) and weight the loss (Engine 2).
+
+    Raises ValueError for numbers outside the ranges below.
+    """
 
     vessel_soft_lambda: float = 0.0  # Engine 1: bias on attention and similarity logits, >= 0; 0 is unguided
     vessel_loss_weight_scaler: float = 1.0  # Engine 2: loss weight on vessels, >= 1; 1 is unweighted
@@ -41,10 +44,12 @@ class Guidance:
 
     @property
     def attention_lambda(self) -> float:
+        "The bias on the attention logits."
         return self.vessel_soft_lambda if self.in_attention else 0.0
 
     @property
     def similarity_lambda(self) -> float:
+        "The bias on the coarse similarity."
         return self.vessel_soft_lambda if self.in_similarity else 0.0
 
 
@@ -60,9 +65,8 @@ class Variant:
     network: str  # "module:class", imported when a matcher is made
     fields: tuple[str, ...]  # of `MatcherConfig`, read by this variant alone
     fine_weight: float  # of the fine loss beside the coarse one
-    published: dict = field(
-        default_factory=dict
-    )  # fields in which published weights differ from the defaults
+    # fields in which published weights differ from the defaults
+    published: dict = field(default_factory=dict)
     own_format: bool = True  # do its files always carry a configuration?
     half: bool = False  # are its weights stored in half precision?
     trains_fine_alone: bool = False  # can its fine stage be trained while all else stays as it is?
@@ -103,7 +107,10 @@ VARIANTS = {
 # %% ../../nbs/05_model/00_config.ipynb #cdfc5dd0
 @dataclass(frozen=True)
 class MatcherConfig:
-    "Which matcher, and its size; the size of `reference` is the published one."
+    """Which matcher, and its size; the size of `reference` is the published one.
+
+    Raises ValueError for values that cannot work, and for a field that the variant does not read.
+    """
 
     variant: str = "fast"  # "fast", or "reference": LoFTR as published
     # channels of the backbone at 1/2, 1/4, 1/8; tokens have the last
@@ -119,7 +126,7 @@ class MatcherConfig:
     coarse_side: int = 320
     # reference only: positions as `indoor_new` learned them; false: as `outdoor` did
     temp_bug_fix: bool = False
-    # for studies of what makes a matcher ill; the first is what weights of ours are made with
+    # for studies of what makes training collapse; our weights use the first choice of each
     positions: str = "rotary"  # "rotary", or "added": sinusoids added to the tokens, as in LoFTR
     similarity: str = "cosine"  # of cells: "cosine", or "product": inner product over C, as in LoFTR
     norm: str = "group"  # of convolutions: "group" (per image), or "batch" (running statistics)
@@ -130,12 +137,14 @@ class MatcherConfig:
 
 
 # %% ../../nbs/05_model/00_config.ipynb #0b655e1d
-def check_variant(config: "MatcherConfig") -> None:
+def check_variant(
+    config: "MatcherConfig",  # to be checked
+) -> None:
     "Raises ValueError for an unknown variant, and for a choice that the variant does not have."
     if config.variant not in VARIANTS:
         raise ValueError(f"variant {config.variant!r}: expected {' or '.join(VARIANTS)}")
-    others = [row for name, row in VARIANTS.items() if name != config.variant]
-    unread = [name for row in others for name in row.fields]
+    own = VARIANTS[config.variant].fields
+    unread = [name for row in VARIANTS.values() for name in row.fields if name not in own]
     wrong = [name for name in unread if getattr(config, name) != getattr(MatcherConfig, name)]
     if wrong:
         raise ValueError(f"{', '.join(wrong)}: the variant {config.variant} has no such choice")
@@ -151,7 +160,9 @@ CHOICES = {  # field -> the words that it can be
 
 
 # %% ../../nbs/05_model/00_config.ipynb #5fc7692b
-def check_sizes(config: "MatcherConfig") -> None:
+def check_sizes(
+    config: "MatcherConfig",  # to be checked
+) -> None:
     "Raises ValueError for words and numbers that cannot work."
     for name, choices in CHOICES.items():
         if getattr(config, name) not in choices:
@@ -175,7 +186,7 @@ PUBLISHED = {"outdoor": False, "indoor": False, "indoor_new": True}
 # %% ../../nbs/05_model/00_config.ipynb #5d76f66b
 @dataclass(frozen=True)
 class Matches:
-    "Point matches of one pair, most of them right."
+    "Point matches of one pair; ValueError where the lengths differ."
 
     points0: np.ndarray  # (N, 2) float64, pixels (x, y) of image 0 (fixed)
     points1: np.ndarray  # (N, 2) float64, pixels (x, y) of image 1 (moving)

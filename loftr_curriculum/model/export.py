@@ -66,7 +66,7 @@ def require_onnx() -> None:
 
 # %% ../../nbs/05_model/11_export.ipynb #bb9b6b24
 def export_onnx(
-    out: str | Path,  # .onnx file to write
+    out: str | Path,  # .onnx file to write, atomically
     weights: str | None = None,  # file of weights; None: those that ship with the package
     side: int | None = None,  # px of both images, a multiple of 32; None: the coarse side of the weights
 ) -> Path:

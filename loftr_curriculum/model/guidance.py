@@ -42,7 +42,8 @@ def cell_share(
 ) -> torch.Tensor:
     """Mean of the mask over every cell, (B, ceil(H / cell), ceil(W / cell)) float32.
 
-    What lies outside the image counts as 0."""
+    What lies outside the image counts as 0.
+    """
     return F.avg_pool2d(pad_to(mask.float(), cell)[:, None], cell)[:, 0]
 
 
@@ -91,8 +92,8 @@ def pair_bias(
 def check_guidance(
     mask0: torch.Tensor | None,  # (B, H0, W0) or None
     mask1: torch.Tensor | None,  # (B, H1, W1) or None
-    guidance: Guidance,
+    guidance: Guidance,  # of the forward pass
 ) -> None:
-    "Guidance that would silently do nothing is an error."
+    "ValueError for guidance without masks, which would do nothing."
     if guidance.vessel_soft_lambda > 0 and (mask0 is None or mask1 is None):
         raise ValueError("guidance with vessel_soft_lambda > 0 needs mask0 and mask1")

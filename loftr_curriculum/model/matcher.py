@@ -92,7 +92,7 @@ class KeptMaps:
     def of(
         self,
         image: torch.Tensor,  # (1, 1, h, w)
-        backbone: nn.Module,
+        backbone: nn.Module,  # that makes the maps
     ) -> Sequence[torch.Tensor]:
         "The maps of the image, computed where it is not among those that came last."
         for known, maps in tuple(self.views):
@@ -111,13 +111,14 @@ class KeptMaps:
 @contextmanager
 def keep_maps(
     matcher: object,  # with a field `kept_maps`, as `Matcher` has it; of another one nothing is kept
-    maps: KeptMaps,
+    maps: KeptMaps,  # filled and read inside
 ) -> Iterator[None]:
     "Context manager: keep the maps of fixed views. The weights must stay as they are while `maps` is used."
     if not hasattr(matcher, "kept_maps"):
         yield
         return
-    before, matcher.kept_maps = matcher.kept_maps, maps
+    before = matcher.kept_maps
+    matcher.kept_maps = maps
     try:
         yield
     finally:
@@ -130,7 +131,7 @@ STEP = 16  # pixels a side of a token's cell; images are padded to a multiple
 
 # %% ../../nbs/05_model/07_matcher.ipynb #e99a290b
 def seen_cells(
-    view: BatchView,
+    view: BatchView,  # of one image of every pair
     cell: int,  # pixels a side
 ) -> torch.Tensor:
     "Which cells of the padded image are inside the field of view, (B, h * w) bool."
@@ -139,7 +140,7 @@ def seen_cells(
 
 # %% ../../nbs/05_model/07_matcher.ipynb #eafd697b
 def vessel_cells(
-    view: BatchView,
+    view: BatchView,  # of one image of every pair
     cell: int,  # pixels a side
 ) -> torch.Tensor | None:
     "Vessel weight of the cells of the padded image in [0, 1], (B, h, w), or None without a mask."
@@ -152,7 +153,7 @@ class TokenStage:
 
     def __init__(
         self,
-        matcher: "Matcher",  # Matcher whose layers are used
+        matcher: "Matcher",  # whose layers are used
     ):
         self.matcher = matcher
 
@@ -185,11 +186,11 @@ class TokenStage:
 
 # %% ../../nbs/05_model/07_matcher.ipynb #d780b148
 def attend(
-    transformer: Transformer,
+    transformer: Transformer,  # of the matcher
     map0: torch.Tensor,  # (B, C, h0, w0) the backbone's map of image 0 at 1/16
     map1: torch.Tensor,  # (B, C, h1, w1) of image 1
-    view0: BatchView,
-    view1: BatchView,
+    view0: BatchView,  # with the masks and fields of image 0
+    view1: BatchView,  # with those of image 1
     lam: float,  # vessel_soft_lambda of this site
 ) -> tuple:
     "Both maps after the transformer, in their shapes."
@@ -243,7 +244,8 @@ class Matcher(TwoStageMatcher):
         kept = self.kept_maps
         if kept is None or len(image0) > 1:
             return [self.backbone(x) for x in stack(image0, image1)]
-        levels = [stack(*level) for level in zip(kept.of(image0, self.backbone), self.backbone(image1))]
+        maps0, maps1 = kept.of(image0, self.backbone), self.backbone(image1)
+        levels = [stack(level0, level1) for level0, level1 in zip(maps0, maps1)]
         return list(zip(*levels))
 
     @property

@@ -62,7 +62,7 @@ class GuidedAttention(nn.Module):
         queries: torch.Tensor,  # (B, N, h, d)
         keys: torch.Tensor,  # (B, M, h, d)
         values: torch.Tensor,  # (B, M, h, d)
-        q_mask: object,  # not read: an unseen token may become anything, for no key and no match ever uses it
+        q_mask: object,  # not read: what an unseen token becomes does not matter, no key or match uses it
         kv_mask: tuple[torch.Tensor, torch.Tensor],  # (bias (B, M), seen (B, M) bool) of the keys
     ) -> torch.Tensor:
         q, k, v = (t.transpose(1, 2) for t in (queries, keys, values))
@@ -70,7 +70,9 @@ class GuidedAttention(nn.Module):
 
 
 # %% ../../nbs/05_model/09_reference.ipynb #a821485c
-def seen_at_points(view: BatchView) -> torch.Tensor:
+def seen_at_points(
+    view: BatchView,  # of one image of every pair
+) -> torch.Tensor:
     "Which cells stand for a pixel inside the field of view, (B, ceil(H / 8) * ceil(W / 8)) bool."
     return view.field.bool()[:, ::COARSE, ::COARSE].flatten(1)
 
@@ -78,7 +80,7 @@ def seen_at_points(view: BatchView) -> torch.Tensor:
 # %% ../../nbs/05_model/09_reference.ipynb #c531597b
 def vessel_weight(
     mask: torch.Tensor | None,  # (B, H, W) soft vessel mask in [0, 1], or None
-    grid: Grid,
+    grid: Grid,  # of the cells
 ) -> torch.Tensor | None:
     "Vessel weight of the cells in [0, 1], (B, rows, columns), or None."
     if mask is None:
@@ -115,7 +117,7 @@ class PublishedCoarse:
 
     def __init__(
         self,
-        matcher: "ReferenceMatcher",  # ReferenceMatcher whose layers are used
+        matcher: "ReferenceMatcher",  # whose layers are used
     ):
         self.matcher = matcher
 
@@ -155,7 +157,7 @@ REACH = float(RADIUS * FINE)  # pixels on either side of the fine window
 def heat_map_answer(
     matching: nn.Module,  # kornia's FineMatching
     windows: tuple[torch.Tensor, torch.Tensor],  # two (M, 25, 128)
-    device: torch.device,
+    device: torch.device,  # of the windows
 ) -> tuple[torch.Tensor, torch.Tensor]:
     "Offsets (M, 2) from the centre of the second window and the heat maps' deviation (M,), in window radii."
     with torch.autocast(device.type, enabled=False):
@@ -177,7 +179,7 @@ class WindowStage:
 
     def __init__(
         self,
-        matcher: "ReferenceMatcher",  # ReferenceMatcher whose layers are used
+        matcher: "ReferenceMatcher",  # whose layers are used
     ):
         self.preprocess = matcher.fine_preprocess
         self.transformer = matcher.loftr_fine
@@ -192,10 +194,11 @@ class WindowStage:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         pair, i, j = cells.pair, cells.cell0, cells.cell1
         points0 = result.grid0.centres(pair.device)[i]
-        # the same step back for image 1, after the offset was added: so the last bit stays what it was
+        # back from centres to the cells' points after the offset was added: as published, bit for bit
         points1 = self.follow(result, pair, i, j)[0] - result.grid1.to_centre
         points0 = apply_transform(view0.to_whole(points0), points0)
-        return points0, apply_transform(view1.to_whole(points1), points1)
+        points1 = apply_transform(view1.to_whole(points1), points1)
+        return points0, points1
 
     def follow(
         self,
@@ -207,10 +210,12 @@ class WindowStage:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Where the cells' points lie in the other image, and the deviation of the heat map (M,), pixels.
 
-        Convention: (M, 2) pixels in the frame in which cells stand for their centres."""
-        ends = (result.fine0, result.tokens0), (result.fine1, result.tokens1)
-        grid = result.grid0 if back else result.grid1
-        (fine, tokens), (fine_other, tokens_other) = ends[::-1] if back else ends
+        Convention: (M, 2) pixels in the frame in which cells stand for their centres.
+        """
+        image0, image1 = (result.fine0, result.tokens0), (result.fine1, result.tokens1)
+        own, others, grid = (image1, image0, result.grid0) if back else (image0, image1, result.grid1)
+        fine, tokens = own
+        fine_other, tokens_other = others
         offset, deviation = self.offsets(fine, tokens, fine_other, tokens_other, pair, cell, other)
         return grid.centred.centres(pair.device)[other] + offset, deviation
 
@@ -244,7 +249,7 @@ LINKS = 1024  # true links of a batch whose windows are looked at
 def draw_links(
     links: torch.Tensor,  # (B, N) cell of the other image, or -1
     count: int,  # at most so many
-    generator: torch.Generator,
+    generator: torch.Generator,  # source of chance
 ) -> tuple:
     "Some true links, each (M,): pair of the batch, cell, cell of the other image."
     pair, cell = (links >= 0).nonzero(as_tuple=True)
@@ -255,8 +260,8 @@ def draw_links(
 
 # %% ../../nbs/05_model/09_reference.ipynb #e92afa25
 def window_errors(
-    stage: WindowStage,
-    result: CoarseResult,
+    stage: WindowStage,  # that searches
+    result: CoarseResult,  # of the batch
     links: torch.Tensor,  # (B, N) cell of the other image, or -1
     truth: torch.Tensor,  # (B, N, 2) where the centres truly lie in the other image
     generator: torch.Generator,  # that draws the links
@@ -271,19 +276,21 @@ def window_errors(
 
 # %% ../../nbs/05_model/09_reference.ipynb #584e038e
 def window_terms(
-    stage: WindowStage,
-    result: CoarseResult,
+    stage: WindowStage,  # that searches
+    result: CoarseResult,  # of the batch
     targets: CellTruth,  # the truth, with the fields of `training.supervision.Targets`
     generator: torch.Generator,  # that draws the links
 ) -> FineTerms:
-    "What every drawn link costs, followed forward and backward."
-    ahead = window_errors(stage, result, targets.forward, targets.points1, generator)
-    back = window_errors(stage, result, targets.backward, targets.points0, generator, back=True)
-    squared = torch.cat([ahead[0], back[0]])
-    certainty = 1 / torch.cat([ahead[1], back[1]]).detach()
+    "The loss term of every drawn link, followed forward and backward."
+    squared0, deviation0, cells0 = window_errors(stage, result, targets.forward, targets.points1, generator)
+    squared1, deviation1, cells1 = window_errors(
+        stage, result, targets.backward, targets.points0, generator, back=True
+    )
+    squared = torch.cat([squared0, squared1])
+    certainty = 1 / torch.cat([deviation0, deviation1]).detach()
     loss = squared * certainty / certainty.mean()
     distance_px = squared.detach().sqrt() * REACH
-    return FineTerms(loss, distance_px, ahead[2], back[2], result.fine0.sum() * 0)
+    return FineTerms(loss, distance_px, cells0, cells1, result.fine0.sum() * 0)
 
 
 # %% ../../nbs/05_model/09_reference.ipynb #f267eeaf
@@ -302,8 +309,9 @@ class ReferenceMatcher(TwoStageMatcher):
 
     def __init__(
         self,
-        config: MatcherConfig = REFERENCE,  # MatcherConfig of variant reference
+        config: MatcherConfig = REFERENCE,  # of the variant reference
     ):
+        "Raises ValueError for a configuration of another variant."
         super().__init__()
         if config.variant != REFERENCE.variant:
             raise ValueError(f"variant {config.variant!r}: expected {REFERENCE.variant}")

@@ -98,24 +98,28 @@ def shrink(
 class ScaledView:
     "A view at its own size, and at the size at which cells are compared."
 
-    whole: BatchView
-    small: BatchView
+    whole: BatchView  # at its own size
+    small: BatchView  # at the size of the coarse stage
 
     @property
     def is_shrunk(self) -> bool:
+        "Do the two sizes differ?"
         return self.whole.size != self.small.size
 
     def to_whole(
         self,
         like: torch.Tensor,  # tensor whose dtype and device the matrix takes
     ) -> torch.Tensor:
-        "The map (3, 3) from pixels of the small size to pixels of the whole one."
+        """The matrix (3, 3) between the two sizes.
+
+        Convention: pixels of the small size to pixels of the whole one.
+        """
         return torch.from_numpy(resize_matrix(self.small.size, self.whole.size)).to(like)
 
 
 # %% ../../nbs/05_model/05_stages.ipynb #7240536e
 def scale_view(
-    view: BatchView,
+    view: BatchView,  # at its own size
     side: int,  # longest long side of the small size, pixels
 ) -> ScaledView:
     "The view beside its shrunk self; where it is small enough the two are one."
@@ -127,9 +131,8 @@ def scale_view(
 # %% ../../nbs/05_model/05_stages.ipynb #5b25551f
 def shrink_pair(
     side: int,  # longest long side, pixels
-    *given: tuple[
-        torch.Tensor | None, torch.Tensor | None
-    ],  # (of image 0, of image 1) each: images first, then what lies over them, or None
+    # (of image 0, of image 1) each: images first, then what lies over them, or None
+    *given: tuple[torch.Tensor | None, torch.Tensor | None],
 ) -> tuple[list[tuple[int, int]], list[torch.Tensor | None]]:
     "The working sizes of both images, and everything given at these sizes, in the order of `forward`."
     sizes = [working_size(image.shape[2:], side) for image in given[0]]
@@ -174,9 +177,9 @@ def seen_map(
 
 # %% ../../nbs/05_model/05_stages.ipynb #98915b88
 def off_border(
-    grid: Grid,
+    grid: Grid,  # of cells
     width: int,  # cells
-    device: torch.device | None = None,
+    device: torch.device | None = None,  # of the answer
 ) -> torch.Tensor:
     "Cells that are at least `width` cells away from the border, (rows * columns,) bool."
     inner = torch.zeros(grid.shape, dtype=torch.bool, device=device)
@@ -187,7 +190,7 @@ def off_border(
 # %% ../../nbs/05_model/05_stages.ipynb #f4823511
 @dataclass(frozen=True)
 class CellMatches:
-    "Cells that choose each other, ordered by pair and by cell of image 0; M matches of the whole batch."
+    "Matched cells, ordered by pair and by cell of image 0; M matches of the whole batch."
 
     pair: torch.Tensor  # (M,) which pair of the batch
     cell0: torch.Tensor  # (M,) index of the cell of image 0
@@ -197,7 +200,7 @@ class CellMatches:
 
 # %% ../../nbs/05_model/05_stages.ipynb #81d08a25
 def match_cells(
-    result: CoarseResult,
+    result: CoarseResult,  # of a batch
     threshold: float,  # least confidence
 ) -> CellMatches:
     "The mutual maxima of all pairs of a batch."
@@ -209,18 +212,22 @@ def match_cells(
 
 # %% ../../nbs/05_model/05_stages.ipynb #56629292
 def matched_cells(
-    result: CoarseResult,
+    result: CoarseResult,  # of a batch
     threshold: float,  # least confidence
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Mutual maxima as points.
 
-    Pair of the batch (M,), points of cells of image 0 and of image 1 (M, 2), pixels, confidence (M,)."""
+    Pair of the batch (M,), points of cells of image 0 and of image 1 (M, 2), pixels, confidence (M,).
+    """
     cells = match_cells(result, threshold)
     return cells.pair, *points_of_cells(result, cells), cells.confidence
 
 
 # %% ../../nbs/05_model/05_stages.ipynb #abc34bc8
-def points_of_cells(result: CoarseResult, cells: CellMatches) -> tuple:
+def points_of_cells(
+    result: CoarseResult,  # of a batch
+    cells: CellMatches,  # of the same batch
+) -> tuple:
     "The points that matched cells of image 0 and of image 1 stand for, (M, 2) each, pixels."
     device = cells.pair.device
     return result.grid0.centres(device)[cells.cell0], result.grid1.centres(device)[cells.cell1]
@@ -229,13 +236,13 @@ def points_of_cells(result: CoarseResult, cells: CellMatches) -> tuple:
 # %% ../../nbs/05_model/05_stages.ipynb #2b00bba4
 @dataclass(frozen=True)
 class FineTerms:
-    "What single cells cost: those of image 0 first, then those of image 1; M of them together."
+    "Loss terms of single cells: those of image 0 first, then those of image 1; M of them together."
 
-    loss: torch.Tensor  # (M,)
+    loss: torch.Tensor  # (M,) not weighted
     distance_px: torch.Tensor  # (M,) from the truth, pixels; nothing is trained on it
     cells0: tuple[torch.Tensor, torch.Tensor]  # (pair, cell) of image 0
     cells1: tuple[torch.Tensor, torch.Tensor]  # (pair, cell) of image 1
-    zero: torch.Tensor  # scalar 0 that hangs on the layers of the stage, for a batch without such cells
+    zero: torch.Tensor  # scalar 0 with a gradient to the stage's layers, for a batch without such cells
 
 
 # %% ../../nbs/05_model/05_stages.ipynb #640bd977
@@ -267,7 +274,7 @@ class FineStage(Protocol):
 
     @property
     def layers(self) -> tuple[nn.Module, ...]:
-        "What nothing but this stage depends on."
+        "The layers that only this stage depends on."
 
     def predict(
         self,
@@ -308,10 +315,9 @@ def split_matches(
     pairs: int,  # pairs in the batch
 ) -> list:
     "One `Matches` per pair."
-    pair, points0, points1, confidence = (
-        t.double().cpu().numpy() for t in (pair, points0, points1, confidence)
-    )
-    return [Matches(points0[pair == k], points1[pair == k], confidence[pair == k]) for k in range(pairs)]
+    columns = [column.double().cpu().numpy() for column in (points0, points1, confidence)]
+    pair = pair.cpu().numpy()
+    return [Matches(*(column[pair == k] for column in columns)) for k in range(pairs)]
 
 
 # %% ../../nbs/05_model/05_stages.ipynb #a58ea9b5
@@ -333,12 +339,13 @@ class TwoStageMatcher(nn.Module, Pretrained):
     ) -> CoarseResult:
         """Similarity of all cell pairs and what the fine stage needs.
 
-        Raises ValueError for wrong shapes and for guidance without masks."""
+        Raises ValueError for wrong shapes and for guidance without masks.
+        """
         check_pair(image0, image1)
         check_guidance(mask0, mask1, guidance)
-        return self.coarse_stage.predict(
-            BatchView(image0, fov0, mask0), BatchView(image1, fov1, mask1), guidance
-        )
+        view0 = BatchView(image0, fov0, mask0)
+        view1 = BatchView(image1, fov1, mask1)
+        return self.coarse_stage.predict(view0, view1, guidance)
 
     @torch.inference_mode()
     def match(
@@ -354,7 +361,9 @@ class TwoStageMatcher(nn.Module, Pretrained):
     ) -> list:
         """One `Matches` per pair, ordered by cell of the fixed image.
 
-        Points of image 0 are those that the cells stand for, points of image 1 are sub-pixel."""
+        Points of image 0 are those that the cells stand for, points of image 1 are sub-pixel. Raises
+        ValueError for wrong shapes and for guidance without masks.
+        """
         check_pair(image0, image1)
         if threshold is None:
             threshold = self.config.threshold
@@ -369,7 +378,7 @@ class TwoStageMatcher(nn.Module, Pretrained):
         self,
         view0: BatchView,  # of the fixed images
         view1: BatchView,  # of the moving images
-        guidance: Guidance,
+        guidance: Guidance,  # Engine 1 acts through vessel_soft_lambda
     ) -> CoarseResult:
         "`forward` of two views."
         return self(view0.image, view1.image, view0.fov, view1.fov, view0.mask, view1.mask, guidance=guidance)

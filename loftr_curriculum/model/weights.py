@@ -55,7 +55,9 @@ from .config import PUBLISHED, REFERENCE, VARIANTS, MatcherConfig
 
 
 # %% ../../nbs/05_model/08_weights.ipynb #8279c011
-def make_matcher(config: MatcherConfig) -> nn.Module:
+def make_matcher(
+    config: MatcherConfig,  # variant and sizes
+) -> nn.Module:
     "A matcher of the variant that is asked for, with random weights; nothing is downloaded."
     module, name = VARIANTS[config.variant].network.split(":")
     return getattr(import_module(module), name)(config)
@@ -69,6 +71,7 @@ FORMAT = "loftr_curriculum.matcher.3"
 
 # %% ../../nbs/05_model/08_weights.ipynb #9db72eeb
 def _stored(tensor, half):
+    "A tensor as a file holds it: floating-point numbers in half precision or as float32."
     tensor = tensor.detach().cpu()
     if tensor.is_floating_point():
         tensor = tensor.to(torch.float16 if half else torch.float32)
@@ -111,7 +114,9 @@ def save_matcher(
 ) -> None:
     """Writes weights, configuration and facts into one file.
 
-    An existing file is replaced only when the new one is complete."""
+    An existing file is replaced only when the new one is complete. Raises FileError where a weight is not
+    finite or the file cannot be written.
+    """
     half = VARIANTS[matcher.config.variant].half
     state = {name: _stored(tensor, half) for name, tensor in matcher.state_dict().items()}
     refuse_endless(state, path)
@@ -159,7 +164,8 @@ def fetch_pretrained(
     """The weights file of a source.
 
     Raises FileNotFoundError where there is none, ImportError where the Hub is asked for without
-    `huggingface_hub`."""
+    `huggingface_hub`.
+    """
     folder = Path(source)
     if folder.is_dir():
         if not (folder / HUB_FILE).is_file():
@@ -191,11 +197,12 @@ class Pretrained:
     def from_pretrained(
         cls,
         source: str | Path,  # folder, or `owner/model` on the Hub
-        device: torch.device | str = "cpu",
+        device: torch.device | str = "cpu",  # where it computes
     ) -> "Pretrained":
         """A matcher in evaluation mode; no code of the source is executed.
 
-        Raises FileNotFoundError or ValueError, naming the source."""
+        Raises FileNotFoundError, ImportError or ValueError, naming the source.
+        """
         found = load_matcher(fetch_pretrained(source), device)
         if not isinstance(found, cls):
             raise ValueError(f"{source}: holds a {type(found).__name__}, expected a {cls.__name__}")
@@ -206,13 +213,13 @@ class Pretrained:
 def is_damaged(
     path: str | Path,  # of a checkpoint
 ) -> bool:
-    "Does a checksum in the archive disagree with its content? Older checkpoints are no archives."
+    "Does a checksum in the archive disagree, or is it compressed? Older checkpoints are no archives."
     if not zipfile.is_zipfile(path):
         return False
     try:
         with zipfile.ZipFile(path) as archive:
-            packed = [i for i in archive.infolist() if i.compress_type != zipfile.ZIP_STORED]
-            return bool(packed) or archive.testzip() is not None
+            stored = all(entry.compress_type == zipfile.ZIP_STORED for entry in archive.infolist())
+            return not stored or archive.testzip() is not None
     except Exception:  # a broken archive fails in many ways
         return True
 
@@ -227,7 +234,7 @@ def open_checkpoint(
         raise FileError(f"{expected}; this one is damaged, its checksums disagree")
     try:
         found = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception:  # and so does a broken or hostile pickle; what PyTorch advises would run its code
+    except Exception:  # a broken or hostile pickle, too, fails in many ways
         why = "it is cut off, damaged, or names code, and code is never run"
         raise FileError(f"{expected}; {why}") from None
     if not isinstance(found, dict):
@@ -240,18 +247,19 @@ def tensors_in(
     found: object,  # what should be a dictionary of tensors
     path: str | Path,  # of the file, for the error
 ) -> dict:  # name -> tensor
-    "The same, looked at; FileError where it is something else."
-    good = isinstance(found, dict) and all(
-        isinstance(name, str) and isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided
-        for name, tensor in found.items()
-    )
-    if not good:
+    "The same dictionary; FileError where it is something else, or holds sparse tensors."
+
+    def is_good(name, tensor):
+        return isinstance(name, str) and torch.is_tensor(tensor) and tensor.layout == torch.strided
+
+    if not isinstance(found, dict) or not all(is_good(*entry) for entry in found.items()):
         raise FileError(f"{path}: expected a dictionary of tensors")
     return found
 
 
 # %% ../../nbs/05_model/08_weights.ipynb #ff841ff9
 def _pickled(path):
+    "Configuration or None, tensors and facts of a checkpoint of PyTorch."
     found = open_checkpoint(path)
     settings = found.get("hyper_parameters")
     own = settings.get("matcher") if isinstance(settings, dict) else None
@@ -265,6 +273,7 @@ def _pickled(path):
 
 # %% ../../nbs/05_model/08_weights.ipynb #73c31929
 def _open_safetensors(path):
+    "Text and tensors of a safetensors file."
     try:
         with safe_open(str(path), framework="pt") as f:
             return f.metadata() or {}, {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118
@@ -291,8 +300,6 @@ def object_in(
 
 # %% ../../nbs/05_model/08_weights.ipynb #f2af103a
 NUMBERS = ("steps", "pairs", "seconds", "epochs", "kept_epoch")  # among the facts
-
-
 MOST_RUNS = 100  # behind one file, each of which went on from the one before
 
 
@@ -301,7 +308,7 @@ def refuse_strange_facts(
     facts: dict,  # what a file says about a training
     path: str | Path,  # of the file, for the error
 ) -> None:
-    "FileError where a fact that the package reads is of another kind; all others are free."
+    "FileError where a fact that the package reads has another type, in this run or one before it."
     for _ in range(MOST_RUNS):
         refuse_strange_run(facts, path)
         facts = facts.get("before")
@@ -315,9 +322,11 @@ def refuse_strange_run(
     facts: dict,  # of one run
     path: str | Path,  # of the file, for the error
 ) -> None:
-    "The same for one run."
-    wrong = [n for n in NUMBERS if not isinstance(facts.get(n, 0), (int, float, type(None)))]
-    wrong += [n for n in ("config", "val", "before") if not isinstance(facts.get(n), (dict, type(None)))]
+    "FileError where a fact of one run that the package reads has another type."
+    number = (int, float, type(None))
+    wrong = [name for name in NUMBERS if not isinstance(facts.get(name), number)]
+    objects = ("config", "val", "before")
+    wrong += [name for name in objects if not isinstance(facts.get(name), (dict, type(None)))]
     if not wrong and not isinstance((facts.get("config") or {}).get("data", {}), dict):
         wrong = ["data"]
     if wrong:
@@ -328,6 +337,7 @@ def refuse_strange_run(
 
 # %% ../../nbs/05_model/08_weights.ipynb #d7c0b120
 def _safetensors(path):
+    "Configuration or None, tensors and facts of a safetensors file."
     meta, state = _open_safetensors(path)
     found = meta.get("format", "")
     if found == FORMAT:
@@ -345,6 +355,7 @@ def _safetensors(path):
 
 # %% ../../nbs/05_model/08_weights.ipynb #ef677573
 def _is_published(state):
+    "Are these the tensors of LoFTR as published?"
     return "loftr_coarse.layers.0.q_proj.weight" in state and "backbone.conv1.weight" in state
 
 
@@ -357,13 +368,10 @@ def is_of_kind(
     value: object,  # from a file
     default: object,  # of the field
 ) -> bool:
-    "Has the value the type of the field's default, and a size that can be?"
+    "Has the value the type of the field's default, and no absurd size?"
     if isinstance(default, tuple):
-        return (
-            isinstance(value, (list, tuple))
-            and len(value) == len(default)
-            and all(map(is_of_kind, value, default))
-        )
+        fits = isinstance(value, (list, tuple)) and len(value) == len(default)
+        return fits and all(map(is_of_kind, value, default))
     if isinstance(default, (bool, str)):
         return type(value) is type(default)
     if isinstance(default, float):
@@ -392,6 +400,7 @@ def config_from(
 
 # %% ../../nbs/05_model/08_weights.ipynb #b768737c
 def _config_in(config, state, published, path):
+    "The configuration of a file, or the published one for published tensors; FileError for any other file."
     if config is not None:
         return config_from(config, path)
     if not _is_published(state):
@@ -402,11 +411,11 @@ def _config_in(config, state, published, path):
 
 # %% ../../nbs/05_model/08_weights.ipynb #3616840f
 def refuse_other_shapes(
-    config: MatcherConfig,
+    config: MatcherConfig,  # as the file has it
     state: dict[str, torch.Tensor],  # name -> tensor
     path: str | Path,  # of the file, for the error
 ) -> None:
-    "FileError where the network of the configuration has other tensors; it takes no memory to know."
+    "FileError where the network of the configuration has other tensors; takes no memory for them."
     if config.layers > len(state):
         raise FileError(f"{path}: layers {config.layers}: more than the file has tensors")
     with torch.device("meta"):
@@ -422,6 +431,7 @@ def refuse_other_shapes(
 
 # %% ../../nbs/05_model/08_weights.ipynb #e190516d
 def _fill(matcher, state):
+    "Give a matcher its tensors, floating-point ones as float32."
     matcher.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in state.items()})
 
 
@@ -431,13 +441,15 @@ def order_for_cpu(
 ) -> None:
     """Channels-last order, in which a CPU is faster.
 
-    Below 16 channels oneDNN's float32 backward pass corrupts memory in it, so there the order stays."""
+    Below 16 channels oneDNN's float32 backward pass corrupts memory in it, so there the order stays.
+    """
     if min(matcher.config.dims) >= 16:
         matcher.to(memory_format=torch.channels_last)
 
 
 # %% ../../nbs/05_model/08_weights.ipynb #52d879e6
 def _file_of(path):
+    "The path of a weights file; FileNotFoundError where there is none."
     if path is None or (str(path) == SHIPPED and not Path(path).is_file()):
         path = PACKAGED
     path = Path(path)
@@ -450,7 +462,9 @@ def _file_of(path):
 
 
 # %% ../../nbs/05_model/08_weights.ipynb #e0ba0107
-def refuse_device(device: torch.device | str) -> None:
+def refuse_device(
+    device: torch.device | str,  # such as "cuda"
+) -> None:
     "ValueError where nothing can be computed there."
     try:
         torch.zeros(1, device=device).add(1).cpu()
@@ -464,12 +478,13 @@ def refuse_device(device: torch.device | str) -> None:
 # %% ../../nbs/05_model/08_weights.ipynb #a58a5266
 def load_matcher(
     path: str | Path | None = None,  # weights file, or a name of PUBLISHED; None: "shipped"
-    device: torch.device | str = "cpu",
+    device: torch.device | str = "cpu",  # where it computes
     published: MatcherConfig = REFERENCE,  # configuration of a published file, which carries none
 ) -> nn.Module:
     """A matcher in evaluation mode; `matcher.facts` holds what was stored with it. Downloads nothing.
 
-    Raises FileNotFoundError or ValueError, naming the file or the device."""
+    Raises FileNotFoundError or ValueError, naming the file or the device.
+    """
     refuse_device(device)
     if str(path) in PUBLISHED and not Path(path).is_file():
         published = replace(published, temp_bug_fix=PUBLISHED[path])
@@ -496,7 +511,8 @@ def find_published(
 ) -> Path:
     """The checkpoint's file in torch's cache.
 
-    Raises FileNotFoundError where it is not there and nobody asked for a download."""
+    Raises FileNotFoundError where it is not there and no download was asked for.
+    """
     from kornia.core.download import download_file_from_url
     from kornia.feature.loftr.loftr import urls
 
@@ -518,7 +534,7 @@ def find_published(
 def load_reference(
     source: str | Path,  # one of PUBLISHED, or a file
     download: bool = False,  # fetch a named checkpoint where torch's cache does not hold it?
-    device: torch.device | str = "cpu",
+    device: torch.device | str = "cpu",  # where it computes
     temp_bug_fix: bool | None = None,  # positions that the weights know; None: by the name, False for a file
 ) -> nn.Module:
     "A `ReferenceMatcher` in evaluation mode. Raises FileNotFoundError or ValueError, naming the file."
