@@ -163,6 +163,7 @@ class Stopwatch(pl.Callback):
 
     @property
     def seconds(self) -> float:
+        "Of all sessions, until now."
         if self.began is None:
             return self.before
         return self.before + time.monotonic() - self.began
@@ -194,7 +195,10 @@ def spell(
 
 
 # %% ../../nbs/09_training/05_callbacks.ipynb #814de199
-def say(trainer: pl.Trainer, line: str) -> None:
+def say(
+    trainer: pl.Trainer,  # of the run
+    line: str,  # to be printed
+) -> None:
     "Print above the progress bar where there is one; once, also where there are many processes."
     if not trainer.is_global_zero:
         return
@@ -206,12 +210,12 @@ def say(trainer: pl.Trainer, line: str) -> None:
 
 # %% ../../nbs/09_training/05_callbacks.ipynb #deb2b503
 class Progress(pl.Callback):
-    "Says how far the run is, and what it expects as soon as that is measured."
+    "Says how far the run is, and the time to go as soon as that is measured."
 
     def __init__(
         self,
-        data: DataConfig,
-        watch: Stopwatch,
+        data: DataConfig,  # sizes of the views
+        watch: Stopwatch,  # of the run
         enough: int = 10,  # steps to measure before the first estimate
     ):
         self.data = data
@@ -230,12 +234,13 @@ class Progress(pl.Callback):
         self.tick = None
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: object) -> None:
-        was, self.tick = self.tick, time.monotonic()
-        if was is None:
+        before = self.tick
+        self.tick = time.monotonic()
+        if before is None:
             return  # the first step of an epoch waits for the loader
         self.steps += 1
         self.pixels += self.side(trainer.current_epoch) ** 2
-        self.seconds = self.seconds + self.tick - was
+        self.seconds += self.tick - before
         if self.steps == self.enough:
             say(trainer, self.line(trainer))
 
@@ -244,6 +249,7 @@ class Progress(pl.Callback):
             self.pauses.append(time.monotonic() - self.tick)
 
     def side(self, epoch: int) -> int:
+        "Side of the views of an epoch, px."
         return size_at(self.data, epoch * self.data.pairs_per_epoch)
 
     def left(
@@ -261,14 +267,15 @@ class Progress(pl.Callback):
         return self.seconds / self.pixels * pixels + len(epochs_left) * pause
 
     def line(self, trainer: pl.Trainer) -> str:
-        "How far, and how long still."
-        done, epochs, steps = trainer.global_step, trainer.max_epochs, trainer.num_training_batches
+        "How far the run is, and the time to go, in words."
+        done, epochs = trainer.global_step, trainer.max_epochs
+        steps = trainer.num_training_batches  # of an epoch
         epoch = min(done // steps, epochs - 1)
         so_far = f"epoch {epoch} of 0..{epochs - 1}, step {done} of {steps * epochs}"
         return f"{so_far}, {spell(self.watch.seconds)} so far, {self.expected(trainer)}"
 
     def expected(self, trainer: pl.Trainer) -> str:
-        "What is still to go, in words."
+        "The time to go, in words."
         left = self.left(trainer)
         if left is None:
             return "time to go not measured yet"
@@ -277,6 +284,7 @@ class Progress(pl.Callback):
 
 
 # %% ../../nbs/09_training/05_callbacks.ipynb #28738b9b
+# title, logged name, format
 COLUMNS = (
     ("loss", "train/loss_epoch", "7.3f"),
     ("lambda", "sched/lambda", "6.2f"),
@@ -328,7 +336,7 @@ class EpochTable(pl.Callback):
         say(trainer, epoch_line(trainer.current_epoch, trainer.callback_metrics | self.minutes(trainer)))
 
     def minutes(self, trainer: pl.Trainer) -> dict:
-        "What the progress expects, as a column; empty where nobody measures it or it is not known yet."
+        "The time to go as a column; empty where no `Progress` measures it, or it is not known yet."
         for callback in trainer.callbacks:
             if isinstance(callback, Progress):
                 left = callback.left(trainer)

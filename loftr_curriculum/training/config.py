@@ -25,7 +25,10 @@ from ..model.config import VARIANTS, MatcherConfig
 # %% ../../nbs/09_training/00_config.ipynb #3dcf1f1d
 @dataclass(frozen=True)
 class CurriculumConfig:
-    "Guidance over the run: full until `teach_until`, then linearly down to none at `wean_until`."
+    """Guidance over the run: full until `teach_until`, then linearly down to none at `wean_until`.
+
+    Raises ValueError for values that cannot work.
+    """
 
     vessel_soft_lambda: float = 2.0  # Engine 1 while teaching, >= 0
     vessel_loss_weight_scaler: float = 10.0  # Engine 2 while teaching, >= 1
@@ -69,7 +72,7 @@ CURRICULA = {
 
 # %% ../../nbs/09_training/00_config.ipynb #b68430cc
 def as_fractions(
-    curriculum: "CurriculumConfig",  # CurriculumConfig in epochs of a run of 100, or in fractions already
+    curriculum: CurriculumConfig,  # in epochs of a run of 100, or in fractions already
 ) -> CurriculumConfig:
     "The same phases as fractions of the run, for runs of another length."
     if curriculum.unit == "fraction":
@@ -93,7 +96,9 @@ def find_curriculum(
 
 
 # %% ../../nbs/09_training/00_config.ipynb #4504d3b9
-def check_choices(config: "TrainConfig") -> None:
+def check_choices(
+    config: "TrainConfig",  # to be checked
+) -> None:
     "Raises ValueError for a word that is none of its choices, and for choices that exclude each other."
     find_curriculum(config.curriculum)
     if config.precision not in ("auto", "32", "bf16"):
@@ -106,23 +111,21 @@ def check_choices(config: "TrainConfig") -> None:
 
 
 # %% ../../nbs/09_training/00_config.ipynb #61043c82
-def check_numbers(config: "TrainConfig") -> None:
+def check_numbers(
+    config: "TrainConfig",  # to be checked
+) -> None:
     "Raises ValueError for a number out of range."
     for name in ("epochs", "collapse_patience"):
         if getattr(config, name) < 1:
             raise ValueError(f"{name} {getattr(config, name)}: expected at least 1")
-    for name in ("record_every", "probes", "probe_pseudo_real"):
-        if getattr(config, name) < 0:
+    for name in ("record_every", "probes", "probe_pseudo_real", "negatives", "checkpoint_minutes"):
+        if not getattr(config, name) >= 0:  # also where it is nan
             raise ValueError(f"{name} {getattr(config, name)}: expected 0 or more")
-    if not config.negatives >= 0:
-        raise ValueError(f"negatives {config.negatives}: expected 0 or more")
-    if config.checkpoint_minutes < 0:
-        raise ValueError(f"checkpoint_minutes {config.checkpoint_minutes}: expected 0 or more")
 
 
 # %% ../../nbs/09_training/00_config.ipynb #5457b6c2
-FROM_RANDOM = {"curriculum": "v2.2", "lr": 1e-3}  # what a field that is None becomes
-FROM_GIVEN = {"curriculum": "v2.1", "lr": 1e-4}  # the same where the weights are given
+FROM_RANDOM = {"curriculum": "v2.2", "lr": 1e-3}  # values of fields that are None, from random weights
+FROM_GIVEN = {"curriculum": "v2.1", "lr": 1e-4}  # the same from given weights
 
 
 # %% ../../nbs/09_training/00_config.ipynb #ae51346f
@@ -130,7 +133,9 @@ FROM_GIVEN = {"curriculum": "v2.1", "lr": 1e-4}  # the same where the weights ar
 class TrainConfig:
     """Everything that defines a training run. A checkpoint carries it.
 
-    To fine-tune: --init shipped --data.triplets FOLDER --epochs 5."""
+    To fine-tune: --init shipped --data.triplets FOLDER --epochs 5. Raises ValueError for values that cannot
+    work.
+    """
 
     out: str = "runs/train"  # folder of the run: config, logs, checkpoints
     # preset: v2.2, v2.2-sketch, v2.2-adaptive, v2.2-unweaned, v2.1, loss-only, bias-only, bias-attention,
@@ -183,5 +188,5 @@ class TrainConfig:
     @property
     def phases(self) -> CurriculumConfig:
         "The curriculum in the unit that the run uses."
-        c = find_curriculum(self.curriculum)
-        return as_fractions(c) if self.fractions else c
+        curriculum = find_curriculum(self.curriculum)
+        return as_fractions(curriculum) if self.fractions else curriculum

@@ -32,7 +32,7 @@ PHASES = ("teaching", "weaning", "independence")
 
 # %% ../../nbs/09_training/01_curriculum.ipynb #300c332b
 def joints(
-    curriculum: CurriculumConfig,
+    curriculum: CurriculumConfig,  # in epochs or fractions
     epochs: int,  # epochs of the whole run
 ) -> tuple:
     "Ends of teaching and of weaning in epochs, as floats."
@@ -42,25 +42,24 @@ def joints(
 
 # %% ../../nbs/09_training/01_curriculum.ipynb #5e4c4222
 def schedule(
-    curriculum: CurriculumConfig,
+    curriculum: CurriculumConfig,  # in epochs or fractions
     epoch: float,  # epoch from 0; fractions are allowed
     epochs: int,  # epochs of the whole run; used where the joints are fractions
 ) -> Guidance:
     "The guidance that holds in an epoch."
     teach, wean = joints(curriculum, epochs)
     left = 1.0 - min(max((epoch - teach) / (wean - teach), 0.0), 1.0)
-    c = curriculum
     return Guidance(
-        c.vessel_soft_lambda * left,
-        1.0 + (c.vessel_loss_weight_scaler - 1.0) * left,
-        c.in_attention,
-        c.in_similarity,
+        curriculum.vessel_soft_lambda * left,
+        1.0 + (curriculum.vessel_loss_weight_scaler - 1.0) * left,
+        curriculum.in_attention,
+        curriculum.in_similarity,
     )
 
 
 # %% ../../nbs/09_training/01_curriculum.ipynb #2231b41f
 def phase(
-    curriculum: CurriculumConfig,
+    curriculum: CurriculumConfig,  # in epochs or fractions
     epoch: int,  # epoch from 0
     epochs: int,  # epochs of the whole run
 ) -> str:
@@ -71,19 +70,20 @@ def phase(
 
 # %% ../../nbs/09_training/01_curriculum.ipynb #86918270
 def independence_from(
-    curriculum: CurriculumConfig,
+    curriculum: CurriculumConfig,  # in epochs or fractions
     epochs: int,  # epochs of the whole run
 ) -> int:
-    "The first epoch without guidance; from here on a checkpoint may become `best`."
-    return next((e for e in range(epochs) if phase(curriculum, e, epochs) == "independence"), epochs)
+    "The first epoch without guidance, `epochs` where there is none; from it on a checkpoint may be `best`."
+    independent = (epoch for epoch in range(epochs) if phase(curriculum, epoch, epochs) == "independence")
+    return next(independent, epochs)
 
 
 # %% ../../nbs/09_training/01_curriculum.ipynb #c69a917b
 def wean_from(
-    curriculum: CurriculumConfig,
+    curriculum: CurriculumConfig,  # in epochs or fractions
     epoch: int,  # first epoch of weaning, unless teaching ended before
     epochs: int,  # epochs of the whole run
-) -> CurriculumConfig:  # CurriculumConfig in epochs
+) -> CurriculumConfig:  # in epochs
     "The plan with weaning from this epoch on, as long as usual."
     teach, wean = joints(curriculum, epochs)
     start = min(epoch, teach)
@@ -100,7 +100,7 @@ class CurriculumScheduler(pl.Callback):
 
     def __init__(
         self,
-        curriculum: CurriculumConfig,
+        curriculum: CurriculumConfig,  # in epochs or fractions
         every: int = 1,  # epochs between recordings; read by an adaptive curriculum
     ):
         self.curriculum = curriculum
@@ -112,15 +112,16 @@ class CurriculumScheduler(pl.Callback):
         if not isinstance(getattr(pl_module, "guidance", None), Guidance):
             name = type(pl_module).__name__
             raise TypeError(f"{name} has no attribute `guidance` of type Guidance for the curriculum to set")
-        g = schedule(self.plan(trainer.max_epochs), trainer.current_epoch, trainer.max_epochs)
-        pl_module.guidance = g
-        pl_module.log("sched/lambda", g.vessel_soft_lambda, on_epoch=True)
-        pl_module.log("sched/loss_w", g.vessel_loss_weight_scaler, on_epoch=True)
+        epochs = trainer.max_epochs
+        guidance = schedule(self.plan(epochs), trainer.current_epoch, epochs)
+        pl_module.guidance = guidance
+        pl_module.log("sched/lambda", guidance.vessel_soft_lambda, on_epoch=True)
+        pl_module.log("sched/loss_w", guidance.vessel_loss_weight_scaler, on_epoch=True)
 
     def plan(
         self,
         epochs: int,  # epochs of the whole run
-    ) -> CurriculumConfig:  # CurriculumConfig
+    ) -> CurriculumConfig:  # in epochs or fractions
         "The curriculum, with weaning brought forward where teaching has ended early."
         if self.weans_from is None:
             return self.curriculum
@@ -141,12 +142,13 @@ class CurriculumScheduler(pl.Callback):
 
 # %% ../../nbs/09_training/01_curriculum.ipynb #00362a95
 def end_teaching_when_calm(
-    scheduler: CurriculumScheduler,
+    scheduler: CurriculumScheduler,  # whose count changes
     trainer: pl.Trainer,  # at the end of an epoch that was recorded
 ) -> None:
     """Count recordings without collapse; after enough of them weaning begins with the next epoch.
 
-    Raises RuntimeError where nothing records."""
+    Raises RuntimeError where nothing records.
+    """
     index = trainer.callback_metrics.get(INDEX)
     index = trainer.strategy.broadcast(None if index is None else float(index))
     if index is None:

@@ -12,6 +12,7 @@ __all__ = [
     "SMALL",
     "NAMES",
     "SHOWN",
+    "WIDTH",
     "ROW",
     "CAPTIONS",
     "STORY",
@@ -25,12 +26,15 @@ __all__ = [
     "answer",
     "said",
     "within",
+    "spread",
     "draw_lines",
+    "show_checkerboard",
     "draw_beside",
     "draw_first",
     "show_first",
     "train_and_compare",
     "demo",
+    "draw_epoch",
     "draw_epochs",
     "draw_training",
     "summary",
@@ -53,7 +57,7 @@ from ..io.files import read_json, write_json
 from ..io.images import write_image
 from ..model.config import MatcherConfig, Matches
 from ..model.weights import load_matcher
-from ..registration import RegistrationConfig, register
+from ..registration import Registration, RegistrationConfig, register
 from ..report.answer import draw_answer
 from ..report.plots import (
     add_matches,
@@ -118,7 +122,7 @@ LEAST, MOST = 4, 16  # epochs
 
 # %% ../../nbs/09_training/07_demo.ipynb #c62679b2
 def fitted(
-    config: TrainConfig,  # TrainConfig, from `demo_config`
+    config: TrainConfig,  # from `demo_config`
     cost: Cost,  # of this machine
     seconds: float = SECONDS,  # for everything
 ) -> TrainConfig:
@@ -135,7 +139,7 @@ def fitted(
 
 # %% ../../nbs/09_training/07_demo.ipynb #390051bf
 def begun(
-    config: TrainConfig,  # TrainConfig, from `demo_config`
+    config: TrainConfig,  # from `demo_config`
 ) -> TrainConfig | None:  # None where its folder holds no run to go on with
     "The same with the length of the run that its folder holds."
     folder = RunFolder(Path(config.out))
@@ -175,11 +179,10 @@ def demo_pair(
     "Fixed CF (H, W, 3) uint8, moving FA (H, W) uint8, and the true `moving_to_fixed` (3, 3)."
     world = make_world(seed, EYE, ("cf", "fa"))
     middle = centre(world.images["cf"].shape[:2])
-    A0 = similarity(0.0, 1.0, centre(size) - middle, middle)
+    world_to_fixed = similarity(0.0, 1.0, centre(size) - middle, middle)
     fixed_to_moving = similarity(angle_deg, zoom, shift, centre(size))
-    fixed, moving = (
-        resample(world.images[m], A, size) for m, A in (("cf", A0), ("fa", compose(A0, fixed_to_moving)))
-    )
+    fixed = resample(world.images["cf"], world_to_fixed, size)
+    moving = resample(world.images["fa"], compose(world_to_fixed, fixed_to_moving), size)
     return fixed, moving, invert(fixed_to_moving)
 
 
@@ -195,17 +198,21 @@ MEASURED = {
 
 # %% ../../nbs/09_training/07_demo.ipynb #58b044ce
 def draw_run(
-    rows: list[dict],  # list of `read_epochs`
+    rows: list[dict],  # of `read_epochs`
 ) -> Figure:
     "The curriculum above, what was measured below: a Figure."
     figure = new_figure(900, 680)
     upper, lower = figure.subplots(2, 1, sharex=True)
-    epochs, lam, scaler = (np.array([r[k] for r in rows]) for k in ("epoch", "sched/lambda", "sched/loss_w"))
+
+    def column(name):
+        return np.array([row[name] for row in rows])
+
+    epochs, lam, scaler = column("epoch"), column("sched/lambda"), column("sched/loss_w")
     plot_curriculum(upper, epochs, lam, scaler)
     upper.set_title("How strongly the vessel mask helps: taught, weaned, left alone", fontsize=11, loc="left")
     shade_phases(lower, epochs, phase_of(lam, scaler))
     for key, name in MEASURED.items():
-        known = [(r["epoch"], r[key]) for r in rows if key in r]
+        known = [(row["epoch"], row[key]) for row in rows if key in row]
         if known:
             lower.plot(*zip(*known), marker=".", label=name)
     lower.set(xlabel="epoch", ylim=(0, 1))
@@ -226,20 +233,21 @@ def answer(
     out: str | Path,  # folder for the files of `write_registration`
     matcher: object,  # as in `register`
     pair: tuple[np.ndarray, np.ndarray, np.ndarray],  # from `demo_pair`
-    config: RegistrationConfig | None = None,  # RegistrationConfig; None: its defaults
+    config: RegistrationConfig | None = None,  # None: its defaults
 ) -> tuple:  # Registration, and a dict of its figures; corner_error_px_at_512 is None without a transform
     "Register the pair, leave the answer in a folder, and say how good it is."
     fixed, moving, truth = pair
-    r = register(fixed, moving, matcher=matcher, config=config)
-    write_registration(r, fixed, moving, out)
-    error = at_512(corner_error(r.moving_to_fixed, truth, moving.shape), fixed.shape[:2])
-    return r, dict(
-        verdict=str(r.verdict),
-        reasons=list(r.reasons),
-        matches=len(r.matches),
-        inliers=int(r.matches.inliers.sum()),
-        corner_error_px_at_512=error if np.isfinite(error) else None,
-    )
+    result = register(fixed, moving, matcher=matcher, config=config)
+    write_registration(result, fixed, moving, out)
+    error = at_512(corner_error(result.moving_to_fixed, truth, moving.shape), fixed.shape[:2])
+    figures = {
+        "verdict": str(result.verdict),
+        "reasons": list(result.reasons),
+        "matches": len(result.matches),
+        "inliers": int(result.matches.inliers.sum()),
+        "corner_error_px_at_512": error if np.isfinite(error) else None,
+    }
+    return result, figures
 
 
 # %% ../../nbs/09_training/07_demo.ipynb #d3e4a3e4
@@ -267,23 +275,49 @@ def within(
 SHOWN = 120  # match lines at most
 
 
+def spread(
+    which: np.ndarray,  # (N,) int
+    most: int = SHOWN,  # entries of the answer
+) -> np.ndarray:  # (min(N, most),) int
+    "Some of the entries, evenly spread; all of them where they are few."
+    if not len(which):
+        return which
+    chosen = np.linspace(0, len(which) - 1, min(len(which), most)).astype(int)
+    return which[chosen]
+
+
+# %% ../../nbs/09_training/07_demo.ipynb #fdc7f13f
 def draw_lines(
-    axes: Axes,
+    axes: Axes,  # to draw on
     fixed: np.ndarray,  # (H0, W0[, 3])
     moving: np.ndarray,  # (H1, W1[, 3])
-    matches: Matches,
+    matches: Matches,  # N of them
     agree: np.ndarray,  # (N,) bool
     height: int = 320,  # px of both images
 ) -> None:
     "Some of the match lines over both images, those that lie within them."
-    which = np.flatnonzero(within(matches.points0, fixed) & within(matches.points1, moving))
-    which = which[np.linspace(0, len(which) - 1, min(len(which), SHOWN)).astype(int)] if len(which) else which
+    which = spread(np.flatnonzero(within(matches.points0, fixed) & within(matches.points1, moving)))
     canvas = plot_pair(axes, fixed, moving, height)
     add_matches(canvas, matches.points0[which], matches.points1[which], agree[which], width=0.6)
 
 
 # %% ../../nbs/09_training/07_demo.ipynb #9c8967d8
-ROW = 380  # pixels of the picture for an answer
+def show_checkerboard(
+    axes: Axes,  # to draw on
+    result: Registration,  # of the pair
+    fixed: np.ndarray,  # (H0, W0[, 3])
+    moving: np.ndarray,  # (H1, W1[, 3])
+) -> None:
+    "The checkerboard of an answer, or a line that there is none."
+    if result.moving_to_fixed is not None:
+        axes.imshow(draw_checkerboard(result, fixed, moving))
+    else:
+        axes.text(0.5, 0.5, "no transform, so nothing to show", ha="center", fontsize=10)
+    axes.set_axis_off()
+
+
+# %% ../../nbs/09_training/07_demo.ipynb #13175a34
+WIDTH, ROW = 976, 380  # pixels of the picture, and of an answer in it
 CAPTIONS = ("match lines: green agrees with the answer, red does not", "fixed and aligned in squares")
 
 
@@ -293,23 +327,18 @@ def draw_beside(
 ) -> Figure:
     "A row for each answer, some of its match lines and its checkerboard: a Figure."
     fixed, moving, _ = pair
-    figure = new_figure(976, ROW * len(answers))
+    height = ROW * len(answers)
+    figure = new_figure(WIDTH, height)
     for k, (name, (result, found)) in enumerate(answers.items()):
-        bottom = 1 - (k + 1) / len(answers)
-        places = [
-            [x / 976, bottom + 8 / ROW / len(answers), w / 976, 320 / ROW / len(answers)]
-            for x, w in ((4, 648), (656, 320))
-        ]
-        lines, board = (figure.add_axes(place) for place in places)
+        bottom = height - ROW * (k + 1)  # pixels
+        base = (bottom + 8) / height
+        lines = figure.add_axes([4 / WIDTH, base, 648 / WIDTH, 320 / height])
+        board = figure.add_axes([656 / WIDTH, base, 320 / WIDTH, 320 / height])
         draw_lines(lines, fixed, moving, result.matches, result.matches.inliers)
-        if result.moving_to_fixed is not None:
-            board.imshow(draw_checkerboard(result, fixed, moving))
-        else:
-            board.text(0.5, 0.5, "no transform, so nothing to show", ha="center", fontsize=10)
-        board.set_axis_off()
-        figure.text(0.006, bottom + 360 / ROW / len(answers), said(name, found), fontsize=11, weight="bold")
+        show_checkerboard(board, result, fixed, moving)
+        figure.text(0.006, (bottom + 360) / height, said(name, found), fontsize=11, weight="bold")
         for x, caption in zip((6, 658), CAPTIONS):
-            figure.text(x / 976, bottom + 336 / ROW / len(answers), caption, fontsize=9, color="0.3")
+            figure.text(x / WIDTH, (bottom + 336) / height, caption, fontsize=9, color="0.3")
     return figure
 
 
@@ -366,8 +395,10 @@ def demo(
 ) -> Path:
     """Register with the shipped weights and show it; train, register again, and say where to look.
 
-    An interrupted demonstration goes on where it stopped."""
-    out, start, pair = Path(out), time.monotonic(), demo_pair()
+    An interrupted demonstration goes on where it stopped.
+    """
+    start = time.monotonic()
+    out, pair = Path(out), demo_pair()
     answers = show_first(out, pair)
     print(f"First answer after {time.monotonic() - start:.0f} s, with the weights that ship.")
     print(f"{said('shipped', answers['shipped'][1])}\nLook at {out / 'registered.png'}\n", flush=True)
@@ -380,6 +411,24 @@ def demo(
 
 
 # %% ../../nbs/09_training/07_demo.ipynb #1646d692
+def draw_epoch(
+    axes: Axes,  # to draw on
+    recording: Recording,  # of a run
+    probe: int,  # number of the probe
+    epoch: int,  # one that was recorded
+) -> None:
+    "The match lines of a probe in one epoch, with how many are right."
+    pair = recording.probes[probe]
+    fixed = np.uint8(127.5 + pair.image0.astype(np.float32)) * pair.fov0
+    moving = np.uint8(127.5 + pair.image1.astype(np.float32)) * pair.fov1
+    record = recording.record(epoch)
+    matches, agrees = record.lines(record.find(probe, False))
+    draw_lines(axes, fixed, moving, matches, agrees, 256)
+    right = f"{agrees.mean():.0%} of {len(matches)} matches are right" if len(matches) else "no matches"
+    axes.set_title(f"after epoch {epoch + 1}: {right}", fontsize=11, loc="left")
+
+
+# %% ../../nbs/09_training/07_demo.ipynb #0686fef7
 STORY = (
     "Where does the matcher put points of the left image in the right one? A pair it does not train on,\n"
     "without any mask. Green lines are right, red ones wrong; some of the lines are drawn."
@@ -388,28 +437,19 @@ STORY = (
 
 # %% ../../nbs/09_training/07_demo.ipynb #240cbba3
 def draw_epochs(
-    recording: Recording,
+    recording: Recording,  # of a run
     probe: int = 0,  # number of the probe
 ) -> Figure:
     "The match lines of a probe in four epochs, two in a row: a Figure."
     epochs = recording.epochs
     shown = sorted({epochs[round(share * (len(epochs) - 1))] for share in (0, 0.25, 0.5, 1)})
-    figure = new_figure(1100, 24 + 48 + 316 * ((len(shown) + 1) // 2))
-    axes = figure.subplots((len(shown) + 1) // 2, 2, squeeze=False).ravel()
-    pair = recording.probes[probe]
-    images = [
-        np.uint8(127.5 + image.astype(np.float32)) * fov
-        for image, fov in ((pair.image0, pair.fov0), (pair.image1, pair.fov1))
-    ]
+    rows = (len(shown) + 1) // 2
+    figure = new_figure(1100, 24 + 48 + 316 * rows)
+    axes = figure.subplots(rows, 2, squeeze=False).ravel()
     for axis in axes:
         axis.set_axis_off()
     for axis, epoch in zip(axes, shown):
-        record = recording.record(epoch)
-        look = record.find(probe, False)
-        matches, agrees = record.lines(look)
-        draw_lines(axis, *images, matches, agrees, 256)
-        right = f"{agrees.mean():.0%} of {len(matches)} matches are right" if len(matches) else "no matches"
-        axis.set_title(f"after epoch {epoch + 1}: {right}", fontsize=11, loc="left")
+        draw_epoch(axis, recording, probe, epoch)
     figure.tight_layout(rect=(0, 0, 1, 1 - 52 / figure.bbox.height))
     figure.text(0.012, 1 - 44 / figure.bbox.height, STORY, fontsize=10, color="0.2")
     return figure
@@ -439,15 +479,16 @@ FILES = {
 
 # %% ../../nbs/09_training/07_demo.ipynb #491cd5e1
 def summary(
-    out: Path,
-    report: dict,  # dict of metrics.json
+    out: Path,  # folder of the demonstration
+    report: dict,  # as in metrics.json
     command: str = "loftr-curriculum",  # how this program is called
 ) -> str:
     "What happened, where to look, and what comes next."
     lines = []
-    for name in (name for name in NAMES if name in report):
-        lines.append(said(name, report[name]))
-        lines += [f"  because {reason}" for reason in report[name]["reasons"]]
+    for name in NAMES:
+        if name in report:
+            lines.append(said(name, report[name]))
+            lines += [f"  because {reason}" for reason in report[name]["reasons"]]
     there = [f"  {str(out / name):34s} {what}" for name, what in FILES.items() if (out / name).exists()]
     later = [f"Your own pair: {command} register FIXED MOVING --out registered/"]
     if "trained" in report:

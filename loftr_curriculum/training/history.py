@@ -18,30 +18,36 @@ from ..io.files import read_json, write_json
 class RunFolder:
     "The files of a training run by name; they need not exist."
 
-    path: Path
+    path: Path  # of the folder
 
     @property
     def config(self) -> Path:
+        "The configuration."
         return self.path / "config.json"
 
     @property
     def last(self) -> Path:
+        "The checkpoint that a resumed run starts from."
         return self.path / "last.ckpt"
 
     @property
     def best(self) -> Path:
+        "The checkpoint with the highest unguided `val/auc` of the independence phase."
         return self.path / "best.ckpt"
 
     @property
     def before(self) -> Path:
+        "The facts of the weights that the run starts from."
         return self.path / "before.json"
 
     @property
     def weights(self) -> Path:
+        "The matcher that the run leaves."
         return self.path / "weights.safetensors"
 
     @property
     def recording(self) -> Path:
+        "The folder of matches and collapse figures of the probe pairs."
         return self.path / "recording"
 
     def sessions(self) -> list[Path]:
@@ -63,14 +69,14 @@ def read_epochs(
 
 # %% ../../nbs/09_training/08_history.ipynb #221e04d5
 def read_log(
-    path: str | Path,  # metrics.csv of a session
+    path: Path,  # metrics.csv of a session
 ) -> list:
     "One dict of the numbers of each row; none where nothing was logged yet."
     if not path.is_file():
         return []
     with open(path, newline="") as f:
         rows = list(csv.DictReader(f))
-    return [{k: float(v) for k, v in row.items() if v not in ("", None)} for row in rows]
+    return [{name: float(value) for name, value in row.items() if value not in ("", None)} for row in rows]
 
 
 # %% ../../nbs/09_training/08_history.ipynb #e1f00c01
@@ -96,14 +102,14 @@ def facts_from(
     from ..model.weights import open_checkpoint
 
     saved = open_checkpoint(path)
-    told = {"steps": steps, "epochs": epoch + 1}
+    collected = {"steps": steps, "epochs": epoch + 1}
     config = part_of(saved, "hyper_parameters", "train")
     batch = part_of(config, "data").get("batch_size")
     if type(batch) is int:
-        told |= {"config": config, "pairs": steps * batch}
+        collected |= {"config": config, "pairs": steps * batch}
     seconds = part_of(saved, "callbacks", "Stopwatch").get("seconds", 0)
-    told["seconds"] = round(seconds) if isinstance(seconds, (int, float)) else 0
-    return told | facts_before(Path(path).parent)
+    collected["seconds"] = round(seconds) if isinstance(seconds, (int, float)) else 0
+    return collected | facts_before(Path(path).parent)
 
 
 # %% ../../nbs/09_training/08_history.ipynb #1b04b6f0
@@ -112,7 +118,8 @@ def facts_before(
 ) -> dict:
     """`before` with the facts of the weights that a run began with; empty where it began with random ones.
 
-    Raises FileError where the file holds something else."""
+    Raises FileError where the file holds something else.
+    """
     path = RunFolder(Path(out)).before
     if not path.is_file():
         return {}

@@ -70,8 +70,8 @@ def confused_cells(
     negative: torch.Tensor,  # (B, L, S) bool
 ) -> tuple:
     "The negatives that are not yet negligible: pair of the batch, cell of image 0, cell of image 1."
-    # one pair of images at a time: what is written stays in the cache
-    kept = [(r + c > LOG_SMALL) & no for r, c, no in zip(row, col, negative)]
+    # one pair of images at a time: what is written stays in the processor's cache
+    kept = [(r + c > LOG_SMALL) & is_negative for r, c, is_negative in zip(row, col, negative)]
     return torch.stack(kept).nonzero(as_tuple=True)
 
 
@@ -85,7 +85,8 @@ def negative_weight(
     "The weights of all negatives, summed."
     if scaler == 1:
         return negative.sum()
-    return sum((pair_weight(w0[:, None], w1, scaler) * no).sum() for w0, w1, no in zip(m0, m1, negative))
+    pairs = zip(m0, m1, negative)
+    return sum((pair_weight(w0[:, None], w1, scaler) * is_negative).sum() for w0, w1, is_negative in pairs)
 
 
 # %% ../../nbs/09_training/03_losses.ipynb #8b60d28a
@@ -94,7 +95,7 @@ def read_once(
     first: tuple[torch.Tensor, ...],  # pair of the batch, cell of image 0, cell of image 1; each (M,)
     second: tuple[torch.Tensor, ...],  # the same, (N,)
 ) -> tuple:
-    "What stands at the first places (M,), and at the second ones (N,)."
+    "The log probabilities at the first places (M,), and at the second ones (N,)."
     places = tuple(torch.cat(both) for both in zip(first, second))
     return log_p[places].split((len(first[0]), len(second[0])))
 
@@ -102,7 +103,7 @@ def read_once(
 # %% ../../nbs/09_training/03_losses.ipynb #26ba10b2
 def coarse_loss(
     sim: torch.Tensor,  # (B, L, S) logits of the dual softmax
-    targets: Targets,
+    targets: Targets,  # state of every cell pair
     m0: torch.Tensor,  # (B, L) vessel weight of the cells of image 0, in [0, 1]
     m1: torch.Tensor,  # (B, S) vessel weight of the cells of image 1
     scaler: float,  # vessel_loss_weight_scaler
@@ -126,12 +127,12 @@ def coarse_loss(
 
 # %% ../../nbs/09_training/03_losses.ipynb #52adc44b
 def fine_loss(
-    terms: FineTerms,
+    terms: FineTerms,  # of the fine stage
     m0: torch.Tensor,  # (B, L) vessel weight of the cells of image 0
     m1: torch.Tensor,  # (B, S) vessel weight of the cells of image 1
     scaler: float,  # vessel_loss_weight_scaler
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    "Weighted mean, and the median distance in pixels; 0 and nan where there is no cell to learn from."
+    "Weighted mean, and the median distance in pixels, two scalars; 0 and nan where there is no cell."
     distance_px = terms.distance_px.nanmedian()
     if not len(terms.loss):
         return terms.zero, distance_px
@@ -144,7 +145,7 @@ def fine_loss(
 class Loss:
     "The loss of a step and its parts, scalars."
 
-    total: torch.Tensor
+    total: torch.Tensor  # what is trained on
     positive: torch.Tensor  # mean of -log probability over true links
     negative: torch.Tensor  # focal term over negatives
     fine: torch.Tensor  # likelihood of the flow (fast), squared distance in window radii (reference)
@@ -154,7 +155,7 @@ class Loss:
 # %% ../../nbs/09_training/03_losses.ipynb #54f63cd5
 def vessel_weights(
     mask: torch.Tensor,  # (B, H, W) soft vessel mask in [0, 1]
-    grid: Grid,
+    grid: Grid,  # of the coarse cells
 ) -> torch.Tensor:
     "Vessel weight of the cells, (B, len(grid)) in [0, 1]."
     weights = mask_to_grid(pad_to(mask, 16), grid.stride)
@@ -165,7 +166,7 @@ def vessel_weights(
 def matching_loss(
     matcher: TwoStageMatcher,  # the matcher that made the result; its fine stage brings its terms
     result: CoarseResult,  # of the guided forward pass
-    targets: Targets,
+    targets: Targets,  # state of every cell pair
     mask0: torch.Tensor,  # (B, H0, W0) soft vessel mask in [0, 1]
     mask1: torch.Tensor,  # (B, H1, W1)
     generator: torch.Generator,  # for what the fine stage draws
@@ -179,7 +180,8 @@ def matching_loss(
     terms = matcher.fine_stage.loss_terms(result, targets, generator)
     fine, fine_px = fine_loss(terms, m0, m1, scaler)
     weight = VARIANTS[matcher.config.variant].fine_weight
-    return Loss(positive + negatives * negative + weight * fine, positive, negative, fine, fine_px)
+    total = positive + negatives * negative + weight * fine
+    return Loss(total, positive, negative, fine, fine_px)
 
 
 # %% ../../nbs/09_training/03_losses.ipynb #e04b0a68

@@ -15,6 +15,7 @@ __all__ = [
     "exchange_mask",
     "with_masks",
     "forward_batch",
+    "targets_of",
     "batch_loss",
     "training_step",
     "log_loss",
@@ -46,7 +47,7 @@ from ..registration.binning import bin_matches
 from ..registration.estimate import estimate_transform
 from .config import TrainConfig
 from .losses import Loss, matching_loss
-from .supervision import cell_frame, supervise
+from .supervision import Targets, Truth, cell_frame, supervise
 
 
 # %% ../../nbs/09_training/04_module.ipynb #9d89a3d0
@@ -74,10 +75,14 @@ def mean_auc(
 
 
 # %% ../../nbs/09_training/04_module.ipynb #01dcb353
-def first_matcher(config: TrainConfig) -> TwoStageMatcher:
+def first_matcher(
+    config: TrainConfig,  # init, matcher and only_fine
+) -> TwoStageMatcher:
     """What a run starts from: random weights, or those of `init` with the configuration that they carry.
 
-    Raises ValueError where `config.matcher` asks for another one."""
+    Raises ValueError where `config.matcher` asks for another one, FileNotFoundError or ValueError for a file
+    of weights that is missing or none.
+    """
     want = config.matcher
     if not config.init:
         return make_matcher(want)
@@ -104,10 +109,11 @@ def check_same_matcher(
             f"{init}: holds the variant {has.variant}, train it with --matcher.variant {has.variant}"
         )
     plain = MatcherConfig(want.variant)
-    other = [n for n, v in asdict(want).items() if v not in (getattr(plain, n), getattr(has, n))]
+    fields = asdict(want).items()
+    other = [name for name, value in fields if value not in (getattr(plain, name), getattr(has, name))]
     if other:
-        holds = ", ".join(f"{n} {getattr(has, n)}" for n in other)
-        options = ", ".join(f"--matcher.{n}" for n in other)
+        holds = ", ".join(f"{name} {getattr(has, name)}" for name in other)
+        options = ", ".join(f"--matcher.{name}" for name in other)
         raise ValueError(f"{init}: holds a matcher with {holds}; leave out {options}")
 
 
@@ -143,7 +149,8 @@ MEANS = {
 class PL_LoFTR(pl.LightningModule):
     """Trains a matcher of either variant on batches of `PairDataModule`.
 
-    `guidance` is what the curriculum sets; training uses it, validation does not."""
+    `guidance` is what the curriculum sets; training uses it, validation does not.
+    """
 
     def __init__(
         self,
@@ -195,7 +202,7 @@ def exchange_mask(
 
 # %% ../../nbs/09_training/04_module.ipynb #c3e8e43f
 def with_masks(
-    batch: PairBatch,
+    batch: PairBatch,  # as the loader gives it
     whose: str,  # "own", "other" or "uniform", as in CurriculumConfig
 ) -> PairBatch:
     "The batch with the masks that guide and weight it."
@@ -207,9 +214,9 @@ def with_masks(
 
 # %% ../../nbs/09_training/04_module.ipynb #3d60ab23
 def forward_batch(
-    matcher: TwoStageMatcher,  # Matcher
-    batch: PairBatch,
-    guidance: Guidance,
+    matcher: TwoStageMatcher,  # of either variant
+    batch: PairBatch,  # with the masks that guide
+    guidance: Guidance,  # of the forward pass
 ) -> CoarseResult:
     "The matcher's result on a batch."
     return matcher(
@@ -224,12 +231,12 @@ def forward_batch(
 
 
 # %% ../../nbs/09_training/04_module.ipynb #09cfa2bb
-def batch_loss(module: PL_LoFTR, batch: PairBatch) -> Loss:
-    "The weighted loss of a batch under the module's guidance; nothing is logged."
-    batch = with_masks(batch, module.config.phases.mask)
-    result = forward_batch(module.matcher, batch, module.guidance)
-    truth = cell_frame(batch, result.grid0, result.grid1)
-    targets = supervise(
+def targets_of(
+    truth: Truth,  # of the batch
+    result: CoarseResult,  # of the batch
+) -> Targets:
+    "The state of every cell pair that the matcher has compared."
+    return supervise(
         truth.fixed_to_moving,
         result.grid0,
         result.grid1,
@@ -238,22 +245,36 @@ def batch_loss(module: PL_LoFTR, batch: PairBatch) -> Loss:
         truth.map_0to1,
         truth.map_1to0,
     )
-    draw = torch.Generator().manual_seed(module.config.seed * 1_000_003 + module.global_step)
+
+
+# %% ../../nbs/09_training/04_module.ipynb #60e5a7e9
+def batch_loss(
+    module: PL_LoFTR,  # in training
+    batch: PairBatch,  # as the loader gives it
+) -> Loss:
+    "The weighted loss of a batch under the module's guidance; nothing is logged."
+    config = module.config
+    batch = with_masks(batch, config.phases.mask)
+    result = forward_batch(module.matcher, batch, module.guidance)
+    truth = cell_frame(batch, result.grid0, result.grid1)
     return matching_loss(
         module.matcher,
         result,
-        targets,
+        targets_of(truth, result),
         truth.mask0,
         truth.mask1,
-        draw,
+        torch.Generator().manual_seed(config.seed * 1_000_003 + module.global_step),
         module.guidance,
-        module.config.negatives,
+        config.negatives,
     )
 
 
 # %% ../../nbs/09_training/04_module.ipynb #a55868a6
-def training_step(module: PL_LoFTR, batch: PairBatch) -> torch.Tensor:
-    "The loss that a step goes down by; its parts are logged."
+def training_step(
+    module: PL_LoFTR,  # in training
+    batch: PairBatch,  # as the loader gives it
+) -> torch.Tensor:
+    "The loss of a step, a scalar; its parts are logged."
     loss = batch_loss(module, batch)
     log_loss(module, loss, len(batch))
     return loss.total
@@ -261,7 +282,7 @@ def training_step(module: PL_LoFTR, batch: PairBatch) -> torch.Tensor:
 
 # %% ../../nbs/09_training/04_module.ipynb #f4c127bd
 def log_loss(
-    module: PL_LoFTR,
+    module: PL_LoFTR,  # in training
     loss: Loss,  # of a step
     pairs: int,  # pairs of the batch
 ) -> None:
@@ -272,6 +293,7 @@ def log_loss(
 
 
 # %% ../../nbs/09_training/04_module.ipynb #b6a79812
+# figures of `collapse_figures` that are logged
 COLLAPSE = (
     "matches",
     "collapse_index",
@@ -285,32 +307,47 @@ COLLAPSE = (
 
 
 # %% ../../nbs/09_training/04_module.ipynb #8360c9f9
-def matches_of(module: PL_LoFTR, batch: PairBatch, guidance: Guidance) -> list[Matches]:
-    "The matches of every pair of a batch, however faint."
+def matches_of(
+    module: PL_LoFTR,  # in validation
+    batch: PairBatch,  # as the loader gives it
+    guidance: Guidance,  # of the forward pass
+) -> list[Matches]:
+    "The matches of every pair of a batch, of any confidence."
     shown = with_masks(batch, module.config.phases.mask)
-    images, fovs = (shown.image0, shown.image1), (shown.fov0, shown.fov1)
-    masks = shown.mask0, shown.mask1
-    return module.matcher.match(*images, *fovs, *masks, guidance=guidance, threshold=0.0)
+    return module.matcher.match(
+        shown.image0,
+        shown.image1,
+        shown.fov0,
+        shown.fov1,
+        shown.mask0,
+        shown.mask1,
+        guidance=guidance,
+        threshold=0.0,
+    )
 
 
 # %% ../../nbs/09_training/04_module.ipynb #704f0445
-def validate(module: PL_LoFTR, batch: PairBatch, guidance: Guidance) -> tuple[torch.Tensor, dict[str, float]]:
+def validate(
+    module: PL_LoFTR,  # in validation
+    batch: PairBatch,  # as the loader gives it
+    guidance: Guidance,  # of the forward pass
+) -> tuple[torch.Tensor, dict[str, float]]:
     "Corner errors (B,) at 512 px, and the mean collapse figures of the batch."
     truth = batch.fixed_to_moving.cpu().numpy().astype(float)
     fov0, fov1 = batch.fov0.cpu().numpy(), batch.fov1.cpu().numpy()
     vessels = batch.mask0.cpu().numpy()
     errors, figures = [], []
     for k, m in enumerate(matches_of(module, batch, guidance)):
-        seen = fov0[k], fov1[k]
         errors.append(quick_error(m, fov0[k], truth[k], fov1[k].shape))
-        figures.append(collapse_figures(m.points0, m.points1, *seen, truth[k], vessels[k], m.confidence))
-    means = {name: float(np.mean([getattr(f, name) for f in figures])) for name in COLLAPSE}
+        known = fov0[k], fov1[k], truth[k], vessels[k]
+        figures.append(collapse_figures(m.points0, m.points1, *known, m.confidence))
+    means = {name: float(np.mean([getattr(figure, name) for figure in figures])) for name in COLLAPSE}
     return torch.tensor(errors, dtype=torch.float32), means
 
 
 # %% ../../nbs/09_training/04_module.ipynb #4b2eef4d
 def log_errors(
-    module: PL_LoFTR,
+    module: PL_LoFTR,  # in validation
     name: str,  # prefix of the logged names
     errors: np.ndarray,  # (N,) pixels at 512 px
 ) -> None:
@@ -332,12 +369,13 @@ def rate(
     warmup = max(1, min(warmup, steps // 10))
     if step < warmup:
         return (step + 1) / warmup
-    return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warmup) / max(1, steps - warmup))))
+    share = min(1.0, (step - warmup) / max(1, steps - warmup))  # of the cosine that is done
+    return 0.5 * (1 + math.cos(math.pi * share))
 
 
 # %% ../../nbs/09_training/04_module.ipynb #dd899ebc
 def configure_optimizers(
-    module: PL_LoFTR,  # PL_LoFTR attached to a trainer
+    module: PL_LoFTR,  # attached to a trainer
 ) -> dict:
     "AdamW and its schedule, stepped every batch."
     config = module.config

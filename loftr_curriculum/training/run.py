@@ -15,6 +15,7 @@ __all__ = [
     "is_longer",
     "planned_epochs",
     "planned_phases",
+    "differing",
     "claim_folder",
     "computes_bf16",
     "precision_of",
@@ -105,7 +106,7 @@ FREE = (
 )
 
 # %% ../../nbs/09_training/06_run.ipynb #14bae632
-# fields that are another machine's business
+# fields that may differ on another machine
 OF_THE_MACHINE = ("data.cache", "data.workers", "data.render_workers")
 
 # %% ../../nbs/09_training/06_run.ipynb #1f81f748
@@ -118,11 +119,11 @@ def what_counts(
     config: dict,  # of a TrainConfig
 ) -> dict:
     "What has to be the same where a run goes on, as a flat dict."
-    flat = {k: v for k, v in config.items() if k != "data"}
-    flat |= {f"data.{k}": v for k, v in config.get("data", {}).items()}
-    counts = {k: v for k, v in flat.items() if k not in (*FREE, *OF_THE_MACHINE)}
-    names = {k: Path(v).name for k, v in counts.items() if k in FILES and v}
-    return counts | names
+    flat = {name: value for name, value in config.items() if name != "data"}
+    flat |= {f"data.{name}": value for name, value in config.get("data", {}).items()}
+    counts = {name: value for name, value in flat.items() if name not in (*FREE, *OF_THE_MACHINE)}
+    file_names = {name: Path(value).name for name, value in counts.items() if name in FILES and value}
+    return counts | file_names
 
 
 # %% ../../nbs/09_training/06_run.ipynb #9106064a
@@ -139,11 +140,12 @@ def config_written(
 ) -> dict:
     "The configuration of the run in a folder; FileError where it is something else."
     found = read_json(path)
-    good = isinstance(found, dict) and isinstance(found.get("data", {}), dict)
-    if good:
-        files = [found.get("init"), *(found.get("data", {}).get(name) for name in ("triplets", "pairs"))]
-        good = all(isinstance(name, (str, type(None))) for name in files)
-    if not good:
+    is_good = isinstance(found, dict) and isinstance(found.get("data", {}), dict)
+    if is_good:
+        data = found.get("data", {})
+        files = (found.get("init"), data.get("triplets"), data.get("pairs"))
+        is_good = all(isinstance(file, (str, type(None))) for file in files)
+    if not is_good:
         raise FileError(
             f"{path}: expected the configuration of a training run, a JSON object with its fields"
         )
@@ -157,12 +159,9 @@ def with_later_fields(
     "The same with the fields that came later, at their defaults."
     if not isinstance(written.get("matcher"), dict):
         return written
-    matcher = json.loads(json.dumps(asdict(MatcherConfig())))
-    return {
-        "negatives": TrainConfig.negatives,
-        **written,
-        "matcher": {**matcher, **written["matcher"]},
-    }
+    defaults = json.loads(json.dumps(asdict(MatcherConfig())))
+    matcher = defaults | written["matcher"]
+    return {"negatives": TrainConfig.negatives} | written | {"matcher": matcher}
 
 
 # %% ../../nbs/09_training/06_run.ipynb #a3ef4987
@@ -171,8 +170,8 @@ PLANNED = "planned_epochs"  # in config.json of a run that was made longer: its 
 
 # %% ../../nbs/09_training/06_run.ipynb #d4ee593b
 def is_longer(
-    config: TrainConfig,
-    written: dict,  # dict of the configuration that the folder holds
+    config: TrainConfig,  # of the run
+    written: dict,  # the configuration that the folder holds
 ) -> bool:
     "Does it ask for more epochs than the run in its folder had?"
     had = written.get("epochs")
@@ -181,9 +180,9 @@ def is_longer(
 
 # %% ../../nbs/09_training/06_run.ipynb #d8df00aa
 def planned_epochs(
-    config: TrainConfig,
+    config: TrainConfig,  # of the run
 ) -> int:
-    "Epochs by which the phases are reckoned: those of the first plan where the folder holds a run."
+    "Epochs that the phases refer to: those of the first plan where the folder holds a run."
     folder = RunFolder(Path(config.out))
     if not (folder.last.is_file() and folder.config.is_file()):
         return config.epochs
@@ -194,8 +193,8 @@ def planned_epochs(
 
 # %% ../../nbs/09_training/06_run.ipynb #95a7d60d
 def planned_phases(
-    config: TrainConfig,
-) -> CurriculumConfig:  # CurriculumConfig
+    config: TrainConfig,  # of the run
+) -> CurriculumConfig:
     "The phases of the run; in epochs of the first plan where it was made longer."
     planned = planned_epochs(config)
     if planned == config.epochs:
@@ -205,10 +204,24 @@ def planned_phases(
 
 
 # %% ../../nbs/09_training/06_run.ipynb #de38adc5
-def claim_folder(config: TrainConfig) -> RunFolder:
+def differing(
+    written: dict,  # of a TrainConfig, as the folder of a run has it
+    mine: dict,  # of a TrainConfig
+) -> str:  # names with commas, empty where the run may go on
+    "The fields that have to be the same and are not."
+    theirs = what_counts(with_later_fields(written))
+    ours = what_counts(mine)
+    return ", ".join(name for name in ours if theirs.get(name) != ours[name])
+
+
+# %% ../../nbs/09_training/06_run.ipynb #f246cb69
+def claim_folder(
+    config: TrainConfig,  # of the run
+) -> RunFolder:
     """Makes the folder of a run and writes its configuration.
 
-    Raises ValueError, naming what differs, where the folder holds another run."""
+    Raises ValueError, naming what differs, where the folder holds another run.
+    """
     folder = RunFolder(Path(config.out))
     mine = json.loads(json.dumps(asdict(config)))
     if not folder.last.is_file():
@@ -216,8 +229,7 @@ def claim_folder(config: TrainConfig) -> RunFolder:
         write_json(folder.config, mine)
         return folder
     written = config_written(folder.config)
-    theirs, ours = what_counts(with_later_fields(written)), what_counts(mine)
-    differ = ", ".join(k for k in ours if theirs.get(k) != ours[k])
+    differ = differing(written, mine)
     if differ == "epochs" and config.resume and is_longer(config, written):
         write_json(folder.config, mine | {PLANNED: planned_epochs(config)})
         return folder
@@ -243,7 +255,9 @@ def computes_bf16() -> bool:
 
 
 # %% ../../nbs/09_training/06_run.ipynb #39ea5719
-def precision_of(config: TrainConfig) -> str:
+def precision_of(
+    config: TrainConfig,  # of the run
+) -> str:
     "Lightning's name for the precision."
     if config.precision == "auto":
         return "bf16-mixed" if computes_bf16() else "32-true"
@@ -257,38 +271,38 @@ class Run:
 
     out: Path  # folder
     weights: Path  # weights.safetensors
-    metrics: dict  # last logged values
+    metrics: dict  # last logged values by name
     module: PL_LoFTR  # as it stands after the last epoch
 
 
 # %% ../../nbs/09_training/06_run.ipynb #035fb402
 def callbacks_of(
-    config: TrainConfig,
+    config: TrainConfig,  # of the run
     out: str | Path,  # folder of the run
 ) -> list:
-    "Everything that watches the run; the last one keeps `last.ckpt`."
+    "All callbacks of the run; the last one keeps `last.ckpt`."
     phases = planned_phases(config)
-    free = independence_from(phases, config.epochs)
-    time = Stopwatch()
-    watch = [
-        time,
-        Progress(config.data, time),
+    independent = independence_from(phases, config.epochs)
+    stopwatch = Stopwatch()
+    callbacks = [
+        stopwatch,
+        Progress(config.data, stopwatch),
         CurriculumScheduler(phases, max(1, config.record_every)),
     ]
     if config.record_every and (config.probes or config.probe_pseudo_real or config.probe_real):
-        watch.append(recorder_of(config, out))
+        callbacks.append(recorder_of(config, out))
     if config.val_real:
-        watch.append(RealPairs(config.val_real))
+        callbacks.append(RealPairs(config.val_real))
     if config.patience:
-        watch.append(PatientStopping(config.patience, max(config.stop_from, free)))
+        callbacks.append(PatientStopping(config.patience, max(config.stop_from, independent)))
     last = LastCheckpoint(out, config.checkpoint_minutes)
-    return [*watch, BestWhenIndependent(out, free), EpochTable(), last]
+    return [*callbacks, BestWhenIndependent(out, independent), EpochTable(), last]
 
 
 # %% ../../nbs/09_training/06_run.ipynb #5b6585ea
 def recorder_of(
-    config: TrainConfig,
-    out: str | Path,  # folder of the run
+    config: TrainConfig,  # of the run
+    out: str | Path,  # its folder
 ) -> MatchRecorder:
     "The recorder of the probe pairs."
     return MatchRecorder(
@@ -301,7 +315,9 @@ def recorder_of(
 
 
 # %% ../../nbs/09_training/06_run.ipynb #7ff56229
-def loggers_of(folder: RunFolder) -> list:
+def loggers_of(
+    folder: RunFolder,  # of the run
+) -> list:
     "CSV and TensorBoard logs of the next session."
     session = f"session_{len(folder.sessions()):02d}"
     return [
@@ -312,12 +328,12 @@ def loggers_of(folder: RunFolder) -> list:
 
 # %% ../../nbs/09_training/06_run.ipynb #60878594
 def facts_of(
-    config: TrainConfig,
+    config: TrainConfig,  # of the run
     trainer: pl.Trainer,  # after the run
     epoch: int,  # whose weights are kept
 ) -> dict:
     "What a weights file says about its training; `before` holds the facts of the weights it started from."
-    told = {
+    facts = {
         "config": config_to_tell(config),
         "epochs": trainer.current_epoch,
         "kept_epoch": epoch,
@@ -331,20 +347,24 @@ def facts_of(
         "val": validation_of(config.out, epoch),
     }
     if planned_epochs(config) != config.epochs:
-        told[PLANNED] = planned_epochs(config)
-    return told | facts_before(config.out)
+        facts[PLANNED] = planned_epochs(config)
+    return facts | facts_before(config.out)
 
 
 # %% ../../nbs/09_training/06_run.ipynb #13efbc38
-def config_to_tell(config: TrainConfig) -> dict:
+def config_to_tell(
+    config: TrainConfig,  # of the run
+) -> dict:
     "The configuration without folders of the machine, as plain values."
     data = replace(config.data, cache=None)
-    told = replace(config, out="", val_real=None, probe_real=None, data=data)
-    return json.loads(json.dumps(asdict(told)))
+    plain = replace(config, out="", val_real=None, probe_real=None, data=data)
+    return json.loads(json.dumps(asdict(plain)))
 
 
 # %% ../../nbs/09_training/06_run.ipynb #0c557bd4
-def seconds_of(trainer: pl.Trainer) -> float:
+def seconds_of(
+    trainer: pl.Trainer,  # of the run
+) -> float:
     "Seconds of training over all sessions."
     watches = [c for c in trainer.callbacks if isinstance(c, Stopwatch)]
     return watches[0].seconds if watches else 0.0
@@ -361,7 +381,7 @@ def device_name() -> str:
 # %% ../../nbs/09_training/06_run.ipynb #9beb0e2c
 def validation_of(
     out: str | Path,  # folder of the run
-    epoch: int,
+    epoch: int,  # from 0
 ) -> dict:
     "The validation figures of an epoch; empty where none were logged."
     for row in read_epochs(out):
@@ -373,17 +393,17 @@ def validation_of(
 # %% ../../nbs/09_training/06_run.ipynb #f8b70f15
 def keep_before(
     out: str | Path,  # folder of the run
-    config: TrainConfig,
+    config: TrainConfig,  # of the run
     matcher: TwoStageMatcher,  # as loaded from `init`
 ) -> None:
-    "Keeps the facts of the weights in `init`, which may be gone or replaced before the run ends."
+    "Writes down the facts of the weights in `init`."
     if config.init and not is_elsewhere(config.init):
         write_before(out, facts_from(config.init, matcher.facts))
 
 
 # %% ../../nbs/09_training/06_run.ipynb #af69a5ff
 def module_of(
-    config: TrainConfig,
+    config: TrainConfig,  # of the run
     last: Path,  # path of `last.ckpt`
 ) -> PL_LoFTR:
     "The module to train, from what `init` says or from the last checkpoint."
@@ -394,9 +414,9 @@ def module_of(
 
 # %% ../../nbs/09_training/06_run.ipynb #f02c585a
 def trainer_of(
-    config: TrainConfig,
-    folder: RunFolder,
-    callbacks: Sequence[pl.Callback],
+    config: TrainConfig,  # of the run
+    folder: RunFolder,  # its folder
+    callbacks: Sequence[pl.Callback],  # all of the run
     progress: bool,  # show a progress bar?
 ) -> pl.Trainer:
     "Lightning's trainer for this run."
@@ -421,9 +441,9 @@ def trainer_of(
 # %% ../../nbs/09_training/06_run.ipynb #b1f00c04
 def how_it_ended(
     error: BaseException,  # what Lightning raised
-    last: LastCheckpoint,
+    last: LastCheckpoint,  # that was asked to stop, or not
 ) -> BaseException:
-    "The same in words of the command line: a signal, an interruption, a lost loader, or the error."
+    "The exception that the command line knows: of a signal, an interruption or a lost loader, or the error."
     if last.asked not in (None, signal.SIGINT):
         return SystemExit(128 + last.asked)
     if isinstance(error, SIGTERMException):
@@ -439,41 +459,47 @@ def how_it_ended(
 
 
 # %% ../../nbs/09_training/06_run.ipynb #8099ee29
-def fit(trainer: pl.Trainer, module: PL_LoFTR, data: PairDataModule, last: LastCheckpoint) -> None:
-    "Train from the last checkpoint where there is one; the first interruption stops politely."
+def fit(
+    trainer: pl.Trainer,  # of the run
+    module: PL_LoFTR,  # to train
+    data: PairDataModule,  # to train and validate on
+    last: LastCheckpoint,  # that the run goes on from
+) -> None:
+    "Train from the last checkpoint where there is one; raises what `how_it_ended` says."
     start = last.path if last.path.is_file() else None
     try:
         with polite_stop(last), no_process_left():
             trainer.fit(module, data, ckpt_path=start, weights_only=True)
     except (SIGTERMException, SystemExit, RuntimeError) as error:
-        told = how_it_ended(error, last)
-        if told is error:
+        ending = how_it_ended(error, last)
+        if ending is error:
             raise
-        raise told from None
+        raise ending from None
 
 
 # %% ../../nbs/09_training/06_run.ipynb #db56f2d9
 def keep_weights(
-    config: TrainConfig,
-    folder: RunFolder,
+    config: TrainConfig,  # of the run
+    folder: RunFolder,  # its folder
     trainer: pl.Trainer,  # after the run
 ) -> None:
     "Writes the weights file of the run: those of the best epoch, or of the last one."
-    best = config.keep == "best" and folder.best.is_file()
-    kept = load_matcher(folder.best if best else folder.last)
+    keeps_best = config.keep == "best" and folder.best.is_file()
+    kept = load_matcher(folder.best if keeps_best else folder.last)
     save_matcher(folder.weights, kept, facts_of(config, trainer, kept.facts["epoch"]))
 
 
 # %% ../../nbs/09_training/06_run.ipynb #b1f00c06
 @contextmanager
 def own_folder(
-    config: TrainConfig,
+    config: TrainConfig,  # of the run
     module: PL_LoFTR,  # that the last checkpoint is for
 ) -> Iterator[RunFolder]:
     """Inside, no other run works in the folder; yields its RunFolder.
 
-    Raises FileError where the last checkpoint is none of this run, and where the folder is full.
-    Of a run on several GPUs, the first process holds the folder for all."""
+    Raises ValueError where the folder holds another run, FileError where the last checkpoint is none of this
+    run or the folder is full. Of a run on several GPUs, the first process holds the folder for all.
+    """
     lock = only_run(config.out) if pl.utilities.rank_zero_only.rank == 0 else nullcontext()
     with lock:
         folder = claim_folder(config)
@@ -491,7 +517,7 @@ def own_folder(
 
 # %% ../../nbs/09_training/06_run.ipynb #e14bd8ac
 def train(
-    config: TrainConfig,
+    config: TrainConfig,  # of the run
     progress: bool = True,  # show a progress bar
     callbacks: Sequence[pl.Callback] = (),  # more callbacks
 ) -> Run:
@@ -499,11 +525,13 @@ def train(
 
     All input is checked before anything long starts: ValueError (FileError for files) names what is wrong,
     also where another run works in the folder.
+
     Interrupt it at any time (Ctrl-C, SIGTERM, SIGHUP); the same call goes on at the next step, also from a
-    copy of the folder on another machine, and the result is that of an uninterrupted run."""
+    copy of the folder on another machine, and the result is that of an uninterrupted run.
+    """
     with end_in_order():
         pl.seed_everything(config.seed, workers=True, verbose=False)
-        watch = callbacks_of(config, Path(config.out))
+        own = callbacks_of(config, Path(config.out))
         data = PairDataModule(config.data)
         module = module_of(config, RunFolder(Path(config.out)).last)
         with own_folder(config, module) as folder:
@@ -511,8 +539,8 @@ def train(
             data.setup()
             if not torch.cuda.is_available():
                 order_for_cpu(module.matcher)
-            trainer = trainer_of(config, folder, [*watch, *callbacks], progress)
-            fit(trainer, module, data, watch[-1])
+            trainer = trainer_of(config, folder, [*own, *callbacks], progress)
+            fit(trainer, module, data, last=own[-1])
             keep_weights(config, folder, trainer)
     metrics = {k: float(v) for k, v in trainer.callback_metrics.items()}
     return Run(folder.path, folder.weights, metrics, module)

@@ -47,6 +47,7 @@ class Targets:
 
     @property
     def ignored(self) -> torch.Tensor:
+        "(B, L, S) bool: pairs that are neither positive nor negative."
         return ~(self.positive | self.negative)
 
 
@@ -86,7 +87,10 @@ def true_points(
 ) -> torch.Tensor:
     """Where the centres of the cells truly lie in the other image, (B, len(grid), 2).
 
-    Convention: the matrix maps points of the image with the grid to points of the other one."""
+    Raises ValueError where the points are not those of the grid.
+
+    Convention: the matrix maps points of the image with the grid to points of the other one.
+    """
     if points is None:
         return apply_transform(matrix, grid.centres(matrix.device)[None])
     if points.shape[1:] != (*grid.shape, 2):
@@ -140,7 +144,8 @@ def supervise(
 ) -> Targets:
     """The state of every cell pair; raises ValueError where a map is not that of the grid.
 
-    Convention: everything is given in the frame in which cells stand for their centres, see `cell_frame`."""
+    Convention: everything is given in the frame in which cells stand for their centres, see `cell_frame`.
+    """
     grid0, grid1 = grid0.centred, grid1.centred
     points1 = true_points(fixed_to_moving, grid0, map_0to1)
     points0 = true_points(torch.linalg.inv(fixed_to_moving), grid1, map_1to0)
@@ -170,24 +175,32 @@ def move_map(
     grid: Grid,  # of the image that is mapped
     matrix: torch.Tensor,  # (B, 3, 3) true map, or its affine part
 ) -> torch.Tensor | None:
-    """The same of the points that the cells stand for; the matrix carries it over the pixels between them.
+    """The same map of the points that the cells stand for, in the frame in which these are centres.
 
-    Convention: the matrix maps points of the image with the grid to points of the other one."""
+    The true map is known at the centres; from there to the points the matrix stands in for it.
+
+    Convention: the matrix maps points of the image with the grid to points of the other one.
+    """
     if points is None:
         return None
-    centres, shift = grid.centred.centres(points.device)[None], grid.to_centre
+    centres = grid.centred.centres(points.device)[None]
+    shift = grid.to_centre
     off = apply_transform(matrix, centres - shift) - apply_transform(matrix, centres) + shift
     return points + off.unflatten(1, grid.shape)
 
 
 # %% ../../nbs/09_training/02_supervision.ipynb #09f4b23b
 def cell_frame(
-    batch: PairBatch,
+    batch: PairBatch,  # with truth and masks
     grid0: Grid,  # of the coarse cells of image 0
     grid1: Grid,  # of the coarse cells of image 1, with the same offset
 ) -> Truth:
-    "The truth and the masks of a batch in the frame in which cells stand for their centres."
-    fixed_to_moving, shift = batch.fixed_to_moving, grid0.to_centre
+    """The truth and the masks of a batch in the frame in which cells stand for their centres.
+
+    Convention: `fixed_to_moving` of the answer maps points of image 0 to points of image 1 in that frame.
+    """
+    fixed_to_moving = batch.fixed_to_moving
+    shift = grid0.to_centre
     if not shift:
         return Truth(fixed_to_moving, batch.map_0to1, batch.map_1to0, batch.mask0, batch.mask1)
     to_centres = torch.eye(3).to(fixed_to_moving)
