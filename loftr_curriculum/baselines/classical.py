@@ -41,7 +41,7 @@ from .protocol import Answer
 from .sift import describe, match_words
 
 # %% ../../nbs/10_baselines/02_classical.ipynb #f0685869
-LEAST = 8  # inliers
+LEAST = 8  # inliers of an answer
 THRESHOLD = 3.0  # px at 512: largest residual of an inlier
 
 
@@ -147,9 +147,11 @@ def log_polar(
     window = cv2.createHanningWindow((SIDE, SIDE), cv2.CV_32F)
     spectrum = np.abs(np.fft.fftshift(np.fft.fft2((square - square.mean()) * window)))
     row, column = np.indices((SIDE, SIDE))
-    angle, radius = np.pi * row / SIDE, (SIDE / 2) ** (column / SIDE)
-    at = [np.float32(SIDE / 2 + radius * f(angle)) for f in (np.cos, np.sin)]
-    seen = cv2.remap(np.float32(np.log1p(spectrum)), *at, cv2.INTER_LINEAR)
+    angle = np.pi * row / SIDE
+    radius = (SIDE / 2) ** (column / SIDE)
+    x = np.float32(SIDE / 2 + radius * np.cos(angle))
+    y = np.float32(SIDE / 2 + radius * np.sin(angle))
+    seen = cv2.remap(np.float32(np.log1p(spectrum)), x, y, cv2.INTER_LINEAR)
     return seen - seen.mean(0)
 
 
@@ -179,15 +181,15 @@ def estimate_phase(
     if not square0.any() or not square1.any():
         return Answer(None, "no vessels")
     (columns, rows), _ = cv2.phaseCorrelate(log_polar(square0), log_polar(square1))
-    degrees, scale = 180 * rows / SIDE, (SIDE / 2) ** (columns / SIDE)
+    degrees = 180 * rows / SIDE
+    scale = (SIDE / 2) ** (columns / SIDE)
+    if not 0.4 <= scale <= 2.5:
+        return Answer(None, "the scale is out of range")
     tried = [
         turned_and_shifted(square0, square1, sign * degrees + half, scale**power)
         for sign in (1, -1)
         for half in (0, 180)
         for power in (1, -1)
-        if 0.4 <= scale <= 2.5
     ]
-    if not tried:
-        return Answer(None, "the scale is out of range")
     response, moved = max(tried, key=lambda candidate: candidate[0])
     return Answer(to_square1.then(Affine(moved)).then(to_square0.inverse()), support=float(response))

@@ -51,7 +51,7 @@ def out_of_domain(
     x: torch.Tensor,  # (B, 2C, h, w), or (B, C, h, w) of the log-magnitude
     order: float | None,  # of the branch
 ) -> torch.Tensor:  # (B, C, h, w)
-    "What a branch says, as features in space."
+    "The output of a branch as features in space."
     if order is None:
         return x
     real, imaginary = x.chunk(2, 1)
@@ -77,6 +77,7 @@ class Branch(nn.Module):
         self.out = nn.Conv2d(dim, width, 1)
 
     def tokens(self, x: torch.Tensor) -> torch.Tensor:
+        "(B, C, h, w) -> (B, heads, h * w, C / heads)."
         return x.flatten(2).unflatten(1, (self.heads, -1)).mT.contiguous()
 
     def forward(self, own: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
@@ -106,6 +107,7 @@ class FractionalCrossAttention(nn.Module):
         )
 
     def update(self, own: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+        "One stream after the block, (B, C, h, w)."
         own = own + self.fuse(torch.cat([branch(own, other) for branch in self.branches], 1))
         return own + self.mix(own)
 
@@ -120,9 +122,10 @@ def layer(
     stride: int = 1,  # 2 halves the size
 ) -> nn.Sequential:
     "A convolution with its normalisation."
-    groups = 4
     return nn.Sequential(
-        nn.Conv2d(inputs, outputs, 3, stride, 1), nn.GroupNorm(groups, outputs), nn.LeakyReLU(0.1)
+        nn.Conv2d(inputs, outputs, 3, stride, 1),
+        nn.GroupNorm(4, outputs),
+        nn.LeakyReLU(0.1),
     )
 
 
@@ -180,6 +183,7 @@ class FractMorph(nn.Module):
         self.head = Head(dims)
 
     def pyramid(self, image: torch.Tensor) -> list[torch.Tensor]:
+        "Features at 1/2, 1/4 and 1/8."
         levels = []
         for step in self.stem:
             image = step(image)
@@ -204,7 +208,10 @@ def warp_by_flow(
     image: torch.Tensor,  # (B, C, H, W)
     flow: torch.Tensor,  # (B, 2, H, W) px
 ) -> torch.Tensor:  # (B, C, H, W)
-    "The moving image in the frame of the fixed one; zero outside."
+    """The moving image in the frame of the fixed one, linear; zero outside.
+
+    Convention: pixel p of the fixed frame takes what the moving image shows at p + flow(p).
+    """
     height, width = flow.shape[2:]
     x, y = torch.meshgrid(torch.arange(width), torch.arange(height), indexing="xy")
     at = torch.stack([x, y]).to(flow) + flow
@@ -233,7 +240,6 @@ def local_correlation(
     moving: torch.Tensor,  # (B, 1, H, W) in the frame of the fixed image
 ) -> torch.Tensor:  # (B, 1, H, W) in [0, 1]
     "The squared correlation of the windows around every pixel: 1 also for a negative."
-
     mean0, mean1 = window_mean(fixed), window_mean(moving)
     covariance = window_mean(fixed * moving) - mean0 * mean1
     variance0 = window_mean(fixed * fixed) - mean0**2
@@ -256,8 +262,8 @@ def slope(
 
 # %% ../../nbs/10_baselines/05_fractmorph.ipynb #5dff473f
 def deformation_loss(
-    network: FractMorph,
-    batch: PairBatch,
+    network: FractMorph,  # that learns
+    batch: PairBatch,  # on its device
 ) -> torch.Tensor:  # ()
     "Negative correlation where both images see something, and smoothness; no truth is used."
     flow = network(batch.image0, batch.image1)

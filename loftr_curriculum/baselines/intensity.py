@@ -126,7 +126,7 @@ def information(
 
 # %% ../../nbs/10_baselines/03_intensity.ipynb #87da86ee
 def small_levels(
-    picture: Prepared,
+    picture: Prepared,  # either image
 ) -> tuple[np.ndarray, np.ndarray]:  # (SMALL, SMALL) uint8, LEVELS outside the field, and its matrix (3, 3)
     "A small smooth version in few levels, equally often each, in the corner of a square."
     size = fit_size(picture.image.shape, SMALL)
@@ -181,14 +181,15 @@ def start_at(
 
 # %% ../../nbs/10_baselines/03_intensity.ipynb #b9fea6d4
 def starts(
-    fixed: Prepared,
-    moving: Prepared,
+    fixed: Prepared,  # image 0
+    moving: Prepared,  # image 1
     count: int,  # wanted
 ) -> list:  # of (3, 3) fixed -> moving, prepared pixels; the most informative first
     "The best shift of every rotation and scale, and of these the best."
     levels0, to_small0 = small_levels(fixed)
     levels1, to_small1 = small_levels(moving)
-    spectra0, least = spectra(levels0), max(50, 0.25 * (levels0 < LEVELS).sum())
+    spectra0 = spectra(levels0)
+    least = max(50, 0.25 * (levels0 < LEVELS).sum())  # px
     found = [start_at(turn, scale, levels1, spectra0, least) for scale in SCALES for turn in TURNS]
     found.sort(key=lambda candidate: -candidate[0])
     to_moving = invert(to_small1)
@@ -219,14 +220,14 @@ def as_matrix(
 
 # %% ../../nbs/10_baselines/03_intensity.ipynb #eaf1c0e5
 def climb(
-    fixed: Prepared,
-    moving: Prepared,
+    fixed: Prepared,  # image 0
+    moving: Prepared,  # image 1
     start: np.ndarray,  # (3, 3) fixed -> moving
     shrinks: tuple,  # shrink factors, coarse to fine
     steps: int,  # at most, at each of them
     share: float,  # of the pixels that are looked at
 ) -> tuple[float, np.ndarray]:  # mutual information, and fixed -> moving (3, 3)
-    "The nearest summit of mutual information over affines."
+    "The nearest local maximum of mutual information over affines; -inf where the images no longer overlap."
     method = method_for(fixed.fov, share)
     method.SetOptimizerAsRegularStepGradientDescent(1.0, 0.01, steps, 0.6)
     method.SetOptimizerScalesFromPhysicalShift()
@@ -242,14 +243,14 @@ def climb(
 
 
 # %% ../../nbs/10_baselines/03_intensity.ipynb #2b902a73
-TRIED, KEPT = 12, 3  # starts that begin to climb, and that climb to the end
+TRIED, KEPT = 12, 3  # starts that are optimised coarsely, and to the end
 
 
 def best_affine(
-    fixed: Prepared,
-    moving: Prepared,
+    fixed: Prepared,  # image 0
+    moving: Prepared,  # image 1
 ) -> tuple[float, np.ndarray]:  # mutual information, and fixed -> moving (3, 3) in prepared pixels
-    "The highest summit that is found from all starts."
+    "The highest maximum that is found from all starts; -inf where there is none."
     first = [climb(fixed, moving, start, (4,), 25, 0.5) for start in starts(fixed, moving, TRIED)]
     kept = sorted(first, key=lambda found: -found[0])[:KEPT]
     last = [climb(fixed, moving, matrix, (2, 1), 60, 0.3) for _, matrix in kept]
@@ -258,8 +259,8 @@ def best_affine(
 
 # %% ../../nbs/10_baselines/03_intensity.ipynb #cc1c893d
 def affine_or_reason(
-    fixed: Prepared,
-    moving: Prepared,
+    fixed: Prepared,  # image 0
+    moving: Prepared,  # image 1
 ) -> tuple[float, np.ndarray, str]:  # mutual information, (3, 3) fixed -> moving, why there is none
     "The affine of the highest mutual information; the reason is empty where there is one."
     if not fixed.image.any() or not moving.image.any():
@@ -287,8 +288,8 @@ MESH = (6, 6)  # cells of the spline
 
 
 def spline_on_top(
-    fixed: Prepared,
-    moving: Prepared,
+    fixed: Prepared,  # image 0
+    moving: Prepared,  # image 1
     affine: np.ndarray,  # (3, 3) fixed -> moving, prepared pixels
 ) -> tuple[float, np.ndarray]:  # mutual information, displacement (H, W, 2) px
     "What a spline adds to the affine: displacements of pixels of the fixed image before the affine."
@@ -301,9 +302,8 @@ def spline_on_top(
     method.SetShrinkFactorsPerLevel([2, 1])
     method.SetSmoothingSigmasPerLevel([1, 0])
     method.Execute(itk_image(fixed.image), itk_image(moving.image))
-    field = sitk.TransformToDisplacementField(
-        spline, sitk.sitkVectorFloat32, itk_image(fixed.image).GetSize()
-    )
+    size = itk_image(fixed.image).GetSize()
+    field = sitk.TransformToDisplacementField(spline, sitk.sitkVectorFloat32, size)
     return -method.GetMetricValue(), sitk.GetArrayFromImage(field)
 
 
@@ -344,12 +344,13 @@ def estimate_ants(
     "Affine and SyN of ANTs, mutual information; ImportError where `antspyx` is missing."
     ants = toolkit("ants")
     picture0, picture1 = prepare(fixed, LONG_SIDE), prepare(moving, LONG_SIDE)
-    # it begins at the centres of mass, and mass is positive
+    # it starts at the centres of mass, for which values must be positive
     images = [ants.from_numpy((p.image - p.image.min()).T.copy()) for p in (picture0, picture1)]
     found = ants.registration(*images, type_of_transform="SyN", random_seed=1)
     points = lattice(picture0.image.shape)
-    table = import_module("pandas").DataFrame(points.reshape(-1, 2), columns=["x", "y"])
-    there = ants.apply_transforms_to_points(2, table, found["fwdtransforms"])
-    displacement = (there[["x", "y"]].to_numpy() - points.reshape(-1, 2)).reshape(points.shape)
+    flat = points.reshape(-1, 2)
+    table = import_module("pandas").DataFrame(flat, columns=["x", "y"])
+    mapped = ants.apply_transforms_to_points(2, table, found["fwdtransforms"])
+    displacement = (mapped[["x", "y"]].to_numpy() - flat).reshape(points.shape)
     dense = cv2.resize(np.float32(displacement), picture0.image.shape[::-1], interpolation=cv2.INTER_LINEAR)
     return Answer(in_files(picture0, picture1, DenseMap(dense)))

@@ -59,7 +59,7 @@ def budget_system(
     path: str,  # file of `train_baseline`
     system: str = "ours",  # whose training it is
 ) -> Estimate:
-    "The registration with weights that had the same budget as the other networks."
+    "The registration with weights of the same budget; FileError where the file holds another system."
     held = read_state(path)
     if held["system"] != system:
         raise FileError(f"{path}: holds {held['system']}, expected {system}")
@@ -72,7 +72,7 @@ def budget_system(
 def unguided_system(
     path: str,  # file of `train_baseline ours-v2.1`
 ) -> Estimate:
-    "The same without masks: version 2.1 of the plan."
+    "The same, trained without masks (curriculum v2.1)."
     return budget_system(path, "ours-v2.1")
 
 
@@ -115,7 +115,8 @@ def as_rgb_tensor(
     size: tuple,  # (height, width) of the answer
 ) -> torch.Tensor:  # (3, height, width) float32 in [0, 1]
     "An image as vision libraries want it."
-    colour = np.float32(image) / np.iinfo(image.dtype).max if image.ndim == 3 else to_gray(image)
+    is_colour = image.ndim == 3
+    colour = np.float32(image) / np.iinfo(image.dtype).max if is_colour else to_gray(image)
     small = resize_image(np.ascontiguousarray(colour, np.float32), size)
     planes = small if small.ndim == 3 else np.repeat(small[..., None], 3, 2)
     return torch.from_numpy(np.ascontiguousarray(planes.transpose(2, 0, 1)))

@@ -31,7 +31,7 @@ from .regression import AffineRegression, in_pixels
 
 # %% ../../nbs/10_baselines/08_networks.ipynb #0d8eafbd
 def in_square(
-    picture: Prepared,
+    picture: Prepared,  # either image, no larger than the square
     side: int,  # px
 ) -> tuple[torch.Tensor, torch.Tensor]:  # image (1, 1, side, side), field of view (1, 1, side, side)
     "A prepared image in the corner of a square."
@@ -56,27 +56,27 @@ def similarity_under(
 
 # %% ../../nbs/10_baselines/08_networks.ipynb #91d095a8
 def flow_of(
-    network: FractMorph,
+    network: FractMorph,  # in evaluation mode
     square0: tuple,  # of `in_square`, the fixed image
     square1: tuple,  # of the moving image
 ) -> torch.Tensor:  # (1, 2, S, S) px
-    "What FractMorph says."
+    "The answer of FractMorph."
     return network(square0[0], square1[0])
 
 
 # %% ../../nbs/10_baselines/08_networks.ipynb #a45e90a7
 def flow_of_affine(
-    network: AffineRegression,
+    network: AffineRegression,  # in evaluation mode
     square0: tuple,  # of `in_square`, the fixed image
     square1: tuple,  # of the moving image
 ) -> torch.Tensor:  # (1, 2, S, S) px
-    "What the regression says, as displacements."
+    "The answer of the regression, as displacements."
     side = square0[0].shape[-1]
     matrix = in_pixels(network(square0[0], square1[0]), (side, side))[0]
     x, y = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="xy")
     points = torch.stack([x, y, torch.ones_like(x)]).to(matrix).flatten(1)
-    there = (matrix @ points)[:2].unflatten(1, (side, side))
-    return (there - points[:2].unflatten(1, (side, side)))[None]
+    mapped = (matrix @ points)[:2].unflatten(1, (side, side))
+    return (mapped - points[:2].unflatten(1, (side, side)))[None]
 
 
 # %% ../../nbs/10_baselines/08_networks.ipynb #77776c3a
@@ -87,12 +87,14 @@ FLOWS = {"fractmorph": flow_of, "regression": flow_of_affine}
 def as_map(
     flow: np.ndarray,  # (S, S, 2) px
     straight: bool,  # is it an affine?
-) -> PointMap:  # PointMap, fixed -> moving
-    "A displacement as a map."
+) -> PointMap:  # fixed -> moving
+    "A displacement as a map, an affine where it is one."
     if not straight:
         return DenseMap(flow)
     last = len(flow) - 1
-    origin, right, below = flow[0, 0], flow[0, last] - flow[0, 0], flow[last, 0] - flow[0, 0]
+    origin = flow[0, 0]
+    right = flow[0, last] - origin
+    below = flow[last, 0] - origin
     linear = np.eye(2) + np.stack([right, below], 1) / last
     return Affine(np.array([[*linear[0], origin[0]], [*linear[1], origin[1]], [0, 0, 1]], float))
 
@@ -116,7 +118,7 @@ def network_system(
     path: str,  # file of `train_baseline`
     system: str,  # fractmorph or regression
 ) -> Estimate:
-    "A trained network as a system."
+    "A trained network as a system; FileError where the file holds another one."
     network, side = load_network(path, system)
 
     def estimate(fixed, moving):
@@ -134,12 +136,16 @@ def network_system(
 
 
 # %% ../../nbs/10_baselines/08_networks.ipynb #9df7de92
-def fractmorph_system(path: str) -> Estimate:
+def fractmorph_system(
+    path: str,  # file of `train_baseline`
+) -> Estimate:
     "FractMorph as a system, from a file of `train_baseline`."
     return network_system(path, "fractmorph")
 
 
 # %% ../../nbs/10_baselines/08_networks.ipynb #2577e98d
-def regression_system(path: str) -> Estimate:
+def regression_system(
+    path: str,  # file of `train_baseline`
+) -> Estimate:
     "The affine regression as a system, from a file of `train_baseline`."
     return network_system(path, "regression")

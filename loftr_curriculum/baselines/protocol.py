@@ -28,7 +28,7 @@ from ..geometry.maps import reads
 # %% ../../nbs/10_baselines/01_protocol.ipynb #2c0b5da3
 @dataclass(frozen=True)
 class Answer:
-    "What a system says about a pair."
+    "What a system says about a pair; ValueError where there is neither a map nor a reason."
 
     point_map: PointMap | None  # moving -> fixed, original pixels; None: no answer
     reason: str = ""  # why there is none
@@ -41,6 +41,7 @@ class Answer:
 
 
 # %% ../../nbs/10_baselines/01_protocol.ipynb #908eb453
+# a system: fixed image, moving image -> answer
 Estimate = Callable[[np.ndarray, np.ndarray], Answer]
 
 
@@ -74,21 +75,25 @@ def displacement_at(
     displacement: np.ndarray,  # (H, W, 2)
     points: np.ndarray,  # (N, 2) px
 ) -> np.ndarray:  # (N, 2)
-    "A displacement between its pixels."
+    "Displacements at points between the pixels, bilinear; outside that of the nearest pixel."
     last = np.array(displacement.shape[1::-1]) - 1
     at = np.clip(points, 0, last)
     low = np.minimum(at.astype(int), np.maximum(last - 1, 0))
     high = np.minimum(low + 1, last)
+    (left, top), (right, bottom) = low.T, high.T
     fx, fy = (at - low).T[..., None]
-    upper = (1 - fx) * displacement[low[:, 1], low[:, 0]] + fx * displacement[low[:, 1], high[:, 0]]
-    lower = (1 - fx) * displacement[high[:, 1], low[:, 0]] + fx * displacement[high[:, 1], high[:, 0]]
+    upper = (1 - fx) * displacement[top, left] + fx * displacement[top, right]
+    lower = (1 - fx) * displacement[bottom, left] + fx * displacement[bottom, right]
     return (1 - fy) * upper + fy * lower
 
 
 # %% ../../nbs/10_baselines/01_protocol.ipynb #0ad64a30
 @dataclass(frozen=True, eq=False)
 class DenseInverse(PointMap):
-    "The inverse of a map of displacements, by iteration."
+    """The inverse of a map of displacements, by iteration.
+
+    Convention: destination points of `of` to its source points.
+    """
 
     of: DenseMap  # the map that goes the other way
 
@@ -115,8 +120,10 @@ class DenseInverse(PointMap):
 
 # %% ../../nbs/10_baselines/01_protocol.ipynb #117d952a
 @reads("dense")
-def read_dense(values: dict) -> DenseMap:
-    "A map of displacements from its dict."
+def read_dense(
+    values: dict,  # as `DenseMap.to_dict` gives them
+) -> DenseMap:
+    "A map of displacements from its dict; ValueError for other shapes or numbers that are not finite."
     displacement = np.asarray(values["displacement"], np.float32)
     if displacement.ndim != 3 or displacement.shape[2] != 2 or not np.isfinite(displacement).all():
         raise ValueError("displacement of a dense map: expected finite numbers of shape (H, W, 2)")
@@ -125,16 +132,21 @@ def read_dense(values: dict) -> DenseMap:
 
 # %% ../../nbs/10_baselines/01_protocol.ipynb #28edaf7a
 @reads("dense-inverse")
-def read_dense_inverse(values: dict) -> DenseInverse:
-    "The inverse of a map of displacements from its dict."
+def read_dense_inverse(
+    values: dict,  # as `DenseInverse.to_dict` gives them
+) -> DenseInverse:
+    "The inverse of a map of displacements from its dict; ValueError as for `read_dense`."
     return DenseInverse(read_dense(values["of"]))
 
 
 # %% ../../nbs/10_baselines/01_protocol.ipynb #408a8c09
 def in_files(
-    fixed: Prepared,
-    moving: Prepared,
+    fixed: Prepared,  # image 0
+    moving: Prepared,  # image 1
     fixed_to_moving: PointMap,  # prepared pixels
 ) -> PointMap:  # moving -> fixed, original pixels
-    "A map between prepared images as a map between the files."
+    """A map between prepared images as a map between the files.
+
+    Convention: the answer goes the other way than the map that is given, from moving to fixed points.
+    """
     return moving.to_prepared.then(fixed_to_moving.inverse()).then(fixed.to_prepared.inverse())
