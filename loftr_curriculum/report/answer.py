@@ -23,7 +23,7 @@ COLOURS = {"ok": "#1a7f37", "doubtful": "#9a6700", "failed": "#b42318"}  # of th
 
 # %% ../../nbs/08_report/06_answer.ipynb #48e077a2
 def verdict_line(
-    result: Registration,
+    result: Registration,  # of the pair
 ) -> str:
     "The verdict with the evidence behind it, in one line."
     agree = f"{result.matches.inliers.sum()} of {len(result.matches)} matches agree"
@@ -36,7 +36,7 @@ def verdict_line(
 
 # %% ../../nbs/08_report/06_answer.ipynb #8f43f4b5
 def panels_of(
-    result: Registration,
+    result: Registration,  # of the pair
     fixed: np.ndarray,  # (H0, W0[, 3])
     moving: np.ndarray,  # (H1, W1[, 3])
 ) -> dict[str, np.ndarray]:  # caption -> (h, w, 3) uint8
@@ -50,16 +50,16 @@ def panels_of(
 
 # %% ../../nbs/08_report/06_answer.ipynb #5cad5a27
 def draw_answer(
-    result: Registration,
+    result: Registration,  # of the pair
     fixed: np.ndarray,  # (H0, W0[, 3])
     moving: np.ndarray,  # (H1, W1[, 3])
     height: int = 300,  # px of every picture
     note: str = "",  # goes behind the verdict
-) -> Figure:  # Figure
+) -> Figure:
     "Fixed, moving, overlay and squares in a row, captions above, the verdict below."
     panels = panels_of(result, fixed, moving)
     widths = [round(image.shape[1] * height / image.shape[0]) for image in panels.values()]
-    gap, above = 8, 26
+    gap, above = 8, 26  # px between the pictures, and above them
     whole = sum(widths) + gap * (len(widths) + 1)
     reasons = [line for reason in result.reasons for line in textwrap.wrap(reason, whole // 7)]
     tall = above + height + 30 + 17 * len(reasons)
@@ -71,9 +71,9 @@ def draw_answer(
         axes.set_axis_off()
         figure.text(left / whole, 1 - 17 / tall, name, fontsize=10 if height >= 240 else 8)
         left += width + gap
-    told = verdict_line(result) + note
     at = above + height + 22
-    figure.text(gap / whole, 1 - at / tall, told, fontsize=11, color=COLOURS[result.verdict], weight="bold")
+    line, colour = verdict_line(result) + note, COLOURS[result.verdict]
+    figure.text(gap / whole, 1 - at / tall, line, fontsize=11, color=colour, weight="bold")
     for k, reason in enumerate(reasons, 1):
         figure.text(gap / whole, 1 - (at + 17 * k) / tall, reason, fontsize=9, color="0.3")
     return figure

@@ -77,8 +77,8 @@ def small_pair(
 
 # %% ../../nbs/08_report/05_batch.ipynb #be1f6025
 def pictures_line(
-    pair: Pair,
-    result: Registration,
+    pair: Pair,  # of the batch
+    result: Registration,  # of the pair
     fixed: np.ndarray,  # (H0, W0[, 3])
     moving: np.ndarray,  # (H1, W1[, 3])
 ) -> str:
@@ -91,7 +91,7 @@ def pictures_line(
 
 # %% ../../nbs/08_report/05_batch.ipynb #5fa11e1a
 def draw_overlay(
-    result: Registration,  # Registration with a transform
+    result: Registration,  # with a map
     fixed: np.ndarray,  # (H, W[, 3])
     long_side: int = 1024,  # px at most
 ) -> np.ndarray:  # (h, w, 3) uint8
@@ -122,11 +122,11 @@ def check_saved(
 def write_pair(
     folder: Path,  # of one pair, made where it is missing
     names: tuple,  # some of SAVED
-    result: Registration,
-    fixed: np.ndarray,
-    moving: np.ndarray,
+    result: Registration,  # of the pair
+    fixed: np.ndarray,  # (H0, W0[, 3])
+    moving: np.ndarray,  # (H1, W1[, 3])
 ) -> None:
-    "Write the pictures that were asked for; those of an earlier answer go."
+    "Write the pictures that were asked for, and remove those of an earlier answer."
     for name in SAVED:
         (folder / f"{name}.png").unlink(missing_ok=True)
     if "matches" in names:
@@ -166,17 +166,18 @@ def places_of_lines(
 def pictures_of(
     path: Path,  # pictures.jsonl
     rows: list,  # of dict of FIELDS, in the order of the page
-    most_bytes: int = MOST_BYTES,
+    most_bytes: int = MOST_BYTES,  # of pictures
 ) -> Iterator:  # of (number of the row, JSON)
     "The pictures of the first rows, as many as fit."
     places = places_of_lines(path)
     if not places:
         return
+    left = most_bytes
     with open(path, "rb") as file:
         for number, row in enumerate(rows):
             offset, length = places.get(row["id"], (0, 0))
-            most_bytes -= length
-            if most_bytes < 0:
+            left -= length
+            if left < 0:
                 return
             if length:
                 file.seek(offset)
@@ -241,5 +242,9 @@ class BatchPictures:
     def of_batch(self, out: Path, rows: list) -> None:
         "Write report.html; links lead to the pairs' folders from there."
         way = Path(os.path.relpath(self.out, Path(out).absolute()))
-        linked = [row | {"pictures": row["pictures"] and (way / row["pictures"]).as_posix()} for row in rows]
-        write_report(out, linked)
+
+        def linked(row):
+            folder = row["pictures"]
+            return row | {"pictures": folder and (way / folder).as_posix()}
+
+        write_report(out, [linked(row) for row in rows])

@@ -53,20 +53,20 @@ from .plots import (
 
 # %% ../../nbs/08_report/02_collapse.ipynb #5a9919d1
 def headline(
-    recording: Recording,
+    recording: Recording,  # of a run
     probe: int,  # number of the probe
     epoch: int,  # one of the recorded epochs
     guided: bool = False,  # the guided pass
 ) -> str:
     "One pass in a line: epoch, index, how many lines agree."
-    r = recording.record(epoch)
-    number = r.find(probe, guided)
+    record = recording.record(epoch)
+    number = record.find(probe, guided)
     if number is None:
         return f"epoch {epoch}: no {'guided ' if guided else ''}pass"
-    f = {n: v[number] for n, v in r.figures.items()}
+    figures = {name: values[number] for name, values in record.figures.items()}
     kind = "guided" if guided else "unguided"
-    agree = f"{f['inlier_ratio']:.0%} of {f['carrying']:.0f} lines agree"
-    return f"epoch {epoch}, {kind}: index {f['collapse_index']:.2f}, {agree}"
+    agree = f"{figures['inlier_ratio']:.0%} of {figures['carrying']:.0f} lines agree"
+    return f"epoch {epoch}, {kind}: index {figures['collapse_index']:.2f}, {agree}"
 
 
 # %% ../../nbs/08_report/02_collapse.ipynb #15d2bf8e
@@ -80,21 +80,22 @@ def shown(
 
 # %% ../../nbs/08_report/02_collapse.ipynb #2a014f0e
 def draw_lines(
-    axes: Axes,
-    recording: Recording,
+    axes: Axes,  # to draw on
+    recording: Recording,  # of a run
     probe: int,  # number of the probe
     epoch: int,  # one of the recorded epochs
     guided: bool = False,  # the guided pass
     title: str = "",  # goes before the headline
 ) -> None:
     "A probe with its match lines in one epoch."
-    p, r = recording.probes[probe], recording.record(epoch)
-    number = r.find(probe, guided)
-    canvas = plot_pair(axes, shown(p.image0, p.fov0), shown(p.image1, p.fov1), height=256)
+    pair = recording.probes[probe]
+    record = recording.record(epoch)
+    number = record.find(probe, guided)
+    canvas = plot_pair(axes, shown(pair.image0, pair.fov0), shown(pair.image1, pair.fov1), height=256)
     axes.set_title(title + headline(recording, probe, epoch, guided), fontsize=8)
     if number is None:
         return
-    matches, agrees = r.lines(number)
+    matches, agrees = record.lines(number)
     full = most_confident(matches.confidence)
     rest = np.setdiff1d(np.arange(len(matches)), full)
     for which, width in ((rest, 0.12), (full, 0.5)):
@@ -114,50 +115,58 @@ def density_of_ends(
     from scipy.ndimage import gaussian_filter
 
     h, w = fov.shape
-    count = np.histogram2d(ends[:, 1], ends[:, 0], bins=(h, w), range=((-0.5, h - 0.5), (-0.5, w - 0.5)))[0]
+    borders = (-0.5, h - 0.5), (-0.5, w - 0.5)
+    count = np.histogram2d(ends[:, 1], ends[:, 0], bins=(h, w), range=borders)[0]
     return gaussian_filter(count, 0.03 * max(h, w)) / len(ends) * fov.sum()
 
 
 # %% ../../nbs/08_report/02_collapse.ipynb #961cb99e
 def draw_density(
-    axes: Axes,
-    recording: Recording,
+    axes: Axes,  # to draw on
+    recording: Recording,  # of a run
     probe: int,  # number of the probe
     epoch: int,  # one of the recorded epochs
     guided: bool = False,  # the guided pass
 ) -> None:
     "Density of the end points of the confident matches on the moving image."
-    p, r = recording.probes[probe], recording.record(epoch)
-    axes.imshow(p.image1.astype(np.float32) * p.fov1, cmap="gray", vmin=-127, vmax=127)
+    pair = recording.probes[probe]
+    record = recording.record(epoch)
+    axes.imshow(pair.image1.astype(np.float32) * pair.fov1, cmap="gray", vmin=-127, vmax=127)
     axes.set_axis_off()
     axes.set_title("where the lines end", fontsize=8)
-    number = r.find(probe, guided)
-    matches = r.lines(number)[0] if number is not None else ()
+    number = record.find(probe, guided)
+    if number is None:
+        return
+    matches, _ = record.lines(number)
     if not len(matches):
         return
     ends = matches.points1[most_confident(matches.confidence)]
-    axes.imshow(density_of_ends(ends, p.fov1), cmap=HEAT, vmin=1, vmax=8, interpolation="bilinear")
+    axes.imshow(density_of_ends(ends, pair.fov1), cmap=HEAT, vmin=1, vmax=8, interpolation="bilinear")
 
 
 # %% ../../nbs/08_report/02_collapse.ipynb #7e4960cf
 def shares_of_thirds(
-    recording: Recording,
+    recording: Recording,  # of a run
     probe: int,  # number of the probe
     epoch: int,  # one of the recorded epochs
     guided: bool,  # the guided pass
 ) -> tuple[list[float], np.ndarray]:  # of the end points, (3,) of the area of the overlap
     "Shares of the top, middle and lower third."
-    p, r = recording.probes[probe], recording.record(epoch)
-    number = r.find(probe, guided)
-    ends = [0, 0, 0] if number is None else [r.figures[n][number] for n in ("top", "middle", "lower")]
-    overlap = overlap_fields(p.fov0, p.fov1, p.fixed_to_moving).end
-    return ends, thirds(np.empty((0, 2)), overlap, p.fov1)[1]
+    pair = recording.probes[probe]
+    record = recording.record(epoch)
+    number = record.find(probe, guided)
+    ends = [0, 0, 0]
+    if number is not None:
+        ends = [record.figures[name][number] for name in ("top", "middle", "lower")]
+    overlap = overlap_fields(pair.fov0, pair.fov1, pair.fixed_to_moving).end
+    _, area = thirds(np.empty((0, 2)), overlap, pair.fov1)
+    return ends, area
 
 
 # %% ../../nbs/08_report/02_collapse.ipynb #8001b115
 def draw_thirds(
-    axes: Axes,
-    recording: Recording,
+    axes: Axes,  # to draw on
+    recording: Recording,  # of a run
     probe: int,  # number of the probe
     epoch: int,  # one of the recorded epochs
     guided: bool = False,  # the guided pass
@@ -176,14 +185,17 @@ def draw_thirds(
 
 # %% ../../nbs/08_report/02_collapse.ipynb #99bae9f1
 def draw_probe_index(
-    axes: Axes,
-    recording: Recording,
+    axes: Axes,  # to draw on
+    recording: Recording,  # of a run
     probe: int,  # number of the probe
-    picked: bool,  # draw it as the one that is meant?
+    picked: bool,  # highlight it?
 ) -> None:
     "The index of one probe against epoch."
-    numbers = [(r, r.find(probe)) for r in recording.records]
-    marks = [(r.epoch, r.figures["collapse_index"][at]) for r, at in numbers if at is not None]
+    marks = []
+    for record in recording.records:
+        number = record.find(probe)
+        if number is not None:
+            marks.append((record.epoch, record.figures["collapse_index"][number]))
     if not marks:
         return
     if picked:
@@ -195,7 +207,7 @@ def draw_probe_index(
 
 # %% ../../nbs/08_report/02_collapse.ipynb #95b52f39
 def draw_median_index(
-    axes: Axes,
+    axes: Axes,  # to draw on
     rows: list[dict],  # of `summary`
     **how: object,  # of `Axes.plot`
 ) -> None:
@@ -204,7 +216,9 @@ def draw_median_index(
 
 
 # %% ../../nbs/08_report/02_collapse.ipynb #99a926d0
-def dress_index(axes: Axes) -> None:
+def dress_index(
+    axes: Axes,  # with the curves
+) -> None:
     "Limits, names and whole epochs."
     axes.set(ylim=(0, 1))
     axes.set_xlabel("epoch", fontsize=8)
@@ -216,13 +230,14 @@ def dress_index(axes: Axes) -> None:
 
 # %% ../../nbs/08_report/02_collapse.ipynb #1de2c727
 def draw_index(
-    axes: Axes,
-    recording: Recording,
+    axes: Axes,  # to draw on
+    recording: Recording,  # of a run
     probe: int | None = None,  # number of a probe to pick out; None: the medians alone are thick
     epoch: int | None = None,  # an epoch to mark
 ) -> None:
     "Collapse index against epoch with the phases shaded."
-    rows, with_masks = summary(recording), summary(recording, guided=True)
+    rows = summary(recording)
+    with_masks = summary(recording, guided=True)
     phases = phase_of([row["lam"] for row in rows], [row["scaler"] for row in rows])
     shade_phases(axes, [row["epoch"] for row in rows], phases)
     for k in range(len(recording.probes)):
@@ -238,7 +253,7 @@ def draw_index(
 
 # %% ../../nbs/08_report/02_collapse.ipynb #aacf9e86
 def draw_board(
-    recording: Recording,
+    recording: Recording,  # of a run
     probe: int,  # number of the probe
     epoch: int,  # one of the recorded epochs
     guided: bool = False,  # the guided pass
@@ -256,7 +271,7 @@ def draw_board(
 
 
 # %% ../../nbs/08_report/02_collapse.ipynb #3553a692
-ASKED = (0, 5, 25, 40)
+ASKED = (0, 5, 25, 40)  # epochs of a strip, beside the last one
 
 
 # %% ../../nbs/08_report/02_collapse.ipynb #14a878ca
@@ -268,16 +283,17 @@ def strip_epochs(
     if not len(recorded):
         return []
 
-    def near(e):
-        return min(recorded, key=lambda r: (abs(r - e), r))
+    def near(wanted):
+        return min(recorded, key=lambda epoch: (abs(epoch - wanted), epoch))
 
-    return sorted({near(e) for e in asked if e <= recorded[-1]} | {recorded[-1]})
+    last = recorded[-1]
+    return sorted({near(wanted) for wanted in asked if wanted <= last} | {last})
 
 
 # %% ../../nbs/08_report/02_collapse.ipynb #ffe14c88
 def name_row(
     axes: Axes,  # the first of the row
-    name: str,
+    name: str,  # to be written
     **how: object,  # of `Axes.text`
 ) -> None:
     "The name of a row of pictures, upright on its left."
@@ -287,7 +303,7 @@ def name_row(
 
 # %% ../../nbs/08_report/02_collapse.ipynb #dcc2ad56
 def draw_strip(
-    recording: Recording,
+    recording: Recording,  # of a run
     probes: Sequence[int],  # numbers of the probes, one row each
     asked: Sequence[int] = ASKED,  # epochs wanted
     guided: bool = False,  # the guided passes
@@ -307,7 +323,7 @@ def draw_strip(
 
 # %% ../../nbs/08_report/02_collapse.ipynb #011937ae
 def draw_frame(
-    recording: Recording,
+    recording: Recording,  # of a run
     probe: int,  # number of the probe
     epoch: int,  # one of the recorded epochs
     guided: bool,  # the guided pass
@@ -323,8 +339,8 @@ def draw_frame(
 
 # %% ../../nbs/08_report/02_collapse.ipynb #a7808374
 def write_film(
-    path: str | Path,  # GIF file to write
-    recording: Recording,
+    path: str | Path,  # GIF file to write, atomically
+    recording: Recording,  # of a run
     probe: int,  # number of the probe
     guided: bool = False,  # the guided passes
     seconds: float = 0.4,  # per epoch
@@ -341,15 +357,18 @@ def write_film(
 
 
 # %% ../../nbs/08_report/02_collapse.ipynb #010d6f45
-def first_of_kinds(recording: Recording) -> list:  # of numbers of probes
+def first_of_kinds(
+    recording: Recording,  # of a run
+) -> list:  # of numbers of probes
     "The first probe of every kind."
-    return [next(k for k, p in enumerate(recording.probes) if p.kind == kind) for kind in recording.kinds]
+    kinds = [probe.kind for probe in recording.probes]
+    return [kinds.index(kind) for kind in recording.kinds]
 
 
 # %% ../../nbs/08_report/02_collapse.ipynb #ab52e3e5
 def write_diagnosis(
     out: str | Path,  # folder
-    recording: Recording,
+    recording: Recording,  # of a run
 ) -> list[Path]:  # those that were written
     """Write `collapse.png` and `matches.png`.
 

@@ -30,7 +30,7 @@ KINDS = ("doubtful", "ok", "failed", "unreadable")
 
 def doubt(
     row: dict,  # of FIELDS
-) -> tuple:  # sorts before another where one should look earlier
+) -> tuple:  # (int, float) that sorts the more doubtful pair first
     "The place of a pair in the order of doubt."
     return KINDS.index(kind_of(row)), float(row["probability"] or 0)
 

@@ -62,7 +62,7 @@ def new_figure(
 # %% ../../nbs/08_report/00_plots.ipynb #e71a2e57
 def save_figure(
     path: str | Path,  # PNG file to write, atomically
-    figure: Figure,
+    figure: Figure,  # to be drawn
 ) -> None:
     "Write a figure as PNG."
     with atomic_path(path) as temporary:
@@ -108,7 +108,7 @@ def in_colour(
 class Canvas:
     "Axes that show two images side by side, and where the pixels of both lie on them."
 
-    axes: Axes
+    axes: Axes  # that show both
     fixed_to_axes: PointMap  # pixels of the fixed image -> coordinates of the axes
     moving_to_axes: PointMap  # pixels of the moving image -> coordinates of the axes
 
@@ -133,9 +133,9 @@ def equally_high(
 
 # %% ../../nbs/08_report/00_plots.ipynb #8f640c27
 def plot_pair(
-    axes: Axes,
+    axes: Axes,  # to draw on
     fixed: np.ndarray,  # (H0, W0[, 3]) image
-    moving: np.ndarray,  # (H1, W1[, 3]) image, of another size if it likes
+    moving: np.ndarray,  # (H1, W1[, 3]) image, of any size
     height: int = 400,  # px of both images in the drawing
     gap: int = 8,  # px between them
 ) -> Canvas:
@@ -159,12 +159,13 @@ def evenly(
     which = np.flatnonzero(chosen)
     if not len(which):
         return which
-    return which[np.linspace(0, len(which) - 1, min(len(which), most)).astype(int)]
+    places = np.linspace(0, len(which) - 1, min(len(which), most)).astype(int)
+    return which[places]
 
 
 # %% ../../nbs/08_report/00_plots.ipynb #7cceae73
 def add_matches(
-    canvas: Canvas,
+    canvas: Canvas,  # of the two images
     points0: ArrayLike,  # (N, 2) pixels of the fixed image
     points1: ArrayLike,  # (N, 2) pixels of the moving image
     inliers: ArrayLike | None = None,  # (N,) bool: drawn last, in `agree`
@@ -178,12 +179,11 @@ def add_matches(
     starts = canvas.fixed_to_axes(np.asarray(points0, float).reshape(-1, 2))
     ends = canvas.moving_to_axes(np.asarray(points1, float).reshape(-1, 2))
     lines = np.stack([starts, ends], axis=1)
-    for z, (kind, c) in enumerate(((~inliers, colour), (inliers, agree))):
+    for zorder, kind, c in ((2, ~inliers, colour), (3, inliers, agree)):
         drawn = lines[evenly(kind, most)]
-        canvas.axes.add_collection(
-            LineCollection(drawn, colors=c, linewidths=width, alpha=0.8, zorder=2 + z), autolim=False
-        )
-        canvas.axes.scatter(*drawn.reshape(-1, 2).T, s=3 * width, c=c, linewidths=0, zorder=2 + z)
+        layer = LineCollection(drawn, colors=c, linewidths=width, alpha=0.8, zorder=zorder)
+        canvas.axes.add_collection(layer, autolim=False)
+        canvas.axes.scatter(*drawn.reshape(-1, 2).T, s=3 * width, c=c, linewidths=0, zorder=zorder)
 
 
 # %% ../../nbs/08_report/00_plots.ipynb #bd3e8dca
@@ -193,13 +193,16 @@ def checkerboard(
     tiles: int = 8,  # squares along the long side
     seen: np.ndarray | None = None,  # (H, W) bool: where the moving image saw something; None: everywhere
 ) -> np.ndarray:  # (H, W, 3) uint8
-    "Fixed and warped image in alternating squares."
-    a, b = (in_colour(for_display(i, max(i.shape[:2]))) for i in (fixed, warped))
+    "Fixed and warped image in alternating squares; ValueError where their sizes differ."
+    a, b = (in_colour(for_display(image, max(image.shape[:2]))) for image in (fixed, warped))
     if a.shape != b.shape:
         raise ValueError(f"expected two images of one size, got {a.shape[:2]} and {b.shape[:2]}")
-    rows, columns = np.indices(a.shape[:2]) // max(1, round(max(a.shape[:2]) / tiles))
-    take = (rows + columns) % 2 == 1
-    return np.where((take if seen is None else take & seen)[..., None], b, a)
+    side = max(1, round(max(a.shape[:2]) / tiles))
+    rows, columns = np.indices(a.shape[:2]) // side
+    from_warped = (rows + columns) % 2 == 1
+    if seen is not None:
+        from_warped = from_warped & seen
+    return np.where(from_warped[..., None], b, a)
 
 
 # %% ../../nbs/08_report/00_plots.ipynb #e3677f6d
@@ -217,6 +220,7 @@ def side_by_side(
 
 
 # %% ../../nbs/08_report/00_plots.ipynb #2a83c863
+# name, colour
 PHASES = (("teaching", "#f4c7a1"), ("weaning", "#f6e7b4"), ("independence", "#cfe3c8"))
 
 
@@ -233,7 +237,8 @@ def phase_of(
 
 
 # %% ../../nbs/08_report/00_plots.ipynb #16aebacb
-def _runs(values):  # (start, stop) of each stretch of equal values
+def _runs(values):
+    "(start, stop) of each stretch of equal values."
     cuts = np.flatnonzero(np.diff(values)) + 1
     return list(zip(np.r_[0, cuts], np.r_[cuts, len(values)]))
 
@@ -258,7 +263,7 @@ def shade_phases(
 
 # %% ../../nbs/08_report/00_plots.ipynb #fde6a7da
 def plot_curriculum(
-    axes: Axes,
+    axes: Axes,  # to draw on
     epochs: ArrayLike,  # (N,) ascending
     lam: ArrayLike,  # (N,) sched/lambda
     scaler: ArrayLike,  # (N,) sched/loss_w

@@ -53,12 +53,15 @@ from .plots import (
 
 
 # %% ../../nbs/08_report/01_registration.ipynb #15e7d553
-def _shorten(text, most):  # to so many letters
+def _shorten(text, most):
+    "The text, cut to so many letters."
     return text if len(text) <= most else text[: max(0, most - 3)] + "..."
 
 
 # %% ../../nbs/08_report/01_registration.ipynb #c4a4b713
-def agreement_text(result: Registration) -> str:
+def agreement_text(
+    result: Registration,  # of a pair
+) -> str:
     "The verdict, and how many matches agree with the map where there is one."
     matches = result.matches
     if result.moving_to_fixed is None:
@@ -74,7 +77,7 @@ CELLS = 12  # along each side of the region that matches cover
 # %% ../../nbs/08_report/01_registration.ipynb #00ca1121
 def spread_over(
     points: np.ndarray,  # (N, 2)
-    most: int,
+    most: int,  # points that are picked
 ) -> np.ndarray:  # (M,) int, M <= most
     "Indices of points from all over the region that they cover: one of every cell, then a second one, ..."
     if len(points) <= most:
@@ -82,28 +85,30 @@ def spread_over(
     low, high = points.min(0), points.max(0) + 1e-6
     column, row = np.minimum((points - low) / (high - low) * CELLS, CELLS - 1).astype(int).T
     cell = row * CELLS + column
-    order = np.argsort(cell, kind="stable")
-    starts = np.searchsorted(cell[order], cell[order])
-    turn = np.arange(len(order)) - starts
-    return np.sort(order[np.argsort(turn, kind="stable")][:most])
+    order = np.argsort(cell, kind="stable")  # cell by cell
+    first_of_cell = np.searchsorted(cell[order], cell[order])
+    turn = np.arange(len(order)) - first_of_cell  # how many of its cell come before a point
+    by_turn = order[np.argsort(turn, kind="stable")]
+    return np.sort(by_turn[:most])
 
 
 # %% ../../nbs/08_report/01_registration.ipynb #f51371fe
 def draw_matches(
-    result: Registration,
+    result: Registration,  # of the pair
     fixed: np.ndarray,  # (H0, W0[, 3]) image
     moving: np.ndarray,  # (H1, W1[, 3]) image
     height: int = 420,  # px of both images
 ) -> Figure:
     "The match lines of a registration under its verdict."
-    width = sum(round(i.shape[1] * height / i.shape[0]) for i in (fixed, moving)) + 8
+    width = sum(round(image.shape[1] * height / image.shape[0]) for image in (fixed, moving)) + 8
     whole = height + 40
     figure = new_figure(width, whole)
     canvas = plot_pair(figure.add_axes([0, 0, 1, height / whole]), fixed, moving, height)
     matches = result.matches
     drawn = matches[spread_over(matches.points0, LINES)]
     add_matches(canvas, drawn.points0, drawn.points1, drawn.inliers)
-    left, reasons = 6 / width, _shorten("; ".join(result.reasons), width // 6)
+    left = 6 / width
+    reasons = _shorten("; ".join(result.reasons), width // 6)
     figure.text(left, 1 - 14 / whole, agreement_text(result), fontsize=9, va="center")
     figure.text(left, 1 - 30 / whole, reasons, fontsize=7, va="center", color="0.35")
     return figure
@@ -120,8 +125,9 @@ def draw_checkerboard(
     size = fit_size(result.fixed_size, min(long_side, max(result.fixed_size)))
     everything = np.ones(moving.shape[:2], bool)
     seen = warp_to_fixed(everything, result.point_map, result.fixed_size, "nearest")
-    both = [resize_image(for_display(i, max(i.shape[:2])), size) for i in (fixed, result.warped)]
-    return checkerboard(*both, seen=resize_image(seen, size))
+    small_fixed = resize_image(for_display(fixed, max(fixed.shape[:2])), size)
+    small_warped = resize_image(for_display(result.warped, max(result.warped.shape[:2])), size)
+    return checkerboard(small_fixed, small_warped, seen=resize_image(seen, size))
 
 
 # %% ../../nbs/08_report/01_registration.ipynb #24ca99a6
@@ -182,7 +188,7 @@ def write_map(
 
 # %% ../../nbs/08_report/01_registration.ipynb #af3f3892
 def record_of(
-    result: Registration,
+    result: Registration,  # of the pair
     written: list[Path],  # the other files of the folder
 ) -> TransformRecord:
     "What transform.json says."
@@ -201,7 +207,7 @@ def record_of(
 
 # %% ../../nbs/08_report/01_registration.ipynb #09730513
 def write_registration(
-    result: Registration,
+    result: Registration,  # of the pair
     fixed: str | Path | np.ndarray,  # file path or (H0, W0[, 3]) array: the fixed image
     moving: str | Path | np.ndarray,  # file path or (H1, W1[, 3]) array: the moving image
     out_dir: str | Path,  # folder, made where it is missing
@@ -217,7 +223,8 @@ def write_registration(
     FileError, before anything is written, where one of them is an input.
     """
     out = Path(out_dir)
-    refuse_to_overwrite(outputs_of(out), [p for p in (fixed, moving) if isinstance(p, (str, Path))])
+    inputs = [path for path in (fixed, moving) if isinstance(path, (str, Path))]
+    refuse_to_overwrite(outputs_of(out), inputs)
     fixed, moving = open_image(fixed, "fixed"), open_image(moving, "moving")
     out.mkdir(parents=True, exist_ok=True)
     transform, matches = out / FILES[0], out / FILES[-1]

@@ -21,7 +21,7 @@ TRIPLET = "triplet.json"
 
 
 def folder_of(
-    out: str | Path,
+    out: str | Path,  # folder of the triplet
     name: str,  # of PAIRS
 ) -> Path:
     "Where the answer of a pair lies."
@@ -30,7 +30,7 @@ def folder_of(
 
 # %% ../../nbs/08_report/09_triplet.ipynb #3ad1479d
 def refuse_inputs(
-    out: str | Path,
+    out: str | Path,  # folder of the triplet
     images: dict,  # cf, oct, fa -> path
 ) -> None:
     "FileError where an image would be overwritten."
@@ -42,25 +42,28 @@ def refuse_inputs(
 
 # %% ../../nbs/08_report/09_triplet.ipynb #76b6fdb0
 def joint_as_json(
-    triplet: Triplet,
+    triplet: Triplet,  # three answers
 ) -> dict:  # PAIRS -> {"moving_to_fixed", "map"}, or null
     "The maps that agree with each other."
-    maps = triplet.joint or dict.fromkeys(PAIRS)
-    return {
-        name: found and {"moving_to_fixed": affine_of(found).tolist(), "map": found.to_dict()}
-        for name, found in maps.items()
-    }
+    if not triplet.joint:
+        return dict.fromkeys(PAIRS)
+
+    def plain(found):
+        return found and {"moving_to_fixed": affine_of(found).tolist(), "map": found.to_dict()}
+
+    return {name: plain(found) for name, found in triplet.joint.items()}
 
 
 # %% ../../nbs/08_report/09_triplet.ipynb #6d67b3fc
 def write_joint(
-    triplet: Triplet,
+    triplet: Triplet,  # three answers
     images: dict,  # cf, oct, fa -> path or array
-    out: Path,
+    out: Path,  # folder of the triplet
 ) -> None:
-    "OCT and angiogram in the frame of the photograph, by the joint maps; those of before go."
+    "Write OCT and angiogram in the frame of the photograph, by the joint maps; remove earlier ones."
     for name in ("oct", "fa"):
-        path, found = out / f"{name}_in_cf.png", (triplet.joint or {}).get(f"{name}_to_cf")
+        path = out / f"{name}_in_cf.png"
+        found = (triplet.joint or {}).get(f"{name}_to_cf")
         path.unlink(missing_ok=True)
         if found is not None:
             moving = open_image(images[name], name)
@@ -69,18 +72,27 @@ def write_joint(
 
 # %% ../../nbs/08_report/09_triplet.ipynb #927917af
 def write_triplet(
-    triplet: Triplet,
+    triplet: Triplet,  # three answers
     images: dict,  # cf, oct, fa -> path or array
     out: str | Path,  # folder
 ) -> None:
-    """Write a folder for each answer, as `write_registration` does; beside them triplet.json, and OCT and
-    angiogram as the joint maps bring them onto the photograph.
+    """Write a folder for each answer, as `write_registration` does.
 
-    FileError, before anything is written, where an image would be overwritten."""
+    Beside them triplet.json, and OCT and angiogram warped onto the photograph by the joint maps. FileError
+    where an image would be overwritten; `refuse_inputs` checks that before.
+    """
     for name, answer in triplet.answers.items():
         moving, fixed = name.split("_to_")
         write_registration(answer, images[fixed], images[moving], folder_of(out, name))
     write_joint(triplet, images, Path(out))
-    said = {name: {"verdict": a.verdict, "reasons": a.reasons} for name, a in triplet.answers.items()}
-    whole = {"verdict": triplet.verdict, "cycle_px_at_512": triplet.cycle_px, "answers": said}
-    write_json(Path(out) / TRIPLET, whole | {"joint": joint_as_json(triplet)})
+    answers = {
+        name: {"verdict": answer.verdict, "reasons": answer.reasons}
+        for name, answer in triplet.answers.items()
+    }
+    whole = {
+        "verdict": triplet.verdict,
+        "cycle_px_at_512": triplet.cycle_px,
+        "answers": answers,
+        "joint": joint_as_json(triplet),
+    }
+    write_json(Path(out) / TRIPLET, whole)
