@@ -45,8 +45,9 @@ def is_answer(
 
 # %% ../../nbs/07_evaluation/00_metrics.ipynb #477ba805
 def _mean_distance(a, b):
-    d = float(np.linalg.norm(a - b, axis=1).mean())
-    return d if np.isfinite(d) else np.inf
+    "Mean distance of points (N, 2), inf where it is not finite."
+    distance = float(np.linalg.norm(a - b, axis=1).mean())
+    return distance if np.isfinite(distance) else np.inf
 
 
 # %% ../../nbs/07_evaluation/00_metrics.ipynb #cf43aaef
@@ -75,7 +76,8 @@ def landmark_error(
     """
     if not is_answer(moving_to_fixed):
         return np.inf
-    return _mean_distance(mapped(moving_to_fixed, np.asarray(moving_points, float)), fixed_points)
+    found = mapped(moving_to_fixed, np.asarray(moving_points, float))
+    return _mean_distance(found, fixed_points)
 
 
 # %% ../../nbs/07_evaluation/00_metrics.ipynb #71c5e905
@@ -124,10 +126,9 @@ def auc(
         return np.nan
     small = np.sort(errors[errors <= threshold])
     share = np.arange(1, len(small) + 1) / len(errors)
-    x, y = (
-        np.concatenate(([0], small, [threshold])),
-        np.concatenate(([0], share, share[-1:] if len(small) else [0])),
-    )
+    at_threshold = share[-1:] if len(small) else [0]
+    x = np.concatenate(([0], small, [threshold]))
+    y = np.concatenate(([0], share, at_threshold))
     return float(np.sum(np.diff(x) * (y[1:] + y[:-1])) / (2 * threshold))
 
 

@@ -7,6 +7,7 @@ __all__ = [
     "validation_probe",
     "validation_probes",
     "between_prepared",
+    "estimated_vessels",
     "estimated_probe",
     "pseudo_real_probes",
     "real_probes",
@@ -43,19 +44,20 @@ if TYPE_CHECKING:
 
 # %% ../../nbs/07_evaluation/08_probes.ipynb #bd486161
 def validation_probe(
-    pairs: "ValPairs",
+    pairs: "ValPairs",  # of the run
     k: int,  # number of the pair
 ) -> Probe:
     "One validation pair, to be watched."
-    s = pairs.sample(k)
-    kind = "generated" if isinstance(pairs.items[k][0], GeneratedSource) else "held-out"
-    views = (s.image0, s.image1), (s.fov0, s.fov1), (s.mask0, s.mask1)
-    return make_probe(f"{s.mode} {s.id} {k}", kind, *views, s.fixed_to_moving)
+    pair = pairs.sample(k)
+    source, _ = pairs.items[k]
+    kind = "generated" if isinstance(source, GeneratedSource) else "held-out"
+    images, fovs, masks = (pair.image0, pair.image1), (pair.fov0, pair.fov1), (pair.mask0, pair.mask1)
+    return make_probe(f"{pair.mode} {pair.id} {k}", kind, images, fovs, masks, pair.fixed_to_moving)
 
 
 # %% ../../nbs/07_evaluation/08_probes.ipynb #ea427915
 def validation_probes(
-    pairs: "ValPairs",
+    pairs: "ValPairs",  # of the run
     count: int,  # how many, the first ones
 ) -> list[Probe]:
     "The first validation pairs."
@@ -64,19 +66,32 @@ def validation_probes(
 
 # %% ../../nbs/07_evaluation/08_probes.ipynb #9b2e417d
 def between_prepared(
-    fixed: Prepared,
-    moving: Prepared,
+    fixed: Prepared,  # image 0
+    moving: Prepared,  # image 1
     fixed_to_moving: np.ndarray,  # (3, 3) between the files' pixels
 ) -> np.ndarray:  # (3, 3) between the pixels of the prepared images
-    "The true map of two prepared images."
+    """The true map of two prepared images.
+
+    Convention: fixed points to moving points, like the map that is given.
+    """
     to_file = fixed.to_prepared.inverse()
     between_files = map_from_matrix(fixed_to_moving)
     return to_file.then(between_files).then(moving.to_prepared).matrix
 
 
 # %% ../../nbs/07_evaluation/08_probes.ipynb #c0ba5e47
+def estimated_vessels(
+    image: np.ndarray,  # (H, W[, 3]) uint8 or uint16
+    prepared: Prepared,  # made from it
+) -> np.ndarray:  # (h, w) float32 in [0, 1], in the pixels of the prepared image
+    "The vessels of a picture, estimated at the size of its prepared image."
+    gray = resize_image(to_gray(image), prepared.fov.shape)
+    return vesselness(gray, prepared.fov)
+
+
+# %% ../../nbs/07_evaluation/08_probes.ipynb #946a1aea
 def estimated_probe(
-    name: str,
+    name: str,  # unique within the recording
     kind: str,  # "pseudo-real" or "real"
     fixed: np.ndarray,  # (H0, W0[, 3]) uint8 or uint16
     moving: np.ndarray,  # (H1, W1[, 3]) uint8 or uint16
@@ -85,15 +100,11 @@ def estimated_probe(
 ) -> Probe:
     "A probe from two pictures: resized, field of view and vessels estimated."
     p0, p1 = prepare(fixed, size), prepare(moving, size)
-    masks = [vesselness(resize_image(to_gray(i), p.fov.shape), p.fov) for i, p in ((fixed, p0), (moving, p1))]
-    return make_probe(
-        name,
-        kind,
-        (p0.image, p1.image),
-        (p0.fov, p1.fov),
-        masks,
-        None if fixed_to_moving is None else between_prepared(p0, p1, fixed_to_moving),
-    )
+    masks = estimated_vessels(fixed, p0), estimated_vessels(moving, p1)
+    truth = None
+    if fixed_to_moving is not None:
+        truth = between_prepared(p0, p1, fixed_to_moving)
+    return make_probe(name, kind, (p0.image, p1.image), (p0.fov, p1.fov), masks, truth)
 
 
 # %% ../../nbs/07_evaluation/08_probes.ipynb #5ec2c3f8
@@ -104,22 +115,24 @@ def pseudo_real_probes(
 ) -> tuple:  # of Probe
     "The first pairs of every mode, always the same."
     spec = PseudoReal(size=(size, size), eye=EyeConfig(size=3 * size, gap=1.25, disease=0.75))
-    pairs = [pseudo_real_pair(mode, k, spec) for mode in MODES for k in range(per_mode)]
-    return tuple(
-        estimated_probe(p.id, "pseudo-real", p.fixed, p.moving, p.fixed_to_moving, size) for p in pairs
-    )
+    probes = []
+    for mode in MODES:
+        for k in range(per_mode):
+            pair = pseudo_real_pair(mode, k, spec)
+            images = pair.fixed, pair.moving
+            probes.append(estimated_probe(pair.id, "pseudo-real", *images, pair.fixed_to_moving, size))
+    return tuple(probes)
 
 
 # %% ../../nbs/07_evaluation/08_probes.ipynb #4fd662dd
 def _truth(pair):
+    "`fixed_to_moving` (3, 3) of a pair with landmarks; None where they determine no affine."
     if pair.moving_to_fixed is not None:
         return invert(pair.moving_to_fixed)
     centred = pair.fixed_points - pair.fixed_points.mean(0)
-    return (
-        fit_affine(pair.fixed_points, pair.moving_points)
-        if len(centred) >= 3 and np.linalg.matrix_rank(centred, tol=1e-3) == 2
-        else None
-    )
+    if len(centred) < 3 or np.linalg.matrix_rank(centred, tol=1e-3) < 2:
+        return None
+    return fit_affine(pair.fixed_points, pair.moving_points)
 
 
 # %% ../../nbs/07_evaluation/08_probes.ipynb #0bd8b639
@@ -132,17 +145,18 @@ def real_probes(
         named = [(p.id, p.fixed, p.moving, _truth(p)) for p in read_landmark_set(source)]
     else:
         named = [(p.id, *p.files, None) for p in read_batch(source)]
-    return [
-        estimated_probe(i, "real", read_image(fixed), read_image(moving), fixed_to_moving, size)
-        for i, fixed, moving, fixed_to_moving in named
-    ]
+    probes = []
+    for id, fixed, moving, truth in named:
+        images = read_image(fixed), read_image(moving)
+        probes.append(estimated_probe(id, "real", *images, truth, size))
+    return probes
 
 
 # %% ../../nbs/07_evaluation/08_probes.ipynb #52640aff
 def stack_probes(
-    probes: Sequence[Probe],  # sequence of Probe of equal shapes
+    probes: Sequence[Probe],  # of equal shapes
     name: str,  # field of a probe that holds an array
-    device: torch.device | str,
+    device: torch.device | str,  # of the tensor
     scale: float | None = None,  # divide by it; None: as it is stored
 ) -> torch.Tensor:  # (B, ...)
     "One field of several probes as a tensor."
@@ -154,9 +168,9 @@ def stack_probes(
 
 # %% ../../nbs/07_evaluation/08_probes.ipynb #2a4312ed
 def match_equal(
-    matcher: TwoStageMatcher,  # Matcher, in eval mode
-    probes: Sequence[Probe],  # sequence of Probe of equal shapes
-    guidance: Guidance,  # masks are handed over where it asks for them
+    matcher: TwoStageMatcher,  # in evaluation mode
+    probes: Sequence[Probe],  # of equal shapes
+    guidance: Guidance,  # masks are passed on where it needs them
 ) -> list[Matches]:
     "One pass of the matcher over probes of equal shapes."
     device = next(matcher.parameters()).device
@@ -176,15 +190,15 @@ def match_equal(
 
 # %% ../../nbs/07_evaluation/08_probes.ipynb #023bff04
 def match_probes(
-    matcher: TwoStageMatcher,  # Matcher, in eval mode
-    probes: Sequence[Probe],
-    guidance: Guidance = UNGUIDED,  # masks are handed over where it asks for them
+    matcher: TwoStageMatcher,  # in evaluation mode
+    probes: Sequence[Probe],  # of any shapes
+    guidance: Guidance = UNGUIDED,  # masks are passed on where it needs them
     batch: int = 8,  # probes in one pass
 ) -> list[Matches]:  # in the order of the probes
-    "What the matcher says to every probe."
-    groups = {}
-    for k, p in enumerate(probes):
-        groups.setdefault((p.image0.shape, p.image1.shape), []).append(k)
+    "The matches of every probe."
+    groups = {}  # shapes of both images -> numbers of the probes
+    for k, probe in enumerate(probes):
+        groups.setdefault((probe.image0.shape, probe.image1.shape), []).append(k)
     found = {}
     for group in groups.values():
         for i in range(0, len(group), batch):

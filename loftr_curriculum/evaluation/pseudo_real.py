@@ -30,7 +30,7 @@ def matrix_of(
 # %% ../../nbs/07_evaluation/03_pseudo_real.ipynb #5993688b
 def error_of(
     register_function: Callable,  # (fixed, moving) -> moving_to_fixed (3, 3), None, or an object that has it
-    pair: RawPair,
+    pair: RawPair,  # images and truth
 ) -> float:  # px at 512 px; inf for no answer
     "How far a system is from the true points of a pair."
     answer = matrix_of(register_function(pair.fixed, pair.moving))
@@ -49,7 +49,7 @@ def evaluate_pseudo_real(
     per_pair: bool = False,  # add the error of every pair
     spec: PseudoReal = SPECIFICATION,  # another one is another list, and its scores compare with nothing
 ) -> dict:  # mode -> figures as in `metrics.summarise`; 'all' over all modes
-    "Score a system on the pseudo-real list."
+    "Score a system on the pseudo-real list; ValueError for an unknown mode or a folder of another list."
     errors = {mode: {} for mode in modes}
     for pair in pseudo_real_pairs(modes, limit, folder, workers, progress, spec):
         errors[pair.mode][pair.id] = error_of(register_function, pair)
@@ -58,7 +58,9 @@ def evaluate_pseudo_real(
         every |= of_mode
     result = {mode: summarise(list(of_mode.values())) for mode, of_mode in errors.items()}
     result["all"] = summarise(list(every.values()))
-    return result | ({"errors": every} if per_pair else {})
+    if per_pair:
+        result["errors"] = every
+    return result
 
 
 # %% ../../nbs/07_evaluation/03_pseudo_real.ipynb #d0c58e79

@@ -54,7 +54,8 @@ def read_predictions(
     path = Path(path)
     if (path / MAPS).is_file():
         return read_maps(path / MAPS)
-    path = path / TRANSFORMS if path.is_dir() else path
+    if path.is_dir():
+        path = path / TRANSFORMS
     predictions = read_json(path)
     if not isinstance(predictions, dict):
         raise FileError(f"{path}: expected a JSON object {{id: 3x3 matrix or null}}")
@@ -68,7 +69,9 @@ def read_verdicts(
 ) -> dict:  # {id: verdict}, empty where there is no such table
     "The verdicts of a batch."
     table = Path(path) / RESULTS
-    return {i: row["verdict"] for i, row in read_results(table).items()} if table.is_file() else {}
+    if not table.is_file():
+        return {}
+    return {id: row["verdict"] for id, row in read_results(table).items()}
 
 
 # %% ../../nbs/07_evaluation/02_sets.ipynb #101c4efb
@@ -76,7 +79,10 @@ Answers = Mapping[str, PointMap | ArrayLike | None]  # of pairs by their names; 
 
 
 # %% ../../nbs/07_evaluation/02_sets.ipynb #111e7101
-def warn_of_strangers(pairs: Sequence[LandmarkPair], predictions: Answers) -> None:
+def warn_of_strangers(
+    pairs: Sequence[LandmarkPair],  # of the set
+    predictions: Answers,  # by the names of pairs
+) -> None:
     "A warning that names answers to pairs that are not in the set; FileError where none is in it."
     strange = sorted(set(predictions) - {pair.id for pair in pairs})
     if strange and len(strange) == len(predictions):
@@ -91,25 +97,25 @@ def warn_of_strangers(pairs: Sequence[LandmarkPair], predictions: Answers) -> No
 
 # %% ../../nbs/07_evaluation/02_sets.ipynb #567816f7
 def set_errors(
-    pairs: Sequence[LandmarkPair],
-    predictions: Answers,
+    pairs: Sequence[LandmarkPair],  # of the set
+    predictions: Answers,  # by the names of pairs
 ) -> tuple[dict[str, float], dict[str, float]]:  # landmark errors, corner errors where there is a reference
-    "Both errors of every pair, pixels of the fixed image."
+    "Both errors of every pair, pixels of the fixed image; FileError where no prediction is of the set."
     warn_of_strangers(pairs, predictions)
-    answers = {pair.id: predictions.get(pair.id) for pair in pairs}
-    landmark = {
-        pair.id: landmark_error(answers[pair.id], pair.fixed_points, pair.moving_points) for pair in pairs
-    }
-    corner = {
-        pair.id: corner_error(answers[pair.id], pair.moving_to_fixed, image_size(pair.moving))
-        for pair in pairs
-        if pair.moving_to_fixed is not None
-    }
+    landmark, corner = {}, {}
+    for pair in pairs:
+        answer = predictions.get(pair.id)
+        landmark[pair.id] = landmark_error(answer, pair.fixed_points, pair.moving_points)
+        if pair.moving_to_fixed is not None:
+            corner[pair.id] = corner_error(answer, pair.moving_to_fixed, image_size(pair.moving))
     return landmark, corner
 
 
 # %% ../../nbs/07_evaluation/02_sets.ipynb #574b0d6a
-def rounded(value: float | None, digits: int = 2) -> float | None:
+def rounded(
+    value: float | None,  # a figure; None where it is not known
+    digits: int = 2,  # after the point
+) -> float | None:
     "A figure as it is printed; None where it is not known or not finite."
     return None if value is None or not np.isfinite(value) else round(float(value), digits)
 
@@ -137,29 +143,33 @@ def score(
     per_pair: bool = False,  # add the landmark error of every pair
 ) -> dict:  # figures in the order in which they are printed, rounded
     "The figures of a set."
-    errors, corners = np.array(list(landmark.values())), np.array(list(corner.values()))
+    errors = np.array(list(landmark.values()))
+    corners = np.array(list(corner.values()))
     out = landmark_figures(errors)
     if len(corners):
         out |= {f"corner_AUC@{t}": round(auc(corners, t), 3) for t in (3, 5, 10, 20)}
     if verdicts:
-        kept = promises(errors, [verdicts.get(i, "failed") for i in landmark])
+        kept = promises(errors, [verdicts.get(id, "failed") for id in landmark])
         out |= {"wrong_ok": kept["wrong_ok"], "good_ok": rounded(kept["good_ok"], 3)}
     if per_pair:
-        out["landmark"] = {i: rounded(error) for i, error in landmark.items()}
+        out["landmark"] = {id: rounded(error) for id, error in landmark.items()}
     return out
 
 
 # %% ../../nbs/07_evaluation/02_sets.ipynb #c08d855e
 def predict_set(
-    pairs: Sequence[LandmarkPair],
+    pairs: Sequence[LandmarkPair],  # of the set
     matcher: object,  # as in `registration.register`
     config: RegistrationConfig | None = None,  # None: the defaults
     progress: bool = True,  # show a progress bar
 ) -> tuple[dict[str, PointMap | None], dict[str, str]]:  # maps and verdicts by the names of the pairs
     "Register every pair of a set."
-    bar = tqdm(pairs, desc="registering", unit="pair", disable=not progress)
-    results = {p.id: register(p.fixed, p.moving, matcher=matcher, config=config) for p in bar}
-    return {i: r.point_map for i, r in results.items()}, {i: str(r.verdict) for i, r in results.items()}
+    maps, verdicts = {}, {}
+    for pair in tqdm(pairs, desc="registering", unit="pair", disable=not progress):
+        result = register(pair.fixed, pair.moving, matcher=matcher, config=config)
+        maps[pair.id] = result.point_map
+        verdicts[pair.id] = str(result.verdict)
+    return maps, verdicts
 
 
 # %% ../../nbs/07_evaluation/02_sets.ipynb #d2b1c9c1
@@ -184,5 +194,5 @@ def evaluate_set(
         predictions, verdicts = predict_set(pairs, matcher, config, progress)
     elif not isinstance(predictions, dict):
         predictions, verdicts = read_predictions(predictions), read_verdicts(predictions)
-    errors = set_errors(pairs, predictions)
-    return score(*errors, verdicts, per_pair)
+    landmark, corner = set_errors(pairs, predictions)
+    return score(landmark, corner, verdicts, per_pair)
