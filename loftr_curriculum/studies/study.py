@@ -119,6 +119,12 @@ STUDIES = {
         "studies.collapse_factors.in_words",
         resumes=True,
     ),
+    "collapse-cure": Study(
+        "whether the curriculum cures what collapses",
+        "studies.collapse_cure.run_cure",
+        "studies.collapse_cure.in_words",
+        resumes=True,
+    ),
     "pseudo-real": Study(
         "any system on the frozen list of hard pairs",
         "studies.pseudo_real.score_system",
