@@ -1,4 +1,4 @@
-"""Guards of the cure: a tiny plan in pieces, guided looks where masks act, other settings refused, and a
+"""Guards of the cure: a tiny plan in pieces, guided passes where masks act, other settings refused, and a
 start that all arms share trained once.
 """
 

@@ -73,6 +73,9 @@ __all__ = [
     "in_words",
     "draw_place",
     "draw_arms",
+    "illness_in_words",
+    "cure_of_place",
+    "paragraph",
 ]
 
 # %% ../../nbs/11_studies/24_collapse_cure.ipynb #49bdea29
@@ -96,10 +99,11 @@ from .collapse_factors import (
     GAPS,
     LAST,
     LEARNED,
-    LOOKS,
+    PASSES,
     Job,
     Settings,
     all_conditions,
+    causes_of,
     differences_by_seed,
     do_jobs,
     gaps_of_illness,
@@ -228,11 +232,11 @@ def before_all(
 def eyes_while_taught(
     run: dict,  # of `one_run`
     gap: str,  # one of GAPS
-    look: str,  # one of LOOKS
+    how: str,  # one of PASSES
     epochs: int,  # of the whole run
-) -> list[float] | None:  # index of every eye; None where there was no such look
+) -> list[float] | None:  # index of every eye; None where there was no such pass
     "Means over the epochs in which guidance is on."
-    curve = run["way"][gap][look]["collapse_index"]
+    curve = run["way"][gap][how]["collapse_index"]
     rows = [curve[e] for e in epochs_taught(epochs) if e < len(curve) and curve[e] is not None]
     return [round(float(v), 4) for v in np.mean(rows, 0)] if rows else None
 
@@ -241,11 +245,11 @@ def eyes_while_taught(
 def at_landmark(
     run: dict,  # of `one_run`
     gap: str,  # one of GAPS
-    look: str,  # one of LOOKS
+    how: str,  # one of PASSES
     epoch: int,
 ) -> list[float] | None:  # index and share of right matches, means over the eyes; None: not looked at
     "What one epoch looked like."
-    way = run["way"][gap][look]
+    way = run["way"][gap][how]
     rows = [way[figure] for figure in ("collapse_index", "inlier_ratio")]
     if epoch >= len(rows[0]) or rows[0][epoch] is None:
         return None
@@ -260,9 +264,9 @@ def kept_of(
     "A run as the record holds it."
     epochs = job.settings.epochs
     marks = {name: epoch_at(share, epochs) for name, share in LANDMARKS.items()}
-    taught = {gap: {look: eyes_while_taught(run, gap, look, epochs) for look in LOOKS} for gap in GAPS}
+    taught = {gap: {how: eyes_while_taught(run, gap, how, epochs) for how in PASSES} for gap in GAPS}
     landmarks = {
-        name: {gap: {look: at_landmark(run, gap, look, epoch) for look in LOOKS} for gap in GAPS}
+        name: {gap: {how: at_landmark(run, gap, how, epoch) for how in PASSES} for gap in GAPS}
         for name, epoch in marks.items()
     }
     ends = {key: run[key] for key in ("seed", "epochs", "steps", "lam", "scaler", "seconds", "gaps")}
@@ -413,7 +417,8 @@ def run_cure(
     every = jobs_of(settings, names, folder_of(settings, cache))
     missing = [job for job in every if not job.result.is_file()]
     missing = missing[: len(missing) if most is None else most]
-    say(f"{len(every)} runs are planned in {'; '.join(names)}; {len(missing)} follow")
+    hours = len(missing) * settings.minutes / 60 / workers
+    say(f"{len(every)} runs are planned in {'; '.join(names)}; {len(missing)} follow, {hours:.1f} h at most")
     say(RULE)
     result = told | {"conditions": names, "planned": len(every)} | known_of_conditions(known, names)
     result |= {"machine": this_machine(), "workers": workers, "runs": runs_kept(every)}
@@ -436,7 +441,7 @@ def runs_of_arm(
 
 
 # %% ../../nbs/11_studies/24_collapse_cure.ipynb #ed46375c
-WHEN = ("end", "unguided", "guided")  # the end, or while guidance is on by either look
+WHEN = ("end", "unguided", "guided")  # the end, or while guidance is on by either pass
 
 
 def index_by_seed(
@@ -446,7 +451,7 @@ def index_by_seed(
     gap: str,  # one of GAPS
     when: str = "end",  # one of WHEN
 ) -> dict[int, np.ndarray]:  # seed -> (eyes,)
-    "Collapse index of every eye; seeds without such a look are left out."
+    "Collapse index of every eye; seeds without such a pass are left out."
     found = {}
     for seed, run in runs_of_arm(result, name, arm).items():
         eyes = run["gaps"][gap]["by_eye"] if when == "end" else run["taught"][gap][when]
@@ -806,14 +811,14 @@ def landmark_text(
     gap: str,  # one of GAPS
     landmark: str,  # one of LANDMARKS
 ) -> str:
-    "How many runs of an arm reach a landmark, by either look."
+    "How many runs of an arm reach a landmark, by either pass."
     runs, counts = list(runs_of_arm(result, name, arm).values()), []
-    for look in LOOKS:
-        seen = [run["landmarks"][landmark][gap][look] for run in runs]
+    for how in PASSES:
+        seen = [run["landmarks"][landmark][gap][how] for run in runs]
         known = [figures for figures in seen if figures is not None]
         if known:
             count = sum(reaches(figures, landmark, result["threshold"]) for figures in known)
-            counts.append(f"{count} of {len(known)} {look}")
+            counts.append(f"{count} of {len(known)} {how}")
     return f"{arm} {', '.join(counts)}" if counts else ""
 
 
@@ -986,3 +991,51 @@ def draw_arms(
     rows[-1].set_xlabel("collapse index; dotted: threshold")
     figure.tight_layout()
     return figure
+
+
+# %% ../../nbs/11_studies/24_collapse_cure.ipynb #eb1ceecd
+def illness_in_words(
+    factors: dict,  # from `run_factors`
+) -> str:
+    "When plain training collapses, as far as runs are done."
+    ill, causes = patients(factors), causes_of(factors)
+    when = (
+        f"collapses with every seed in {'; '.join(ill)}"
+        if ill
+        else "collapses in no condition with every seed"
+    )
+    raised = "; ".join(f"{c.factor} {c.level} beside {c.beside} ({c.rise:+.2f})" for c in causes)
+    so_far = "" if len(factors["runs"]) == factors["planned"] else " so far"
+    return (
+        f"With {len(factors['runs'])} of {factors['planned']} runs done, plain training {when}{so_far}. "
+        f"Shown to raise the index: {raised or 'nothing'}{so_far}."
+    )
+
+
+# %% ../../nbs/11_studies/24_collapse_cure.ipynb #df2ab94d
+def cure_of_place(
+    result: dict,  # from `run_cure`
+    name: str,  # of a condition
+    gap: str,  # one of GAPS
+) -> str:
+    "What the curriculum came to in one condition under one gap."
+    on, end = outcome_while_on(result, name, "v2.2", gap), outcome(result, name, "v2.2", gap)
+    good = [arm for arm in GUIDED if outcome(result, name, arm, gap) == "cured"]
+    engines = who_works(*(outcome(result, name, arm, gap) for arm in ("bias-only", "loss-only", "v2.2")))
+    return (
+        f"In {name} under the gap {gap}: v2.2 while guidance is on: {on}; after weaning: {end}. "
+        f"Arms that cure: {', '.join(good) or 'none'}. Engines: {engines.lower()}."
+    )
+
+
+# %% ../../nbs/11_studies/24_collapse_cure.ipynb #71f57472
+def paragraph(
+    factors: dict,  # from `run_factors`
+    cure: dict | None,  # from `run_cure`; None: not run
+) -> str:
+    "Illness and cure in one paragraph."
+    if cure is None or not cure["runs"]:
+        return f"{illness_in_words(factors)} Whether the curriculum cures is not run yet."
+    found = " ".join(cure_of_place(cure, *place) for place in places(cure))
+    done = f"{len(cure['runs'])} of {cure['planned']} runs of the cure are done."
+    return f"{illness_in_words(factors)} {found} {done}"

@@ -18,7 +18,7 @@ __all__ = [
     "FIRST",
     "PARTS",
     "LAST",
-    "LOOKS",
+    "PASSES",
     "WAY",
     "LEARNED",
     "RULE",
@@ -432,19 +432,19 @@ def eyes_of(
 
 
 # %% ../../nbs/11_studies/23_collapse_factors.ipynb #f3f2164e
-LOOKS = {"unguided": False, "guided": True}
+PASSES = {"unguided": False, "guided": True}
 WAY = ("collapse_index", "inlier_ratio")  # figures of every epoch
 
 
 def way_of_gap(
     recording: Recording,
     gap: str,  # one of GAPS
-) -> dict:  # look -> figure -> for each epoch a number for each eye, or None
+) -> dict:  # "unguided" or "guided" -> figure -> for each epoch a number for each eye, or None
     "Every epoch under one gap, unguided and, while masks guide, guided."
     numbers = [k for k, p in enumerate(recording.probes) if p.kind == gap]
     return {
-        look: {figure: [eyes_of(r, numbers, figure, guided) for r in recording.records] for figure in WAY}
-        for look, guided in LOOKS.items()
+        how: {figure: [eyes_of(r, numbers, figure, guided) for r in recording.records] for figure in WAY}
+        for how, guided in PASSES.items()
     }
 
 
