@@ -661,6 +661,15 @@ def _in_words(
     return [f"{answer.verdict}: {agree}", *reasons, *_simpler(answer, config)]
 
 
+# %% ../nbs/12_cli/00_cli.ipynb #310c2b43
+def _replaced(
+    earlier: "TransformRecord",  # the answer that the folder held
+) -> str:
+    "A line that says what is gone; answers of earlier versions do not say which files they are for."
+    files = [str(earlier.inputs[side]) for side in ("fixed", "moving") if side in earlier.inputs]
+    return f"replaces the answer for {' and '.join(files)}" if files else "replaces an earlier answer"
+
+
 # %% ../nbs/12_cli/00_cli.ipynb #fb7e95f9
 def _register(args: Namespace) -> int:
     from .io.files import refuse_to_overwrite
@@ -669,14 +678,21 @@ def _register(args: Namespace) -> int:
     from .model.config import Guidance
     from .registration.config import RegistrationConfig
     from .registration.pair import register
-    from .report.registration import outputs_of, write_registration
+    from .report.registration import (
+        earlier_answer,
+        outputs_of,
+        refuse_foreign,
+        write_registration,
+    )
 
     given = [p for p in (args.fixed, args.moving, args.fixed_mask, args.moving_mask, args.weights) if p]
     refuse_to_overwrite(outputs_of(args.out), given)
+    refuse_foreign(args.out)
     config = settings(RegistrationConfig, args)
     guidance = Guidance(args.vessel_soft_lambda)
     fixed, moving = with_frame([args.fixed, args.moving], args.frame)
     with only_run(args.out):
+        earlier = earlier_answer(args.out)
         answer = register(
             fixed,
             moving,
@@ -689,6 +705,8 @@ def _register(args: Namespace) -> int:
         written = write_registration(answer, fixed, moving, args.out)
     print(*_in_words(answer, config), sep="\n")
     print(f"look at {args.out}: {', '.join(path.name for path in written)}")
+    if earlier is not None:
+        print(_replaced(earlier))
     return EXIT[answer.verdict]
 
 

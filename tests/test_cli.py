@@ -298,6 +298,31 @@ def test_register_writes_its_files_and_warp_repeats_the_picture(pair, sees, tmp_
     assert np.array_equal(read_image(tmp_path / "again.png"), read_image(out / "warped.png"))
 
 
+def test_a_file_of_somebody_else_refuses_the_folder_before_any_work(pair, tmp_path, complains, monkeypatch):
+    fixed, moving, _ = pair
+
+    def works(*_):
+        pytest.fail("loads the weights before it looks at the folder")
+
+    monkeypatch.setattr("loftr_curriculum.model.weights.load_matcher", works)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/warped.png").write_bytes(b"mine")
+    said = complains("register", fixed, moving, "--out", tmp_path / "out", *QUICK)
+    assert f"{tmp_path}/out/warped.png: exists" in said and "choose another folder" in said
+    assert (tmp_path / "out/warped.png").read_bytes() == b"mine"
+
+
+def test_an_answer_that_is_replaced_is_named(pair, sees, tmp_path, capsys):
+    fixed, moving, _ = pair
+    words = ("--out", tmp_path / "out", *QUICK)
+    assert run("register", fixed, moving, *words) == 0
+    assert "replaces" not in capsys.readouterr().out
+    assert run("register", fixed, fixed, *words) == 0
+    assert f"\nreplaces the answer for {fixed} and {moving}\n" in capsys.readouterr().out
+    assert run("register", fixed, moving, *words) == 0
+    assert f"\nreplaces the answer for {fixed} and {fixed}\n" in capsys.readouterr().out
+
+
 def test_the_verdict_is_the_exit_code(pair, sees, tmp_path, capsys):
     fixed, moving, _ = pair
     assert run("register", fixed, moving, "--out", tmp_path / "d", "--ok_inliers", "100000", *QUICK) == 3

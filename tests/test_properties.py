@@ -133,7 +133,7 @@ FIELDS = [
     "map",
     "evidence",
 ]
-FIELDS += ["files", "versions", "images"]
+FIELDS += ["files", "versions", "images", "inputs"]
 
 
 @quick

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from loftr_curriculum.geometry import apply_transform, invert, similarity, translation, warp_image
+from loftr_curriculum.io.files import FileError
 from loftr_curriculum.io.images import read_image, write_image
 from loftr_curriculum.io.transforms import load_transform
 from loftr_curriculum.registration.config import Verdict
@@ -188,10 +189,29 @@ def test_the_library_never_imports_pyplot():
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
-def test_files_of_others_are_not_taken_for_our_own(tmp_path):
+@pytest.mark.parametrize("earlier", [False, True])
+def test_a_file_of_somebody_else_refuses_the_folder(earlier, tmp_path):
     fixed, moving = scene((90, 120)), scene((70, 100))
-    (tmp_path / "warped.png").write_bytes(b"of another program")
-    for _ in range(2):  # the second answer removes what the first one wrote
+    if earlier:  # an answer that wrote no warped.png
         write_registration(a_result(moving, None, verdict=Verdict.FAILED), fixed, moving, tmp_path)
-    assert load_transform(tmp_path / "transform.json").files == ("matches.png",)
-    assert (tmp_path / "warped.png").read_bytes() == b"of another program"
+    (tmp_path / "warped.png").write_bytes(b"of another program")
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(FileError, match="warped.png: exists, and no transform.json says"):
+        write_registration(a_result(moving, np.eye(3)), fixed, moving, tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_an_answer_whose_writing_was_interrupted_leaves_nothing(tmp_path, monkeypatch):
+    from loftr_curriculum.report import registration
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    fixed, moving = scene((90, 120)), scene((70, 100))
+    (tmp_path / "notes.txt").write_text("mine")
+    monkeypatch.setattr(registration, "draw_checkerboard", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        write_registration(a_result(moving, np.eye(3)), fixed, moving, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+    monkeypatch.undo()
+    write_registration(a_result(moving, np.eye(3)), fixed, moving, tmp_path)

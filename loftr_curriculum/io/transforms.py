@@ -63,6 +63,7 @@ class TransformRecord:
     evidence: dict = field(default_factory=dict)  # the numbers behind the verdict
     files: tuple = ()  # names of the files that were written beside it
     facts: dict = field(default_factory=dict)  # "fixed", "moving" -> what the image files say of themselves
+    inputs: dict = field(default_factory=dict)  # "fixed", "moving" -> the image file as it was named
 
 
 # %% ../../nbs/02_io/02_transforms.ipynb #dd839a59
@@ -137,6 +138,7 @@ def save_transform(
         "size_order": "height, width",
         "pixel_centre": "the centre of the top-left pixel is (0, 0)",
         "pixel_frame": "upright images: the orientation tags of the files (EXIF) are applied",
+        "inputs": record.inputs,
         "images": record.facts,
         "verdict": record.verdict,
         "reasons": record.reasons,
@@ -219,6 +221,7 @@ def load_transform(
         evidence=_optional(data, "evidence", dict, path),
         files=tuple(_optional(data, "files", list, path)),
         facts=_optional(data, "images", dict, path),
+        inputs=_optional(data, "inputs", dict, path),
         **sizes,
     )
 

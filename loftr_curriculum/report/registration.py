@@ -15,14 +15,19 @@ __all__ = [
     "draw_matches",
     "draw_checkerboard",
     "outputs_of",
+    "earlier_answer",
+    "refuse_foreign",
     "remove_earlier",
     "write_points",
     "write_map",
     "record_of",
+    "all_or_nothing",
     "write_registration",
 ]
 
 # %% ../../nbs/08_report/01_registration.ipynb #09fcc2f1
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -36,7 +41,7 @@ from ..io.exports import (
     save_landmarks,
     save_matches_table,
 )
-from ..io.files import refuse_to_overwrite
+from ..io.files import FileError, refuse_to_overwrite
 from ..io.images import write_image
 from ..io.inputs import storable
 from ..io.transforms import TransformRecord, load_transform, save_transform
@@ -145,16 +150,41 @@ def outputs_of(
     return [Path(out_dir) / name for name in (*FILES, BENT, MILLIMETRES, *POINTS)]
 
 
+# %% ../../nbs/08_report/01_registration.ipynb #b6e8382a
+def earlier_answer(
+    out_dir: str | Path,  # folder
+) -> TransformRecord | None:
+    "The answer that the folder holds, None where it holds none; FileError where transform.json is no answer."
+    transform = Path(out_dir) / FILES[0]
+    return load_transform(transform) if transform.exists() else None
+
+
+# %% ../../nbs/08_report/01_registration.ipynb #1b2ba9ba
+def refuse_foreign(
+    out_dir: str | Path,  # folder
+) -> None:
+    "FileError where a file would be overwritten that no transform.json says a registration wrote."
+    earlier = earlier_answer(out_dir)
+    own = () if earlier is None else (FILES[0], *earlier.files)
+    for path in outputs_of(out_dir):
+        if path.exists() and path.name not in own:
+            raise FileError(
+                f"{path}: exists, and no transform.json says that a registration wrote it; "
+                "choose another folder"
+            )
+
+
 # %% ../../nbs/08_report/01_registration.ipynb #2432fcb0
 def remove_earlier(
     transform: Path,  # transform.json of the folder
 ) -> None:
     "Remove the files of an earlier answer: those that its transform.json says were written with it."
-    if not transform.exists():
+    earlier = earlier_answer(transform.parent)
+    if earlier is None:
         return
-    written = load_transform(transform).files
-    for name in set(written) & {*FILES, BENT, MILLIMETRES, *POINTS}:
-        (transform.parent / name).unlink(missing_ok=True)
+    for path in outputs_of(transform.parent):
+        if path.name in earlier.files:
+            path.unlink(missing_ok=True)
     transform.unlink()
 
 
@@ -190,6 +220,7 @@ def write_map(
 def record_of(
     result: Registration,  # of the pair
     written: list[Path],  # the other files of the folder
+    inputs: dict | None = None,  # "fixed", "moving" -> the image file as it was named
 ) -> TransformRecord:
     "What transform.json says."
     return TransformRecord(
@@ -202,7 +233,22 @@ def record_of(
         evidence=dict(result.evidence.to_dict()),
         facts=result.facts,
         files=tuple(path.name for path in written),
+        inputs=inputs or {},
     )
+
+
+# %% ../../nbs/08_report/01_registration.ipynb #7c2f874e
+@contextmanager
+def all_or_nothing(
+    out: Path,  # folder that holds no files of a registration yet
+) -> Iterator[None]:
+    "Inside, the files of an answer are written; where that is interrupted, none of them stays."
+    try:
+        yield
+    except BaseException:
+        for path in outputs_of(out):
+            path.unlink(missing_ok=True)
+        raise
 
 
 # %% ../../nbs/08_report/01_registration.ipynb #09730513
@@ -219,18 +265,22 @@ def write_registration(
     Where the map bends, transform_bent.tfm holds the whole map and transform.tfm its affine. Where both
     images state their spacing, transform_mm.tfm is the whole map in millimetres.
 
-    Each file is written atomically.
-    FileError, before anything is written, where one of them is an input.
+    Each file is written atomically. An earlier answer in the folder is replaced.
+    FileError, before anything is written, where one of them is an input, or is there and was not written by
+    a registration.
     """
     out = Path(out_dir)
-    inputs = [path for path in (fixed, moving) if isinstance(path, (str, Path))]
-    refuse_to_overwrite(outputs_of(out), inputs)
+    images = {"fixed": fixed, "moving": moving}
+    inputs = {side: str(image) for side, image in images.items() if isinstance(image, (str, Path))}
+    refuse_to_overwrite(outputs_of(out), list(inputs.values()))
+    refuse_foreign(out)
     fixed, moving = open_image(fixed, "fixed"), open_image(moving, "moving")
     out.mkdir(parents=True, exist_ok=True)
     transform, matches = out / FILES[0], out / FILES[-1]
     remove_earlier(transform)
-    save_figure(matches, draw_matches(result, fixed, moving))
-    written = [] if result.moving_to_fixed is None else write_map(result, fixed, moving, out)
-    written.append(matches)
-    save_transform(transform, record_of(result, written))
+    with all_or_nothing(out):
+        save_figure(matches, draw_matches(result, fixed, moving))
+        written = [] if result.moving_to_fixed is None else write_map(result, fixed, moving, out)
+        written.append(matches)
+        save_transform(transform, record_of(result, written, inputs))
     return [transform, *written]

@@ -14,7 +14,7 @@ from ..io.images import write_image
 from ..io.inputs import storable
 from ..registration.frames import open_image, warp_to_fixed
 from ..registration.triplet import PAIRS, Triplet
-from .registration import outputs_of, write_registration
+from .registration import outputs_of, refuse_foreign, write_registration
 
 # %% ../../nbs/08_report/09_triplet.ipynb #a9175355
 TRIPLET = "triplet.json"
@@ -33,11 +33,13 @@ def refuse_inputs(
     out: str | Path,  # folder of the triplet
     images: dict,  # cf, oct, fa -> path
 ) -> None:
-    "FileError where an image would be overwritten."
+    "FileError where an image, or a file that no registration wrote, would be overwritten."
     files = [Path(out) / name for name in (TRIPLET, "oct_in_cf.png", "fa_in_cf.png")]
     for name in PAIRS:
         files += outputs_of(folder_of(out, name))
     refuse_to_overwrite(files, list(images.values()))
+    for name in PAIRS:
+        refuse_foreign(folder_of(out, name))
 
 
 # %% ../../nbs/08_report/09_triplet.ipynb #76b6fdb0
