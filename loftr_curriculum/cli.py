@@ -998,12 +998,15 @@ def _add_warp(parser: ArgumentParser) -> None:
         help="page of a TIFF or frame of a DICOM file that holds several, from 0; or write file.tif[2]",
     )
     parser.add_argument(
-        "transform", type=str, help="transform.json of a registration; with --id the folder of a batch"
+        "transform",
+        type=str,
+        help="transform.json of a registration, or its folder; with --id the folder of a batch",
     )
     parser.add_argument("--id", type=str | None, default=None, help="pair of a batch whose map is taken")
     parser.add_argument(
         "--out", type=str, required=True, help="image file to write, in the frame of the fixed image"
     )
+    parser.add_argument("--overwrite", action="store_true", help="replace the file where it exists already")
     parser.add_argument(
         "--mode",
         type=Literal["linear", "nearest"],
@@ -1032,23 +1035,36 @@ def _check_sizes(
         )
 
 
+# %% ../nbs/12_cli/00_cli.ipynb #9054f903
+def _transform_of(
+    path: str,  # transform.json, or the folder of an answer or of a batch
+    id: str | None,  # pair of a batch; None: there is one pair
+) -> "TransformRecord":
+    "What is known of the transform; FileError where it is not there."
+    from .io.files import FileError
+    from .io.transforms import load_transform
+    from .registration.review import reviewed_transform
+
+    if id is not None:
+        return reviewed_transform(path, id)
+    if not Path(path).is_dir():
+        return load_transform(path)
+    if not (Path(path) / "transform.json").is_file():
+        raise FileError(f"{path}: is a folder without a transform.json; name a pair of a batch with --id")
+    return load_transform(Path(path) / "transform.json")
+
+
 # %% ../nbs/12_cli/00_cli.ipynb #4ed63053
 def _warp(args: Namespace) -> int:
     from .io.files import FileError, refuse_to_overwrite
     from .io.images import read_image, with_frame, write_image
-    from .io.transforms import load_transform, map_of_record
+    from .io.transforms import map_of_record
     from .registration.frames import warp_to_fixed
-    from .registration.review import reviewed_transform
 
     refuse_to_overwrite([args.out], [args.image, args.transform])
-    if args.id is None and Path(args.transform).is_dir():
-        raise FileError(
-            f"{args.transform}: is a folder; name one of its pairs with --id, or give a transform.json"
-        )
-    if args.id is None:
-        record = load_transform(args.transform)
-    else:
-        record = reviewed_transform(args.transform, args.id)
+    if Path(args.out).is_file() and not args.overwrite:
+        raise FileError(f"{args.out}: exists already; name another file, or add --overwrite")
+    record = _transform_of(args.transform, args.id)
     image = read_image(with_frame([args.image], args.frame)[0])
     _check_sizes(record, args.transform, image.shape[:2], args.image)
     write_image(args.out, warp_to_fixed(image, map_of_record(record), record.fixed_size, args.mode))
@@ -1203,7 +1219,7 @@ COMMANDS = {
     ),
     "warp": Command(
         "apply a saved transform to another image or mask",
-        "IMAGE TRANSFORM --out FILE [--id ID] [--mode nearest]",
+        "IMAGE TRANSFORM --out FILE [--id ID] [--mode nearest] [--overwrite]",
         _add_warp,
         _warp,
     ),

@@ -296,6 +296,8 @@ def test_register_writes_its_files_and_warp_repeats_the_picture(pair, sees, tmp_
     assert np.abs((found @ points)[:2] - (M @ points)[:2]).max() < 3
     assert run("warp", moving, out / "transform.json", "--out", tmp_path / "again.png") == 0
     assert np.array_equal(read_image(tmp_path / "again.png"), read_image(out / "warped.png"))
+    assert run("warp", moving, out, "--out", tmp_path / "by_folder.png") == 0
+    assert np.array_equal(read_image(tmp_path / "by_folder.png"), read_image(out / "warped.png"))
 
 
 def test_a_file_of_somebody_else_refuses_the_folder_before_any_work(pair, tmp_path, complains, monkeypatch):
@@ -432,6 +434,18 @@ def test_warp_keeps_labels_and_refuses_another_size(pair, tmp_path, complains, c
         "warp", moving, tmp_path / "t.json", "--out", tmp_path / "x.gif"
     )
     assert not (tmp_path / "x.png").exists()
+
+
+def test_warp_replaces_a_file_only_where_it_is_told_to(tmp_path, complains):
+    image = np.full((40, 60), 90, np.uint8)
+    write_image(tmp_path / "a.png", image)
+    write_json(tmp_path / "t.json", {"moving_to_fixed": np.eye(3), "fixed_size": [40, 60]})
+    (tmp_path / "original.png").write_bytes(b"mine")
+    words = ("warp", tmp_path / "a.png", tmp_path / "t.json", "--out", tmp_path / "original.png")
+    assert "original.png: exists already" in complains(*words)
+    assert (tmp_path / "original.png").read_bytes() == b"mine"
+    assert run(*words, "--overwrite") == 0
+    assert np.array_equal(read_image(tmp_path / "original.png"), image)
 
 
 def test_register_many_goes_on_after_a_bad_pair_and_after_an_interruption(

@@ -38,7 +38,7 @@ def test_two_folders_are_tried_dry_then_registered_then_warped(folders, capsys):
     assert run("register-many", *folders, "--out", "out", "--save", "warped", *QUICK) == 0
     assert "alone: fa/9_fa.png: no fixed image for 9" in capsys.readouterr().err
     for transform in ("out", "out/transforms.json", "out/maps.jsonl"):
-        assert run("warp", "fa/7_fa.png", transform, "--id", "7", "--out", "warped.png") == 0
+        assert run("warp", "fa/7_fa.png", transform, "--id", "7", "--out", "warped.png", "--overwrite") == 0
         np.testing.assert_array_equal(read_image("warped.png"), read_image("out/pairs/7/warped.png"))
 
 

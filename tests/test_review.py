@@ -84,13 +84,13 @@ def test_warp_takes_what_was_decided(batch, tmp_path, capsys):
     review = Review(batch)
     review.decide(Decision("first", CORRECTED, PLACES, Affine(TURN)(PLACES), matrix))
     review.decide(Decision("second", REJECTED))
-    words = ["warp", str(tmp_path / "m.png"), str(batch), "--out", str(tmp_path / "w.png"), "--id"]
-    assert main([*words, "first"]) == 0
+    words = ["warp", str(tmp_path / "m.png"), str(batch), "--out"]
+    assert main([*words, str(tmp_path / "w.png"), "--id", "first"]) == 0
     inside = slice(60, 240), slice(80, 320)
     off = read_image(tmp_path / "w.png").astype(int) - read_image(tmp_path / "f.png")
     assert np.abs(off[inside]).mean() < 4
     capsys.readouterr()
-    assert main([*words, "second"]) == 2
+    assert main([*words, str(tmp_path / "v.png"), "--id", "second"]) == 2
     assert "was rejected" in capsys.readouterr().err
 
 
