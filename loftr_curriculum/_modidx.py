@@ -1394,6 +1394,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                        'loftr_curriculum/io/exports.py'),
                                              'loftr_curriculum.io.exports.save_itk_files': ( '02_io/exports.html#save_itk_files',
                                                                                              'loftr_curriculum/io/exports.py'),
+                                             'loftr_curriculum.io.exports.save_itk_inverse': ( '02_io/exports.html#save_itk_inverse',
+                                                                                               'loftr_curriculum/io/exports.py'),
                                              'loftr_curriculum.io.exports.save_landmarks': ( '02_io/exports.html#save_landmarks',
                                                                                              'loftr_curriculum/io/exports.py'),
                                              'loftr_curriculum.io.exports.save_matches_table': ( '02_io/exports.html#save_matches_table',

@@ -612,8 +612,8 @@ def _add_register(parser: ArgumentParser) -> None:
         type=str,
         required=True,
         help="folder for transform.json (the answer), warped.png, checkerboard.png, matches.png, "
-        "transform.tfm and inverse.tfm (ITK), landmarks.csv (BigWarp), matches.csv; transform_bent.tfm where "
-        "the map bends, transform_mm.tfm where both images state their spacing",
+        "transform.tfm and inverse.tfm (ITK), landmarks.csv (BigWarp), matches.csv; transform_bent.tfm and "
+        "inverse_bent.tfm where the map bends, transform_mm.tfm where both images state their spacing",
     )
     _add_matcher(parser)
     parser.add_argument(

@@ -4,7 +4,13 @@ import numpy as np
 import pytest
 
 from loftr_curriculum.geometry import Affine, Bent, Homography, affine, affine_of, apply_transform
-from loftr_curriculum.io.exports import landmarks_of, save_itk, save_itk_files, save_landmarks
+from loftr_curriculum.io.exports import (
+    landmarks_of,
+    save_itk,
+    save_itk_files,
+    save_itk_inverse,
+    save_landmarks,
+)
 
 SIZE = (240, 320)
 T = affine(12, 1.1, (8, -5), center=(160, 120), aspect=1.02, shear=0.02)
@@ -92,15 +98,34 @@ def test_with_spacings_the_map_is_in_millimetres(fixed_to_moving, tmp_path):
 @pytest.mark.parametrize(
     "fixed_to_moving", [Affine(T), a_homography(), a_bend()], ids=["affine", "plane", "bent"]
 )
-def test_the_inverse_after_the_transform_leads_back(fixed_to_moving, tmp_path):
+def test_each_inverse_after_its_transform_leads_back(fixed_to_moving, tmp_path):
     sitk = pytest.importorskip("SimpleITK")
     moving_to_fixed = fixed_to_moving.inverse()
-    save_itk(tmp_path / "transform.tfm", moving_to_fixed, SIZE)
-    save_itk(tmp_path / "inverse.tfm", fixed_to_moving, (300, 340))
-    there, back = (sitk.ReadTransform(str(tmp_path / name)) for name in ("transform.tfm", "inverse.tfm"))
+    forward = [tmp_path / name for name in ("transform.tfm", "transform_bent.tfm")]
+    backward = [tmp_path / name for name in ("inverse.tfm", "inverse_bent.tfm")]
+    written = save_itk_files(*forward, tmp_path / "mm.tfm", moving_to_fixed, SIZE, {})
+    inverses = save_itk_inverse(*backward, moving_to_fixed, (300, 340))
+    couples = 2 if isinstance(fixed_to_moving, Bent) else 1
+    assert (written, inverses) == (forward[:couples], backward[:couples])
     points = np.random.default_rng(0).uniform(0.2, 0.8, (200, 2)) * (SIZE[1], SIZE[0])
-    again = [back.TransformPoint(there.TransformPoint(point.tolist())) for point in points]
-    assert np.abs(np.array(again) - points).max() < 0.05
+    for couple in zip(written, inverses):
+        there, back = (sitk.ReadTransform(str(path)) for path in couple)
+        again = [back.TransformPoint(there.TransformPoint(point.tolist())) for point in points]
+        assert np.abs(np.array(again) - points).max() < 0.05
+
+
+def test_the_inverse_of_an_affine_is_that_of_the_matrix_and_names_the_whole_one(tmp_path):
+    sitk = pytest.importorskip("SimpleITK")
+    moving_to_fixed = a_bend().inverse()
+    plain, bent = save_itk_inverse(tmp_path / "i.tfm", tmp_path / "b.tfm", moving_to_fixed, (300, 340))
+    points = np.random.default_rng(0).uniform(0.2, 0.8, (200, 2)) * (SIZE[1], SIZE[0])
+    transform = sitk.ReadTransform(str(plain))
+    theirs = np.array([transform.TransformPoint(point.tolist()) for point in points])
+    assert np.abs(theirs - apply_transform(affine_of(moving_to_fixed), points)).max() < 1e-6
+    assert "b.tfm" in plain.read_text().splitlines()[1]
+    transform = sitk.ReadTransform(str(bent))
+    theirs = np.array([transform.TransformPoint(point.tolist()) for point in points])
+    assert np.abs(theirs - moving_to_fixed(points)).max() < 0.05
 
 
 def test_bigwarp_finds_name_flag_moving_and_target(tmp_path):

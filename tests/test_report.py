@@ -3,11 +3,20 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from loftr_curriculum.geometry import apply_transform, invert, similarity, translation, warp_image
+from loftr_curriculum.geometry import (
+    Bent,
+    affine_of,
+    apply_transform,
+    invert,
+    similarity,
+    translation,
+    warp_image,
+)
 from loftr_curriculum.io.files import FileError
 from loftr_curriculum.io.images import read_image, write_image
 from loftr_curriculum.io.transforms import load_transform
@@ -80,6 +89,18 @@ def test_a_failure_removes_the_success_of_last_week(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["matches.png", "transform.json"]
     said = json.loads((tmp_path / "transform.json").read_text())
     assert said["moving_to_fixed"] is None and said["verdict"] == "failed" and said["reasons"] == ["because"]
+
+
+def test_files_of_a_bend_go_with_the_answer_that_bends(tmp_path):
+    fixed, moving = scene((90, 120)), scene((70, 100))
+    support = np.array([[0, 0], [99, 0], [99, 69], [0, 69]], float)
+    bend = np.array([[0, 0], [0, 0], [0, 0], [2, 1], [0, 1], [1, -1]], float)
+    curved = Bent(np.eye(3), np.array([50.0, 35]), 50.0, bend, np.empty((0, 2)), support, 30.0).inverse()
+    bent = replace(a_result(moving, affine_of(curved)), point_map=curved)
+    names = {path.name for path in write_registration(bent, fixed, moving, tmp_path)}
+    assert {"transform_bent.tfm", "inverse_bent.tfm"} < names == {path.name for path in tmp_path.iterdir()}
+    write_registration(a_result(moving, np.eye(3)), fixed, moving, tmp_path)
+    assert sorted(path.name for path in tmp_path.glob("*bent*")) == []
 
 
 def test_without_any_match_there_is_still_a_picture(tmp_path):

@@ -17,6 +17,7 @@ __all__ = [
     "itk_transforms",
     "save_itk",
     "save_itk_files",
+    "save_itk_inverse",
     "landmarks_of",
     "save_landmarks",
     "save_matches_table",
@@ -157,6 +158,23 @@ def save_itk_files(
     save_itk(plain, map_from_matrix(affine_of(moving_to_fixed)), fixed_size, note)
     save_itk(bent, moving_to_fixed, fixed_size)
     return [plain, bent, millimetres] if known else [plain, bent]
+
+
+# %% ../../nbs/02_io/04_exports.ipynb #aa0353f1
+def save_itk_inverse(
+    plain: str | Path,  # .tfm file of the inverse of the matrix
+    bent: str | Path,  # .tfm file of the inverse of the whole map, written only where the map bends
+    moving_to_fixed: PointMap,  # as `Registration.point_map`
+    moving_size: tuple,  # (height, width) of the moving image
+) -> list:  # of the files that were written
+    "The inverses of what `save_itk_files` writes in pixels; they map moving to fixed points."
+    if moving_to_fixed.matrix is not None:
+        save_itk(plain, moving_to_fixed.inverse(), moving_size, "moving to fixed")
+        return [plain]
+    note = f"moving to fixed, the affine of a map that bends: {Path(bent).name} holds the whole inverse"
+    save_itk(plain, map_from_matrix(affine_of(moving_to_fixed)).inverse(), moving_size, note)
+    save_itk(bent, moving_to_fixed.inverse(), moving_size, "moving to fixed")
+    return [plain, bent]
 
 
 # %% ../../nbs/02_io/04_exports.ipynb #977da70c

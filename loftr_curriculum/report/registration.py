@@ -9,6 +9,7 @@ __all__ = [
     "FILES",
     "BENT",
     "MILLIMETRES",
+    "INVERSE_BENT",
     "POINTS",
     "agreement_text",
     "spread_over",
@@ -36,8 +37,8 @@ from matplotlib.figure import Figure
 from ..geometry import fit_size, resize_image
 from ..io.exports import (
     landmarks_of,
-    save_itk,
     save_itk_files,
+    save_itk_inverse,
     save_landmarks,
     save_matches_table,
 )
@@ -139,6 +140,7 @@ def draw_checkerboard(
 FILES = ("transform.json", "transform.tfm", "warped.png", "checkerboard.png", "matches.png")
 BENT = "transform_bent.tfm"  # only where the map bends
 MILLIMETRES = "transform_mm.tfm"  # only where both images state their spacing
+INVERSE_BENT = "inverse_bent.tfm"  # only where the map bends
 POINTS = ("inverse.tfm", "landmarks.csv", "matches.csv")  # for other programs
 
 
@@ -147,7 +149,7 @@ def outputs_of(
     out_dir: str | Path,  # folder
 ) -> list[Path]:
     "The files that a registration writes."
-    return [Path(out_dir) / name for name in (*FILES, BENT, MILLIMETRES, *POINTS)]
+    return [Path(out_dir) / name for name in (*FILES, BENT, MILLIMETRES, INVERSE_BENT, *POINTS)]
 
 
 # %% ../../nbs/08_report/01_registration.ipynb #b6e8382a
@@ -193,12 +195,12 @@ def write_points(
     result: Registration,  # with a map
     out: Path,  # folder
 ) -> list[Path]:  # those that were written
-    "What other programs can read: the inverse for ITK, landmarks for BigWarp, the matches."
+    "What other programs can read: the inverses for ITK, landmarks for BigWarp, the matches."
     inverse, landmarks, matches = (out / name for name in POINTS)
-    save_itk(inverse, result.point_map.inverse(), result.moving_size, "moving to fixed")
+    inverses = save_itk_inverse(inverse, out / INVERSE_BENT, result.point_map, result.moving_size)
     save_landmarks(landmarks, *landmarks_of(result.point_map, result.fixed_size, result.moving_size))
     save_matches_table(matches, result.matches)
-    return [inverse, landmarks, matches]
+    return [*inverses, landmarks, matches]
 
 
 # %% ../../nbs/08_report/01_registration.ipynb #65f8d968
@@ -262,8 +264,9 @@ def write_registration(
 
     For other programs: inverse.tfm (ITK, moving to fixed), landmarks.csv (BigWarp) and matches.csv.
 
-    Where the map bends, transform_bent.tfm holds the whole map and transform.tfm its affine. Where both
-    images state their spacing, transform_mm.tfm is the whole map in millimetres.
+    Where the map bends, transform_bent.tfm and inverse_bent.tfm hold the whole map and its inverse,
+    transform.tfm and inverse.tfm its affine and the inverse of that. Where both images state their spacing,
+    transform_mm.tfm is the whole map in millimetres.
 
     Each file is written atomically. An earlier answer in the folder is replaced.
     FileError, before anything is written, where one of them is an input, or is there and was not written by
