@@ -864,6 +864,37 @@ def _rows_of_before(
     return [f"the files of the folder hold {more} more, which this table does not name"] if more else []
 
 
+# %% ../nbs/12_cli/00_cli.ipynb #2264074e
+def _folder(
+    out: str,  # folder of the batch
+    shard: "Shard | None",  # the part that this job does; None: all
+) -> Path:
+    "Where this job writes."
+    return Path(out) if shard is None else shard.folder(Path(out))
+
+
+# %% ../nbs/12_cli/00_cli.ipynb #1ea117fa
+def _tell_without_pictures(
+    pairs: "list[Pair]",
+    folder: Path,  # of the batch, or of the shard
+    pictures: "BatchPictures",
+) -> None:
+    "Prints a line where pairs that have an answer get no pictures."
+    from .registration.journal import RESULTS, read_results
+
+    if not pictures.save or not (folder / RESULTS).is_file():
+        return
+    rows = read_results(folder / RESULTS)
+    answered = [rows[pair.id] for pair in pairs if pair.id in rows and not rows[pair.id]["error"]]
+    n = sum(map(pictures.lacks, answered))
+    if n:
+        print(
+            f"{n} pairs that have an answer already get no pictures, --save draws while it registers; "
+            "to have them, register into another folder",
+            flush=True,
+        )
+
+
 # %% ../nbs/12_cli/00_cli.ipynb #1e6cd5ec
 def _register_or_merge(
     args: Namespace,
@@ -876,7 +907,10 @@ def _register_or_merge(
     from .registration.many import merge_shards, register_many
 
     if args.merge:
-        return merge_shards(args.pairs or found.pairs, args.out, pictures, args.parquet)
+        count = merge_shards(args.pairs or found.pairs, args.out, pictures, args.parquet)
+        _tell_without_pictures(found.pairs, Path(args.out), pictures)
+        return count
+    _tell_without_pictures(found.pairs, _folder(args.out, shard), pictures)
     if _is_done(found.pairs, Path(args.out), shard):
         print("every pair has an answer already, nothing is left to register", flush=True)
     return register_many(
@@ -911,7 +945,7 @@ def _many(args: Namespace) -> int:
     pictures = BatchPictures(args.out, args.save)
     shard = parse_shard(args.shard) if args.shard else None
     count = _register_or_merge(args, found, pictures, shard)
-    folder = Path(args.out) if shard is None else shard.folder(Path(args.out))
+    folder = _folder(args.out, shard)
     print(", ".join(f"{n} {what}" for what, n in count.items()))
     for line in _rows_of_before(folder, count):
         print(line)

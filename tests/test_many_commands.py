@@ -42,6 +42,25 @@ def test_two_folders_are_tried_dry_then_registered_then_warped(folders, capsys):
         np.testing.assert_array_equal(read_image("warped.png"), read_image("out/pairs/7/warped.png"))
 
 
+def test_answered_pairs_that_get_no_pictures_are_counted(tmp_path, capsys):
+    write_batch(tmp_path, 2)
+    write_image(tmp_path / "img" / "black.png", np.zeros((99, 99), np.uint8))
+    lines = (tmp_path / "pairs.csv").read_text().splitlines() + ["black,img/f.png,img/black.png"]
+    (tmp_path / "pairs.csv").write_text("\n".join(lines[:2]) + "\n")
+    words = ("register-many", tmp_path / "pairs.csv", "--out", tmp_path / "out", *QUICK)
+    assert run(*words) == 0
+    (tmp_path / "pairs.csv").write_text("\n".join(lines) + "\n")
+    capsys.readouterr()
+    told = "1 pairs that have an answer already get no pictures"
+    assert run(*words, "--save", "overlay") == 4
+    assert told in capsys.readouterr().out
+    assert [path.name for path in (tmp_path / "out" / "pairs").iterdir()] == ["p1"]
+    assert run(*words, "--save", "overlay") == 4  # the failed pair has none to draw
+    assert told in capsys.readouterr().out
+    assert run(*words) == 4
+    assert "no pictures" not in capsys.readouterr().out
+
+
 def test_a_dry_run_writes_nothing(folders, tmp_path):
     assert run("register-many", "pairs.csv", "--out", "out", "--dry-run") == 0
     assert not (tmp_path / "out").exists()

@@ -37,6 +37,7 @@ import numpy as np
 from ..geometry import Affine, PointMap, resize_matrix
 from ..io.files import FileError, atomic_path, refuse_to_overwrite
 from ..io.images import write_image
+from ..registration.config import Verdict
 from ..registration.frames import open_image
 from ..registration.journal import PICTURES
 from ..registration.pair import Registration
@@ -234,6 +235,12 @@ class BatchPictures:
             refuse_to_overwrite([folder / f"{name}.png" for name in SAVED], pair.files)
             write_pair(folder, self.save, result, fixed, moving)
         return pictures_line(pair, result, fixed, moving)
+
+    def lacks(self, row: dict) -> bool:
+        "Is a picture missing that was asked for? Of a dict of FIELDS of a pair that was tried."
+        drawn = self.save if row["verdict"] != Verdict.FAILED else set(self.save) & {"matches"}
+        folder = self.out / row["pictures"]
+        return any(not row["pictures"] or not (folder / f"{name}.png").is_file() for name in drawn)
 
     def refuse_foreign(self, out: Path) -> None:
         "FileError where report.html is there and is not one of ours."
