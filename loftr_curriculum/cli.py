@@ -61,6 +61,7 @@ if TYPE_CHECKING:
     from .registration.pair import Registration
     from .registration.table import FoundPairs, Pair
     from .report.batch import BatchPictures
+    from .training.run import Run
 
 
 # %% ../nbs/12_cli/00_cli.ipynb #ecb7684f
@@ -483,6 +484,20 @@ def _hush() -> None:
     warnings.filterwarnings("ignore", module=r"lightning\.")
 
 
+# %% ../nbs/12_cli/00_cli.ipynb #7fe3a815
+def _what_next(run: "Run") -> list[str]:
+    "Where the weights are and what can be done with them, a line each."
+    diagnose = _command_line("diagnose", str(run.out))
+    use = _command_line("register", "FIXED", "MOVING", "--out", "DIR", "--weights", str(run.weights))
+    said = [f"weights: {run.weights}; logs: {run.out / 'logs'}; did the matches collapse: {diagnose}"]
+    if run.val.get("val/sr@10") == 0:
+        said.append(
+            "nothing matches yet: no validation pair is registered to 10 px; train longer, "
+            "or start from the packaged weights (--init shipped)"
+        )
+    return [*said, f"use them: {use}"]
+
+
 # %% ../nbs/12_cli/00_cli.ipynb #bb948af8
 def _train(args: Namespace) -> int:
     from .training.config import TrainConfig
@@ -496,10 +511,7 @@ def _train(args: Namespace) -> int:
     run = train(config, progress=sys.stdout.isatty(), callbacks=[Announce(config)])
     if os.environ.get("LOCAL_RANK", "0") != "0":  # one process of several: the first speaks for all
         return 0
-    diagnose = _command_line("diagnose", str(run.out))
-    use = _command_line("register", "FIXED", "MOVING", "--out", "DIR", "--weights", str(run.weights))
-    print(f"weights: {run.weights}; logs: {run.out / 'logs'}; did the matches collapse: {diagnose}")
-    print(f"use them: {use}")
+    print(*_what_next(run), sep="\n")
     return 0
 
 

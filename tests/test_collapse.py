@@ -261,6 +261,10 @@ def test_a_recording_reads_back_and_ignores_what_is_half_written(tmp_path):
         ([False] * 3 + [True] * 5, "Collapsed since epoch 3"),
         ([True] * 5 + [False] * 2, "Collapsed from epoch 0 to 4 and recovered"),
         ([False, True, True, False, True, False], "No collapse"),
+        ([False] * 4, "Too few recordings to tell: there are 4"),
+        ([True] * 4, "Nothing learned yet: 0% of the matches are right"),
+        ([False] * 5 + [True] * 2, "No collapse"),  # what had been learned is not denied
+        ([True] * 5, "Collapsed from the first recording on"),
     ],
 )
 def test_the_words_fit_the_story(tmp_path, story, begins):

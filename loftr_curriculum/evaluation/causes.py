@@ -149,7 +149,7 @@ def has_collapsed(
 ) -> bool:
     "Was the unguided index above the threshold long enough, at any time?"
     index = [row["collapse_index"] for row in summary(recording)]
-    return bool(index and spells(index, patience=min(patience, len(index))))
+    return bool(spells(index, patience=patience))
 
 
 # %% ../../nbs/07_evaluation/09_causes.ipynb #c37a9e5e

@@ -13,6 +13,7 @@ __all__ = [
     "LARGEST",
     "TABLE",
     "PATIENCE",
+    "LEARNED",
     "Probe",
     "make_probe",
     "Entry",
@@ -41,6 +42,8 @@ __all__ = [
     "still_collapsed",
     "recovered",
     "said_of",
+    "is_collapsed",
+    "not_learned",
     "held_up_by_masks",
     "in_words",
 ]
@@ -558,6 +561,7 @@ def table(
 
 # %% ../../nbs/07_evaluation/07_recording.ipynb #10207b84
 PATIENCE = 5  # recordings in a row above the threshold before a run is called collapsed
+LEARNED = 0.3  # least share of right matches, unguided, of a run that has learned
 
 
 # %% ../../nbs/07_evaluation/07_recording.ipynb #8e27c730
@@ -580,12 +584,14 @@ def never_collapsed(
     threshold: float,  # above is collapsed
     patience: int,  # recordings in a row
 ) -> str:
-    "The sentence for a run without a collapse."
+    "The sentence for a run without a collapse, or with too few recordings to tell."
+    rule = f"above {threshold:.2f} in {patience} recordings in a row"
+    if len(index) < patience:
+        said = f"Too few recordings to tell: there are {len(index)}; collapsed is an unguided index {rule}"
+    else:
+        said = f"No collapse: the unguided index was never {rule}"
     highest = int(index.argmax())
-    said = (
-        f"No collapse: the unguided index was never above {threshold:.2f} in {patience} recordings in a row; "
-        f"highest {index[highest]:.2f} at epoch {epochs[highest]}, {index[-1]:.2f} at the last."
-    )
+    said += f"; highest {index[highest]:.2f} at epoch {epochs[highest]}, {index[-1]:.2f} at the last."
     if index[-1] > threshold:
         said += " The last recordings are above it: look again."
     return said
@@ -629,13 +635,41 @@ def said_of(
     patience: int,  # recordings in a row
 ) -> str:
     "The sentence that fits."
-    found = spells(index, threshold, min(patience, len(index)))
+    found = spells(index, threshold, patience)
     if not found:
         return never_collapsed(epochs, index, threshold, patience)
     first, stop = found[-1]
     if stop == len(index) - 1:
         return still_collapsed(epochs, index, threshold, first)
     return recovered(epochs, index, threshold, first, stop)
+
+
+# %% ../../nbs/07_evaluation/07_recording.ipynb #b62f90e1
+def is_collapsed(
+    index: np.ndarray,  # (N,) unguided collapse index
+    threshold: float,  # above is collapsed
+    patience: int,  # recordings in a row
+) -> bool:
+    "Has the index been above the threshold in the last `patience` recordings?"
+    return len(index) >= patience and bool((index[-patience:] > threshold).all())
+
+
+# %% ../../nbs/07_evaluation/07_recording.ipynb #e0a4c3b7
+def not_learned(
+    rows: Sequence[dict],  # of `summary`, at least one
+) -> str:  # empty where it has learned; else a sentence and a blank
+    "Says so where too few matches are right, by the means over every quarter of the recordings."
+    quarter = max(1, round(len(rows) / 4))
+    shares = [row["inlier_ratio"] for row in rows]
+    means = np.convolve(shares, np.full(quarter, 1 / quarter), "valid")
+    if means.max() >= LEARNED:
+        return ""
+    much = "Nothing" if means[-1] < 0.005 else "Too little"
+    return (
+        f"{much} learned yet: {means[-1]:.0%} of the matches are right without guidance "
+        f"(learned is {LEARNED:.0%} or more); "
+        "train longer, or start from the packaged weights (--init shipped). "
+    )
 
 
 # %% ../../nbs/07_evaluation/07_recording.ipynb #e79832e4
@@ -659,14 +693,16 @@ def in_words(
     recording: Recording,  # of a run
     threshold: float = THRESHOLD,  # above is collapsed
     patience: int = PATIENCE,  # recordings in a row
-) -> str:  # one to three sentences
-    "Did the run collapse, and since when?"
+) -> str:  # one to four sentences
+    "Has the run learned, did it collapse, and since when?"
     rows = summary(recording)
     if not rows:
         return "Nothing is recorded yet."
     epochs = [row["epoch"] for row in rows]
     index = np.array([row["collapse_index"] for row in rows])
     said = said_of(epochs, index, threshold, patience)
+    if not is_collapsed(index, threshold, patience):
+        said = not_learned(rows) + said
     held_up = held_up_by_masks(recording, epochs, index, threshold)
     if held_up:
         said += f" In {held_up} recordings only the masks held it up: collapsed unguided, not guided."

@@ -20,7 +20,6 @@ __all__ = [
     "LAST",
     "PASSES",
     "WAY",
-    "LEARNED",
     "RULE",
     "BOTH",
     "Condition",
@@ -100,6 +99,7 @@ from ..evaluation.causes import Cause
 from ..evaluation.collapse import THRESHOLD, most_confident
 from ..evaluation.metrics import auc
 from ..evaluation.recording import (
+    LEARNED,
     EpochRecord,
     Probe,
     Recording,
@@ -577,7 +577,6 @@ def one_run(job: Job) -> dict:
 
 
 # %% ../../nbs/11_studies/23_collapse_factors.ipynb #974d0f22
-LEARNED = 0.3  # least share of right matches without a gap, of a run that has learned
 RULE = (
     "Every run is judged, unguided, by its means over the last quarter of its epochs. It has learned "
     f"where, without a gap, the collapse index is at most {THRESHOLD} and at least {LEARNED:.0%} of the "

@@ -273,6 +273,7 @@ class Run:
     weights: Path  # weights.safetensors
     metrics: dict  # last logged values by name
     module: PL_LoFTR  # as it stands after the last epoch
+    val: dict  # validation figures of the epoch whose weights are kept; empty where none were logged
 
 
 # %% ../../nbs/09_training/06_run.ipynb #035fb402
@@ -482,11 +483,13 @@ def keep_weights(
     config: TrainConfig,  # of the run
     folder: RunFolder,  # its folder
     trainer: pl.Trainer,  # after the run
-) -> None:
+) -> dict:  # what it says of its training
     "Writes the weights file of the run: those of the best epoch, or of the last one."
     keeps_best = config.keep == "best" and folder.best.is_file()
     kept = load_matcher(folder.best if keeps_best else folder.last)
-    save_matcher(folder.weights, kept, facts_of(config, trainer, kept.facts["epoch"]))
+    facts = facts_of(config, trainer, kept.facts["epoch"])
+    save_matcher(folder.weights, kept, facts)
+    return facts
 
 
 # %% ../../nbs/09_training/06_run.ipynb #b1f00c06
@@ -541,6 +544,6 @@ def train(
                 order_for_cpu(module.matcher)
             trainer = trainer_of(config, folder, [*own, *callbacks], progress)
             fit(trainer, module, data, last=own[-1])
-            keep_weights(config, folder, trainer)
+            facts = keep_weights(config, folder, trainer)
     metrics = {k: float(v) for k, v in trainer.callback_metrics.items()}
-    return Run(folder.path, folder.weights, metrics, module)
+    return Run(folder.path, folder.weights, metrics, module, facts["val"])
