@@ -899,6 +899,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                'loftr_curriculum/data/triplets.py'),
                                                 'loftr_curriculum.data.triplets.raise_faults': ( '04_data/triplets.html#raise_faults',
                                                                                                  'loftr_curriculum/data/triplets.py'),
+                                                'loftr_curriculum.data.triplets.remedy_for': ( '04_data/triplets.html#remedy_for',
+                                                                                               'loftr_curriculum/data/triplets.py'),
                                                 'loftr_curriculum.data.triplets.same_shape': ( '04_data/triplets.html#same_shape',
                                                                                                'loftr_curriculum/data/triplets.py'),
                                                 'loftr_curriculum.data.triplets.shape_or_fault': ( '04_data/triplets.html#shape_or_fault',

@@ -1,6 +1,7 @@
 """Guards of the data: fields of view, faults in folders and tables, masks that follow the map, resume."""
 
 import logging
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -251,6 +252,14 @@ def test_one_error_lists_every_offender(cases, world):
     for name in ("600_N_cf.png", "600_A_fa.png", "700_L_oct.png", "700_L_seg.png", "empty_cf.png"):
         assert name in str(e.value)
     assert "600_A_cf" not in str(e.value)
+    assert str(e.value).splitlines()[-1].endswith("; no case is fine")
+    for case in ("600_N", "empty"):
+        shutil.rmtree(cases / case)
+    (cases / "700_L" / "700_L_oct.png").unlink()
+    with pytest.raises(FileError) as e:
+        TripletSource(cases, ("cf-oct",))
+    last = str(e.value).splitlines()[-1]
+    assert "move its folder away, or leave out the modes" in last and last.endswith("1 other case is fine")
 
 
 def test_folders_that_are_none(tmp_path):

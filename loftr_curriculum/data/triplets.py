@@ -16,6 +16,7 @@ __all__ = [
     "same_shape",
     "shape_or_fault",
     "decode_all",
+    "remedy_for",
     "find_items",
     "raise_faults",
     "load_plane",
@@ -30,6 +31,7 @@ __all__ = [
 
 # %% ../../nbs/04_data/04_triplets.ipynb #97ed908e
 import logging
+import os
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -227,6 +229,23 @@ def _misfits(
     return list(messages.values())
 
 
+# %% ../../nbs/04_data/04_triplets.ipynb #a6f3185c
+def remedy_for(
+    cases: list[Path],  # folders of all cases
+    faults: list[str],  # messages, each begins with the path of a file
+) -> str:  # one line
+    "What to do about faults, and how many cases have none."
+    fine = sum(not any(fault.startswith(f"{case}{os.sep}") for fault in faults) for case in cases)
+    these, their = ("this", "its folder") if len(set(faults)) == 1 else ("these", "their folders")
+    ways = [f"repair {these}"]
+    if fine:
+        ways.append(f"move {their} away")
+    if any(": no such file" in fault for fault in faults):
+        ways.append("leave out the modes that need what is missing (--data.modes)")
+    others = {0: "no case is", 1: "1 other case is"}.get(fine, f"{fine} other cases are")
+    return f"{', or '.join(ways)}; {others} fine"
+
+
 # %% ../../nbs/04_data/04_triplets.ipynb #cc2d1166
 def find_items(
     folder: str | Path,  # folder with one sub-folder per case
@@ -248,7 +267,7 @@ def find_items(
     sizes, unreadable = decode_all(files)
     faults += unreadable.values()
     faults += _misfits(items, sizes)
-    raise_faults(folder, faults)
+    raise_faults(folder, faults, remedy_for(cases, faults))
     return items
 
 
@@ -256,12 +275,14 @@ def find_items(
 def raise_faults(
     what: str | Path,  # the folder or table that was read
     faults: list[str],  # messages
+    remedy: str = "",  # a last line: what to do about them
 ) -> None:
     "One FileError that lists every distinct fault; nothing where there is none."
     faults = list(dict.fromkeys(faults))
     if faults:
         count = "1 fault" if len(faults) == 1 else f"{len(faults)} faults"
-        raise FileError("\n  ".join([f"{what}: {count}", *faults]))
+        text = "\n  ".join([f"{what}: {count}", *faults])
+        raise FileError(f"{text}\n{remedy}" if remedy else text)
 
 
 # %% ../../nbs/04_data/04_triplets.ipynb #1f56a2b9
