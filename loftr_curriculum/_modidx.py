@@ -5299,6 +5299,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                 'loftr_curriculum/training/run.py'),
                                                'loftr_curriculum.training.run.what_counts': ( '09_training/run.html#what_counts',
                                                                                               'loftr_curriculum/training/run.py'),
+                                               'loftr_curriculum.training.run.why_not': ( '09_training/run.html#why_not',
+                                                                                          'loftr_curriculum/training/run.py'),
                                                'loftr_curriculum.training.run.with_later_fields': ( '09_training/run.html#with_later_fields',
                                                                                                     'loftr_curriculum/training/run.py')},
             'loftr_curriculum.training.supervision': { 'loftr_curriculum.training.supervision.Targets': ( '09_training/supervision.html#targets',

@@ -489,7 +489,10 @@ def _what_next(run: "Run") -> list[str]:
     "Where the weights are and what can be done with them, a line each."
     diagnose = _command_line("diagnose", str(run.out))
     use = _command_line("register", "FIXED", "MOVING", "--out", "DIR", "--weights", str(run.weights))
-    said = [f"weights: {run.weights}; logs: {run.out / 'logs'}; did the matches collapse: {diagnose}"]
+    said = []
+    if not run.trained:
+        said.append(f"nothing left to do: {run.out} has all its epochs; a larger --epochs goes on")
+    said.append(f"weights: {run.weights}; logs: {run.out / 'logs'}; did the matches collapse: {diagnose}")
     if run.val.get("val/sr@10") == 0:
         said.append(
             "nothing matches yet: no validation pair is registered to 10 px; train longer, "

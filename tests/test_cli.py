@@ -696,6 +696,9 @@ def test_train_on_triplets_then_read_the_weights(triplets, tmp_path, capsys, com
     assert card["config"] == json.loads(json.dumps(asdict(MatcherConfig(dims=(8, 16, 32), layers=1))))
     assert card["facts"]["config"]["data"]["triplets"] == str(triplets) and card["facts"]["epochs"] == 2
     assert "another configuration (lr)" in complains(*words, "--lr", "0.5")
+    assert "2 epochs already; --epochs can only grow" in complains(*words, "--epochs", "1")
+    assert run(*words) == 0
+    assert capsys.readouterr().out.startswith("nothing left to do")
 
 
 def test_train_is_interrupted_with_130_and_goes_on(triplets, tmp_path, capsys, monkeypatch):

@@ -51,10 +51,11 @@ def test_a_run_that_was_announced_is_the_run_that_it_would_have_been(config, tmp
     told = replace(config, out=str(tmp_path / "told"))
     announced = train(told, progress=False, callbacks=[Announce(told)])
     said = capsys.readouterr().out
-    assert said.index("expected on this machine: about") < said.index("epoch 0 of 0..0")
+    assert said.index("expected on this machine: about") < said.index("0 of 1 epochs done")
     assert "for 1 epochs (2 steps of " in said and " MB " in said
     assert all(torch.equal(a, b) for a, b in zip(tensors(plain).values(), tensors(announced).values()))
-    train(told, progress=False, callbacks=[Announce(told)])  # goes on: nothing is left, nothing is announced
+    again = train(told, progress=False, callbacks=[Announce(told)])  # nothing is left, nothing is announced
+    assert announced.trained and not again.trained and again.val["val/auc"] == announced.val["val/auc"]
     assert "expected on this machine" not in capsys.readouterr().out
 
 
@@ -84,13 +85,13 @@ def test_a_run_is_made_longer_and_no_guidance_comes_back(config):
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"epochs": 3}, "epochs"),
+        ({"epochs": 3}, "a run of 4 epochs already; --epochs can only grow"),
         ({"epochs": 8, "seed": 1}, "epochs, seed"),
         ({"epochs": 8, "resume": False}, ""),
     ],
 )
 def test_a_run_is_not_made_shorter_nor_another_one(config, change, says):
     train(config, progress=False)
-    with pytest.raises(ValueError, match="another configuration|resume is off") as told:
+    with pytest.raises(ValueError, match="another configuration|resume is off|only grow") as told:
         train(replace(config, **change), progress=False)
     assert says in str(told.value)

@@ -156,11 +156,11 @@ def test_stopped_four_times_and_moved_it_is_the_run_that_nobody_stopped(config, 
     )
     said = capsys.readouterr().out
     for line in (
-        "epoch 0 of 0..4, step 0 of 15",
+        "0 of 5 epochs done, step 0 of 15",
         "stopped at step 2, kept in",
-        "epoch 0 of 0..4, step 2 of 15",
-        "epoch 2 of 0..4, step 8 of 15",
-        "epoch 4 of 0..4, step 14 of 15",
+        "0 of 5 epochs done, step 2 of 15",
+        "2 of 5 epochs done, step 8 of 15",
+        "4 of 5 epochs done, step 14 of 15",
     ):
         assert line in said, said
 

@@ -270,8 +270,7 @@ class Progress(pl.Callback):
         "How far the run is, and the time to go, in words."
         done, epochs = trainer.global_step, trainer.max_epochs
         steps = trainer.num_training_batches  # of an epoch
-        epoch = min(done // steps, epochs - 1)
-        so_far = f"epoch {epoch} of 0..{epochs - 1}, step {done} of {steps * epochs}"
+        so_far = f"{done // steps} of {epochs} epochs done, step {done} of {steps * epochs}"
         return f"{so_far}, {spell(self.watch.seconds)} so far, {self.expected(trainer)}"
 
     def expected(self, trainer: pl.Trainer) -> str:

@@ -16,6 +16,7 @@ __all__ = [
     "planned_epochs",
     "planned_phases",
     "differing",
+    "why_not",
     "claim_folder",
     "computes_bf16",
     "precision_of",
@@ -214,6 +215,22 @@ def differing(
     return ", ".join(name for name in ours if theirs.get(name) != ours[name])
 
 
+# %% ../../nbs/09_training/06_run.ipynb #d90b3e6f
+def why_not(
+    config: TrainConfig,  # of the run, not longer than before
+    written: dict,  # the configuration that the folder holds
+    differ: str,  # of `differing`
+) -> str:  # empty where it may
+    "Why a run cannot go on in its folder."
+    if differ == "epochs" and config.resume and "epochs" in written:
+        return f"holds a run of {written['epochs']} epochs already; --epochs can only grow"
+    if differ:
+        return f"holds a run with another configuration ({differ}); choose another folder"
+    if not config.resume:
+        return "holds a run already and resume is off; choose another folder"
+    return ""
+
+
 # %% ../../nbs/09_training/06_run.ipynb #f246cb69
 def claim_folder(
     config: TrainConfig,  # of the run
@@ -233,12 +250,9 @@ def claim_folder(
     if differ == "epochs" and config.resume and is_longer(config, written):
         write_json(folder.config, mine | {PLANNED: planned_epochs(config)})
         return folder
-    if differ:
-        raise ValueError(
-            f"{folder.path}: holds a run with another configuration ({differ}); choose another folder"
-        )
-    if not config.resume:
-        raise ValueError(f"{folder.path}: holds a run already and resume is off; choose another folder")
+    why = why_not(config, written, differ)
+    if why:
+        raise ValueError(f"{folder.path}: {why}")
     return folder
 
 
@@ -274,6 +288,7 @@ class Run:
     metrics: dict  # last logged values by name
     module: PL_LoFTR  # as it stands after the last epoch
     val: dict  # validation figures of the epoch whose weights are kept; empty where none were logged
+    trained: bool  # did this call train? False where the run had ended before
 
 
 # %% ../../nbs/09_training/06_run.ipynb #035fb402
@@ -546,4 +561,5 @@ def train(
             fit(trainer, module, data, last=own[-1])
             facts = keep_weights(config, folder, trainer)
     metrics = {k: float(v) for k, v in trainer.callback_metrics.items()}
-    return Run(folder.path, folder.weights, metrics, module, facts["val"])
+    trained = own[-1].module is not None  # it is told of the module where training starts
+    return Run(folder.path, folder.weights, metrics, module, facts["val"], trained)
