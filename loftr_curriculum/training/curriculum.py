@@ -10,6 +10,7 @@ __all__ = [
     "schedule",
     "phase",
     "independence_from",
+    "epochs_by_guidance",
     "wean_from",
     "CurriculumScheduler",
     "end_teaching_when_calm",
@@ -76,6 +77,20 @@ def independence_from(
     "The first epoch without guidance, `epochs` where there is none; from it on a checkpoint may be `best`."
     independent = (epoch for epoch in range(epochs) if phase(curriculum, epoch, epochs) == "independence")
     return next(independent, epochs)
+
+
+# %% ../../nbs/09_training/01_curriculum.ipynb #2c8ed5b0
+def epochs_by_guidance(
+    curriculum: CurriculumConfig,  # in epochs or fractions
+    epochs: int,  # epochs of the whole run
+) -> tuple[int, int, int]:
+    "How many epochs have full guidance, how many some of it, and how many none."
+    given = [schedule(curriculum, epoch, epochs) for epoch in range(epochs)]
+    at_first = schedule(curriculum, -1, epochs)
+    at_last = schedule(curriculum, joints(curriculum, epochs)[1], epochs)
+    full = 0 if at_first == at_last else given.count(at_first)
+    none = given.count(at_last)
+    return full, epochs - full - none, none
 
 
 # %% ../../nbs/09_training/01_curriculum.ipynb #c69a917b

@@ -7,6 +7,7 @@ __all__ = [
     "FORWARD",
     "PROBES",
     "LONG",
+    "FEW",
     "Cost",
     "one_batch",
     "timed_step",
@@ -16,6 +17,8 @@ __all__ = [
     "eyes_to_render",
     "seconds_of_run",
     "in_words",
+    "is_short",
+    "how_short",
     "Announce",
 ]
 
@@ -37,6 +40,7 @@ from ..retina.modality import planes_for
 from ..retina.world import WorldBank, world_file
 from .callbacks import say, spell
 from .config import TrainConfig
+from .curriculum import epochs_by_guidance, joints
 from .module import PL_LoFTR, batch_loss
 from .run import precision_of
 
@@ -195,6 +199,32 @@ def in_words(
     )
 
 
+# %% ../../nbs/09_training/10_estimate.ipynb #41c6be9d
+FEW = 8  # epochs; a curriculum with weaning gets a warning below
+
+
+def is_short(
+    config: TrainConfig,  # of the run
+) -> bool:
+    "Are there few epochs for a curriculum that guides and weans?"
+    phases = config.phases
+    guides = phases.vessel_soft_lambda > 0 or phases.vessel_loss_weight_scaler > 1
+    weans = joints(phases, config.epochs)[0] < config.epochs
+    return config.epochs < FEW and guides and weans
+
+
+# %% ../../nbs/09_training/10_estimate.ipynb #c85e9f20
+def how_short(
+    config: TrainConfig,  # of the run
+) -> str:
+    "What is left of its curriculum."
+    full, some, none = epochs_by_guidance(config.phases, config.epochs)
+    return (
+        f"warning: {config.epochs} epochs are few for the curriculum {config.curriculum}: full guidance in "
+        f"{full}, weaning in {some}, none in {none}; give it {FEW} or more"
+    )
+
+
 # %% ../../nbs/09_training/10_estimate.ipynb #aa36adeb
 class Announce(pl.Callback):
     "Tells time and memory of a run that begins."
@@ -207,4 +237,6 @@ class Announce(pl.Callback):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.ckpt_path is None and trainer.is_global_zero:
+            if is_short(self.config):
+                say(trainer, how_short(self.config))
             say(trainer, in_words(self.config, measure(self.config), rendered=True))
