@@ -685,6 +685,7 @@ def test_train_on_triplets_then_read_the_weights(triplets, tmp_path, capsys, com
     assert run(*words) == 0
     said = capsys.readouterr().out
     assert "epoch" in said and f"{tmp_path}/run/weights.safetensors" in said
+    assert "warning: 2 epochs are few for the curriculum v2.2: full guidance in 1, weaning in 0" in said
     assert (tmp_path / "run/last.ckpt").is_file() and len(
         list((tmp_path / "run/recording").glob("epoch_*.npz"))
     ) == 2
