@@ -8,6 +8,7 @@ __all__ = [
     "UNKNOWN_KEY",
     "LONGEST",
     "EXIT",
+    "FIGURES",
     "COMMANDS",
     "ENDED",
     "field_comments",
@@ -1121,6 +1122,23 @@ def _warp(args: Namespace) -> int:
     return 0
 
 
+# %% ../nbs/12_cli/00_cli.ipynb #58c0e7ad
+# of `evaluate`: printed name, with t for a threshold in pixels -> what it is
+FIGURES = {
+    "pairs": "pairs in the set",
+    "no_answer": "pairs without a transform; in all figures below their error has no limit",
+    "landmark_median": "median over the pairs of the landmark error: the mean distance of the mapped moving "
+    "landmarks from the fixed ones, in pixels of the fixed image",
+    "landmark_SR@t": "success rate: share of the pairs with a landmark error below t px",
+    "landmark_AUC@t": "area under the curve of that share from 0 to t px; 1: no error at all",
+    "mauc25": "mean of the share of the pairs with a landmark error of at most 1, 2, ... 25 px",
+    "corner_AUC@t": "the area for the mean distance of the mapped corners, where the set has true maps",
+    "wrong_ok": "number of wrong answers whose verdict is ok (landmark error above 20 px); it should be 0",
+    "good_ok": "share of the good answers whose verdict is ok (landmark error below 10 px)",
+    "landmark": "with --per_pair: the landmark error of every pair; null: no answer",
+}
+
+
 # %% ../nbs/12_cli/00_cli.ipynb #d3994aa5
 def _add_evaluate(parser: ArgumentParser) -> None:
     from .registration.config import RegistrationConfig
@@ -1139,6 +1157,8 @@ def _add_evaluate(parser: ArgumentParser) -> None:
         "null: register the set now",
     )
     parser.add_argument("--per_pair", action="store_true", help="add the landmark error of every pair")
+    for name, meaning in FIGURES.items():
+        parser.add_argument_group(f"it prints {name}", meaning)
     _add_matcher(parser)
     add_settings(parser, RegistrationConfig)
 

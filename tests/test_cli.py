@@ -2,8 +2,10 @@
 every command end to end.
 """
 
+import inspect
 import json
 import os
+import re
 import runpy
 import signal
 import subprocess
@@ -18,7 +20,9 @@ import pytest
 from test_evaluation import SCORER, make_set, needs_scorer, predictions
 from test_registration import UprightSift, a_pair
 
-from loftr_curriculum.cli import COMMANDS, main, make_parser, parse
+from loftr_curriculum.cli import COMMANDS, FIGURES, main, make_parser, parse
+from loftr_curriculum.evaluation.metrics import promises
+from loftr_curriculum.evaluation.sets import score
 from loftr_curriculum.io.files import read_json, write_json
 from loftr_curriculum.io.images import read_image, write_image
 from loftr_curriculum.model.config import MatcherConfig
@@ -110,6 +114,15 @@ def test_comments_are_the_help():
     text = " ".join(make_parser("train").format_help().split())
     assert "share of pairs with a scale ratio within 5 % of 1 (type: float, default: 0.3)" in text
     assert "folder where rendered eyes are kept; null: in memory" in text
+
+
+def test_help_explains_every_figure_that_evaluate_prints():
+    printed = score({"a": 1.0}, {"a": 1.0}, {"a": "ok"}, per_pair=True)
+    assert list(dict.fromkeys(re.sub("@[0-9]+", "@t", name) for name in printed)) == list(FIGURES)
+    limits = inspect.signature(promises).parameters
+    assert f"above {limits['wrong'].default:g} px" in FIGURES["wrong_ok"]
+    assert f"below {limits['good'].default:g} px" in FIGURES["good_ok"]
+    assert all(f"it prints {name}:" in make_parser("evaluate").format_help() for name in FIGURES)
 
 
 @pytest.mark.parametrize("command", COMMANDS)
