@@ -25,7 +25,7 @@ from collections.abc import Iterable
 from ..registration.journal import kind_of
 
 # %% ../../nbs/08_report/04_page.ipynb #6fd30cbe
-KINDS = ("doubtful", "ok", "failed", "unreadable")
+KINDS = ("doubtful", "failed", "unreadable", "ok")
 
 
 def doubt(
@@ -86,7 +86,7 @@ dialog::backdrop { background: rgba(0, 0, 0, .55); }
 # %% ../../nbs/08_report/04_page.ipynb #6f5f95f9
 LISTING = """
 const rows = JSON.parse(document.getElementById("rows").textContent);
-const kinds = ["doubtful", "ok", "failed", "unreadable"];
+const kinds = ["doubtful", "failed", "unreadable", "ok"];
 const perPage = 50;
 const state = {sort: "doubt", down: false, page: 0};
 const at = id => document.getElementById(id);
