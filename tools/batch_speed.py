@@ -74,10 +74,18 @@ def dask_cluster(workers, folder):
     try:
         yield address
     finally:
-        for process in started:
-            process.terminate()
-        for process in started:
-            process.wait()
+        for process in reversed(started):
+            end(process)
+
+
+def end(process, patience=20):
+    """Ask a process to end, and end it where it does not within so many seconds."""
+    process.terminate()
+    try:
+        process.wait(patience)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
 
 
 def one_thread_each():
