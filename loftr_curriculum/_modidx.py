@@ -2325,6 +2325,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                                 'loftr_curriculum/registration/pair.py'),
                                                     'loftr_curriculum.registration.pair.Side': ( '06_registration/pair.html#side',
                                                                                                  'loftr_curriculum/registration/pair.py'),
+                                                    'loftr_curriculum.registration.pair.agreement': ( '06_registration/pair.html#agreement',
+                                                                                                      'loftr_curriculum/registration/pair.py'),
                                                     'loftr_curriculum.registration.pair.answer_of': ( '06_registration/pair.html#answer_of',
                                                                                                       'loftr_curriculum/registration/pair.py'),
                                                     'loftr_curriculum.registration.pair.between_files': ( '06_registration/pair.html#between_files',

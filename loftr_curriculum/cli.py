@@ -669,10 +669,12 @@ def _in_words(
     config: "RegistrationConfig",
 ) -> list[str]:
     "The verdict, how many matches agree, and the reasons, a line each."
+    from .registration.pair import agreement
+
     if answer.moving_to_fixed is None:
         agree = "no transform"
     else:
-        agree = f"{answer.matches.inliers.sum()} of {len(answer.matches)} matches agree"
+        agree = f"{agreement(answer)} ({len(answer.matches)} before binning)"
     reasons = [f"  because {reason}" for reason in answer.reasons]
     return [f"{answer.verdict}: {agree}", *reasons, *_simpler(answer, config)]
 

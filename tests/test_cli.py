@@ -341,7 +341,11 @@ def test_an_answer_that_is_replaced_is_named(pair, sees, tmp_path, capsys):
 def test_the_verdict_is_the_exit_code(pair, sees, tmp_path, capsys):
     fixed, moving, _ = pair
     assert run("register", fixed, moving, "--out", tmp_path / "d", "--ok_inliers", "100000", *QUICK) == 3
-    assert "doubtful: " in (said := capsys.readouterr().out) and "because " in said
+    said = capsys.readouterr().out
+    evidence = read_json(tmp_path / "d/transform.json")["evidence"]
+    counts = "{inliers} of {binned} binned matches agree ({matches} before binning)".format(**evidence)
+    assert said.startswith(f"doubtful: {counts}\n") and evidence["matches"] > evidence["binned"]
+    assert f"because {evidence['inliers']} binned matches agree, at least 100000 are expected" in said
     write_image(tmp_path / "black.png", np.zeros((200, 200), np.uint8))
     assert run("register", fixed, tmp_path / "black.png", "--out", tmp_path / "f") == 4
     assert "failed: no transform\n  because the moving image is black" in capsys.readouterr().out

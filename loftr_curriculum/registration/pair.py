@@ -10,6 +10,7 @@ __all__ = [
     "JudgedMatches",
     "Registration",
     "describe",
+    "agreement",
     "describe_as_html",
     "shipped_matcher",
     "OpenPair",
@@ -171,6 +172,16 @@ def describe(
     numbers = [f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in known.items()]
     lines.append("  " + ", ".join(numbers))
     return "\n".join(lines)
+
+
+# %% ../../nbs/06_registration/10_pair.ipynb #c23d5d98
+def agreement(
+    r: Registration,  # with a map
+) -> str:
+    "How many matches agree with the map, in words: of those that binning kept, as in the reasons."
+    if r.evidence.binned is None:  # put together by hand
+        return f"{r.matches.inliers.sum()} of {len(r.matches)} matches agree"
+    return f"{r.evidence.inliers} of {r.evidence.binned} binned matches agree"
 
 
 # %% ../../nbs/06_registration/10_pair.ipynb #9cd3e633

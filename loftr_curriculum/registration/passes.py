@@ -152,13 +152,13 @@ def finish_pass(
     points0, points1 = m.points0[kept], m.points1[kept]
     found = estimate_transform(points0, points1, config.match_model, request.threshold_px)
     if found is None:
-        return Pass(m, kept, None, 0, (f"no transform could be found among {len(kept)} matches",))
+        return Pass(m, kept, None, 0, (f"no transform could be found among {len(kept)} binned matches",))
     threshold_px = request.threshold_px
     fixed_to_moving = refit(found.fixed_to_moving, m.points0, m.points1, config.match_model, threshold_px)
     inliers = int((residuals(fixed_to_moving, points0, points1) <= threshold_px).sum())
     wrong = check_transform(fixed_to_moving.matrix, fov0.shape, config.limits)
     if wrong:
-        agree = f"{inliers} of {len(kept)} matches agree"
+        agree = f"{inliers} of {len(kept)} binned matches agree"
         reason = f"{agree}, on a transform that is not plausible: {', '.join(wrong)}"
         return Pass(m, kept, None, inliers, (reason,))
     return Pass(m, kept, fixed_to_moving, inliers, ())

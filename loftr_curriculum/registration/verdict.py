@@ -232,12 +232,13 @@ RIGHT = "probability that the answer is right, by its vessels"
 CRITERIA = (
     Criterion(
         name="enough to exclude chance",
-        measures="matches that agree with the answer",
+        measures="binned matches that agree with the answer",
         field="inliers",
         threshold="min_inliers",
         direction=AT_LEAST,
         level=Verdict.FAILED,
-        sentence="only {e.inliers} of {e.binned} matches agree on one transform, chance alone can do that",
+        sentence="only {e.inliers} of {e.binned} binned matches agree on one transform, "
+        "chance alone can do that",
     ),
     Criterion(
         name="overlap",
@@ -265,8 +266,8 @@ CRITERIA = (
         threshold="failed_agreement_px",
         direction=AT_MOST,
         level=Verdict.FAILED,
-        sentence="{e.inliers} matches agree, and " + DIFFER,
-        infinite="{e.inliers} matches agree, and " + LOST,
+        sentence="{e.inliers} binned matches agree, and " + DIFFER,
+        infinite="{e.inliers} binned matches agree, and " + LOST,
         applies=few_and_unconfirmed,
     ),
     Criterion(
@@ -280,21 +281,21 @@ CRITERIA = (
     ),
     Criterion(
         name="many agree",
-        measures="matches that agree with the answer",
+        measures="binned matches that agree with the answer",
         field="inliers",
         threshold="ok_inliers",
         direction=AT_LEAST,
         level=Verdict.DOUBTFUL,
-        sentence="{e.inliers} matches agree, at least {c.ok_inliers} are expected",
+        sentence="{e.inliers} binned matches agree, at least {c.ok_inliers} are expected",
     ),
     Criterion(
         name="most agree",
-        measures="agreeing share of the matches in the overlap",
+        measures="agreeing share of the binned matches in the overlap",
         field="inlier_ratio",
         threshold="ok_inlier_ratio",
         direction=AT_LEAST,
         level=Verdict.DOUBTFUL,
-        sentence="{e.inlier_ratio:.0%} of the matches in the overlap agree, "
+        sentence="{e.inlier_ratio:.0%} of the binned matches in the overlap agree, "
         "at least {c.ok_inlier_ratio:.0%} are expected",
     ),
     Criterion(

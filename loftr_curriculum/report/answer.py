@@ -12,7 +12,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from ..geometry import resize_image
-from ..registration.pair import Registration
+from ..registration.pair import Registration, agreement
 from .batch import draw_overlay
 from .plots import for_display, in_colour, new_figure
 from .registration import draw_checkerboard
@@ -26,12 +26,11 @@ def verdict_line(
     result: Registration,  # of the pair
 ) -> str:
     "The verdict with the evidence behind it, in one line."
-    agree = f"{result.matches.inliers.sum()} of {len(result.matches)} matches agree"
     if result.point_map is None:
         return f"{result.verdict}: no transform"
     probability = result.evidence.probability
     sure = "" if probability is None else f", probability {probability:.2f} that it is right"
-    return f"{result.verdict}: {agree}{sure}"
+    return f"{result.verdict}: {agreement(result)}{sure}"
 
 
 # %% ../../nbs/08_report/06_answer.ipynb #8f43f4b5

@@ -280,7 +280,7 @@ BODY = """<table>
 <th><button data-by="id">id</button></th>
 <th><button data-by="kind">verdict</button></th>
 <th><button data-by="probability">probability</button></th>
-<th><button data-by="agree">matches that agree</button></th>
+<th><button data-by="agree">binned matches that agree</button></th>
 <th><button data-by="why">why</button></th>
 <th><button data-by="seconds">seconds</button></th>
 </tr></thead>

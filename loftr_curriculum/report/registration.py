@@ -47,7 +47,7 @@ from ..io.images import write_image
 from ..io.inputs import storable
 from ..io.transforms import TransformRecord, load_transform, save_transform
 from ..registration.frames import open_image, warp_to_fixed
-from ..registration.pair import Registration
+from ..registration.pair import Registration, agreement
 from .plots import (
     add_matches,
     checkerboard,
@@ -69,10 +69,9 @@ def agreement_text(
     result: Registration,  # of a pair
 ) -> str:
     "The verdict, and how many matches agree with the map where there is one."
-    matches = result.matches
     if result.moving_to_fixed is None:
-        return f"{result.verdict}: {len(matches)} matches"
-    return f"{result.verdict}: {matches.inliers.sum()} of {len(matches)} matches agree"
+        return f"{result.verdict}: {len(result.matches)} matches"
+    return f"{result.verdict}: {agreement(result)}"
 
 
 # %% ../../nbs/08_report/01_registration.ipynb #814e2707
