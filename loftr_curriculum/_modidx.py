@@ -307,6 +307,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'loftr_curriculum.cli._complain': ('12_cli/cli.html#_complain', 'loftr_curriculum/cli.py'),
                                       'loftr_curriculum.cli._demo': ('12_cli/cli.html#_demo', 'loftr_curriculum/cli.py'),
                                       'loftr_curriculum.cli._diagnose': ('12_cli/cli.html#_diagnose', 'loftr_curriculum/cli.py'),
+                                      'loftr_curriculum.cli._doubt_weights': ('12_cli/cli.html#_doubt_weights', 'loftr_curriculum/cli.py'),
                                       'loftr_curriculum.cli._evaluate': ('12_cli/cli.html#_evaluate', 'loftr_curriculum/cli.py'),
                                       'loftr_curriculum.cli._expected_type': ('12_cli/cli.html#_expected_type', 'loftr_curriculum/cli.py'),
                                       'loftr_curriculum.cli._export': ('12_cli/cli.html#_export', 'loftr_curriculum/cli.py'),

@@ -45,7 +45,7 @@ import tokenize
 import warnings
 from argparse import ArgumentError
 from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import Field, asdict, dataclass, fields, is_dataclass
+from dataclasses import Field, asdict, dataclass, fields, is_dataclass, replace
 from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeVar, get_args, get_origin
@@ -611,6 +611,22 @@ def _matcher(args: Namespace) -> "Matcher":
         raise ValueError(f"device {args.device!r} or weights {args.weights!r}: {why}") from None
 
 
+# %% ../nbs/12_cli/00_cli.ipynb #775a6ec2
+def _doubt_weights(
+    answer: "Registration",
+    weights: str | None,  # as it was named; None: the packaged ones
+) -> "Registration":
+    "The answer, with one more reason where weights of one's own have found no match."
+    from .io.files import same_file
+    from .model.weights import PACKAGED, SHIPPED
+
+    packaged = weights is None or weights == SHIPPED or same_file(weights, PACKAGED)
+    if packaged or answer.evidence.matches != 0:
+        return answer
+    why = f"the weights {weights} found no match, and may find none in any pair; try without --weights"
+    return replace(answer, reasons=(*answer.reasons, why))
+
+
 # %% ../nbs/12_cli/00_cli.ipynb #023870f2
 def _add_register(parser: ArgumentParser) -> None:
     from .registration.config import RegistrationConfig
@@ -720,6 +736,7 @@ def _register(args: Namespace) -> int:
             moving_mask=args.moving_mask,
             guidance=guidance,
         )
+        answer = _doubt_weights(answer, args.weights)
         written = write_registration(answer, fixed, moving, args.out)
     print(*_in_words(answer, config), sep="\n")
     print(f"look at {args.out}: {', '.join(path.name for path in written)}")

@@ -354,6 +354,25 @@ def test_the_verdict_is_the_exit_code(pair, sees, tmp_path, capsys):
     assert "the registration failed" in capsys.readouterr().err
 
 
+def test_weights_that_match_nothing_are_doubted_where_they_were_named(pair, tmp_path, monkeypatch, capsys):
+    from loftr_curriculum.model.weights import PACKAGED
+
+    class Blind(UprightSift):
+        def match(self, *images, **fields):
+            return [found[:0] for found in super().match(*images, **fields)]
+
+    monkeypatch.setattr("loftr_curriculum.model.weights.load_matcher", lambda path, device: Blind())
+    fixed, moving, _ = pair
+    words = ("register", fixed, moving, "--out", tmp_path / "o", *QUICK)
+    assert run(*words, "--weights", tmp_path / "own.safetensors") == 4
+    said = capsys.readouterr().out
+    assert "because the weights" in said and "own.safetensors found no match" in said
+    assert "found no match" in read_json(tmp_path / "o/transform.json")["reasons"][-1]
+    for packaged in ((), ("--weights", "shipped"), ("--weights", PACKAGED)):
+        assert run(*words, *packaged) == 4
+        assert "found no match" not in capsys.readouterr().out
+
+
 def test_register_takes_masks_and_hands_guidance_to_the_matcher(
     pair, tmp_path, complains, monkeypatch, capsys
 ):
