@@ -424,3 +424,13 @@ def test_names_of_before_answer_and_say_so(module, old, new):
     room = import_module(f"loftr_curriculum.{module}")
     with pytest.warns(DeprecationWarning, match=f"{old} is now"):
         assert getattr(room, old).__name__ == new
+
+
+def test_loading_weights_does_not_load_the_compiler():
+    "It takes a second and 70 MB; an operation on a tensor without memory is enough to load it."
+    code = (
+        "import sys; from loftr_curriculum.model.weights import load_matcher; load_matcher(); "
+        "assert not {'torch._dynamo', 'sympy'} & set(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

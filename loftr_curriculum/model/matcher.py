@@ -21,6 +21,7 @@ __all__ = [
 ]
 
 # %% ../../nbs/05_model/07_matcher.ipynb #05563d60
+import math
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -233,7 +234,7 @@ class Matcher(TwoStageMatcher):
         self.merge8 = Merge(d8, d8, d8, config.norm)
         self.merge4 = Merge(d8, d4, config.fine_dim, config.norm)
         self.flow_head = FlowHead(config.flow_width)
-        self.log_temperature = nn.Parameter(torch.tensor(float(config.temperature)).log())
+        self.log_temperature = nn.Parameter(torch.tensor(math.log(config.temperature)))
 
     def maps(
         self,
