@@ -6,6 +6,7 @@
 __all__ = [
     "MOST_KEPT",
     "THREADS",
+    "GIVEN_BACK",
     "JOBS",
     "ENDING",
     "PATIENCE",
@@ -226,14 +227,20 @@ def unanswered(
 
 # %% ../../nbs/06_registration/13_workers.ipynb #fb0dc36d
 THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")  # read when a process starts
+# bytes, for the C library of Linux (mallopt(3)): freed memory beyond them goes back to the system at once
+GIVEN_BACK = {"MALLOC_MMAP_THRESHOLD_": str(4 << 20), "MALLOC_TRIM_THRESHOLD_": str(12 << 20)}
 
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    "Context manager: one thread in this process, and in those that it starts meanwhile."
-    before = {name: os.environ.get(name) for name in THREADS}
+    """Context manager: one thread in this process, and in those that it starts meanwhile.
+
+    These also keep less freed memory; what the user set of it stays."""
+    before = {name: os.environ.get(name) for name in (*THREADS, *GIVEN_BACK)}
     torch_threads, cv2_threads = torch.get_num_threads(), cv2.getNumThreads()
     os.environ.update(dict.fromkeys(THREADS, "1"))
+    for name, size in GIVEN_BACK.items():
+        os.environ.setdefault(name, size)
     torch.set_num_threads(1)
     cv2.setNumThreads(1)
     try:
