@@ -174,7 +174,8 @@ def add_matches(
     width: float = 0.4,  # points
     most: int = 600,  # lines drawn at most, evenly picked from each of the two kinds
 ) -> None:
-    "Thin lines between matched points, inliers on top."
+    "Thin lines between matched points, inliers on top; what lies beyond the images is cut off."
+    limits = dict(xlim=canvas.axes.get_xlim(), ylim=canvas.axes.get_ylim())
     inliers = np.zeros(len(points0), bool) if inliers is None else np.asarray(inliers, bool)
     starts = canvas.fixed_to_axes(np.asarray(points0, float).reshape(-1, 2))
     ends = canvas.moving_to_axes(np.asarray(points1, float).reshape(-1, 2))
@@ -184,6 +185,7 @@ def add_matches(
         layer = LineCollection(drawn, colors=c, linewidths=width, alpha=0.8, zorder=zorder)
         canvas.axes.add_collection(layer, autolim=False)
         canvas.axes.scatter(*drawn.reshape(-1, 2).T, s=3 * width, c=c, linewidths=0, zorder=zorder)
+    canvas.axes.set(**limits)
 
 
 # %% ../../nbs/08_report/00_plots.ipynb #bd3e8dca
