@@ -722,6 +722,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                       'loftr_curriculum/data/pseudo_real.py'),
                                                    'loftr_curriculum.data.pseudo_real.gamma_for': ( '04_data/pseudo_real.html#gamma_for',
                                                                                                     'loftr_curriculum/data/pseudo_real.py'),
+                                                   'loftr_curriculum.data.pseudo_real.list_of_version': ( '04_data/pseudo_real.html#list_of_version',
+                                                                                                          'loftr_curriculum/data/pseudo_real.py'),
                                                    'loftr_curriculum.data.pseudo_real.list_settings': ( '04_data/pseudo_real.html#list_settings',
                                                                                                         'loftr_curriculum/data/pseudo_real.py'),
                                                    'loftr_curriculum.data.pseudo_real.overprint': ( '04_data/pseudo_real.html#overprint',

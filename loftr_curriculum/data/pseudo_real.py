@@ -18,6 +18,7 @@ __all__ = [
     "DRAWS",
     "PseudoReal",
     "gamma_for",
+    "list_of_version",
     "list_settings",
     "RawPair",
     "shared_grid",
@@ -143,6 +144,16 @@ WIDE_SPECIFICATION = PseudoReal(
 
 # %% ../../nbs/04_data/07_pseudo_real.ipynb #9fc2bff3
 LISTS = {spec.version: spec for spec in (SPECIFICATION, WIDE_SPECIFICATION)}
+
+
+# %% ../../nbs/04_data/07_pseudo_real.ipynb #c0ffee10
+def list_of_version(
+    version: int,  # of a list
+) -> PseudoReal:
+    "What the pairs of a list look like; ValueError for a list that there is not."
+    if version not in LISTS:
+        raise ValueError(f"version {version}: expected one of {', '.join(map(str, LISTS))}")
+    return LISTS[version]
 
 
 # %% ../../nbs/04_data/07_pseudo_real.ipynb #657b343e

@@ -144,6 +144,7 @@ def plot_pair(
     white = np.full((height, gap, 3), 255, np.uint8)
     axes.imshow(np.concatenate([left, white, right], axis=1), interpolation="nearest")
     axes.set_axis_off()
+    axes.autoscale(False)  # what is drawn later moves neither image
     aside = translation((left.shape[1] + gap, 0))
     fixed_to_axes = resize_matrix(np.asarray(fixed).shape[:2], left.shape[:2])
     moving_to_axes = compose(resize_matrix(np.asarray(moving).shape[:2], right.shape[:2]), aside)
@@ -175,7 +176,6 @@ def add_matches(
     most: int = 600,  # lines drawn at most, evenly picked from each of the two kinds
 ) -> None:
     "Thin lines between matched points, inliers on top; what lies beyond the images is cut off."
-    limits = dict(xlim=canvas.axes.get_xlim(), ylim=canvas.axes.get_ylim())
     inliers = np.zeros(len(points0), bool) if inliers is None else np.asarray(inliers, bool)
     starts = canvas.fixed_to_axes(np.asarray(points0, float).reshape(-1, 2))
     ends = canvas.moving_to_axes(np.asarray(points1, float).reshape(-1, 2))
@@ -185,7 +185,6 @@ def add_matches(
         layer = LineCollection(drawn, colors=c, linewidths=width, alpha=0.8, zorder=zorder)
         canvas.axes.add_collection(layer, autolim=False)
         canvas.axes.scatter(*drawn.reshape(-1, 2).T, s=3 * width, c=c, linewidths=0, zorder=zorder)
-    canvas.axes.set(**limits)
 
 
 # %% ../../nbs/08_report/00_plots.ipynb #bd3e8dca

@@ -55,12 +55,12 @@ from tqdm.auto import tqdm
 from ..data.landmarks import LandmarkPair, read_landmark_set
 from ..data.preprocess import estimate_fov, to_gray
 from ..data.pseudo_real import (
-    LISTS,
     PSEUDO_REAL_VERSION,
     SPECIFICATION,
     WIDE_SPECIFICATION,
     PseudoReal,
     RawPair,
+    list_of_version,
     pseudo_real_pairs,
 )
 from ..evaluation.metrics import at_512, auc, landmark_error, success_rate
@@ -748,10 +748,8 @@ def curve(
     Raises ValueError for a list that there is not, and for weights that do not tell what they saw."""
     from ..model.weights import load_matcher
 
-    if version not in LISTS:
-        raise ValueError(f"version {version}: expected one of {', '.join(map(str, LISTS))}")
+    spec = spec or list_of_version(version)
     settings = _settings() | {"list": version}
-    spec = spec or LISTS[version]
     result = {**begun(out, settings), **settings}
 
     def keep():

@@ -9,7 +9,7 @@ __all__ = ["system_named", "score_system", "figure_text", "lines_of"]
 from collections.abc import Callable
 from importlib import import_module
 
-from ..data.pseudo_real import LISTS, PSEUDO_REAL_VERSION
+from ..data.pseudo_real import PSEUDO_REAL_VERSION, list_of_version
 from ..evaluation.pseudo_real import evaluate_pseudo_real
 from ..io.files import write_json
 from ..retina.config import GENERATOR_VERSION
@@ -44,9 +44,7 @@ def score_system(
     """Score a system, given by its dotted name, and write the figures and the error of every pair.
 
     Raises ValueError for a system or a list that there is not."""
-    if version not in LISTS:
-        raise ValueError(f"version {version}: expected one of {', '.join(map(str, LISTS))}")
-    spec = LISTS[version]
+    spec = list_of_version(version)
     scores = evaluate_pseudo_real(
         system_named(system), modes or spec.modes, limit, folder, workers, progress, True, spec
     )
