@@ -1342,6 +1342,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                'loftr_curriculum/geometry/points.py'),
                                                   'loftr_curriculum.geometry.points.jacobian': ( '01_geometry/points.html#jacobian',
                                                                                                  'loftr_curriculum/geometry/points.py'),
+                                                  'loftr_curriculum.geometry.points.pick_evenly': ( '01_geometry/points.html#pick_evenly',
+                                                                                                    'loftr_curriculum/geometry/points.py'),
                                                   'loftr_curriculum.geometry.points.similarity': ( '01_geometry/points.html#similarity',
                                                                                                    'loftr_curriculum/geometry/points.py'),
                                                   'loftr_curriculum.geometry.points.translation': ( '01_geometry/points.html#translation',

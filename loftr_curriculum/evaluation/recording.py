@@ -57,7 +57,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..geometry import invert
+from ..geometry import invert, pick_evenly
 from ..io.files import FileError, atomic_path, read_bytes
 from ..model.config import Matches
 from .collapse import (
@@ -207,8 +207,8 @@ def kept_matches(
     entry: Entry,  # of a pass
 ) -> dict[str, np.ndarray]:  # columns of n <= MOST matches
     "The matches of a pass as they are stored, evenly picked where there are many."
-    matches, n = entry.matches, len(entry.matches)
-    pick = np.linspace(0, n - 1, min(n, MOST)).astype(int)
+    matches = entry.matches
+    pick = pick_evenly(len(matches), MOST)
     return {
         "points0": np.rint(STEPS * matches.points0)[pick].astype(np.int16),
         "points1": np.rint(STEPS * matches.points1)[pick].astype(np.int16),

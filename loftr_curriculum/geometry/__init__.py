@@ -17,6 +17,7 @@ __all__ = [
     "fit_similarity",
     "invert",
     "jacobian",
+    "pick_evenly",
     "similarity",
     "translation",
     "Affine",
@@ -115,6 +116,7 @@ from .points import (
     fit_similarity,
     invert,
     jacobian,
+    pick_evenly,
     similarity,
     translation,
 )
@@ -134,6 +136,7 @@ _all_ = [
     "fit_similarity",
     "invert",
     "jacobian",
+    "pick_evenly",
     "similarity",
     "translation",
 ]

@@ -19,6 +19,7 @@ __all__ = [
     "fit_homography",
     "Limits",
     "check_transform",
+    "pick_evenly",
 ]
 
 # %% ../../nbs/01_geometry/00_points.ipynb #ec0e88e6
@@ -307,3 +308,12 @@ def check_transform(
     if d["stretch"] > limits.stretch:
         out.append(f"the transform stretches one axis {d['stretch']:.2f} times more than the other")
     return tuple(out)
+
+
+# %% ../../nbs/01_geometry/00_points.ipynb #07d1aeb2
+def pick_evenly(
+    count: int,  # entries there are, >= 0
+    most: int,  # entries that are picked, >= 1
+) -> np.ndarray:  # (min(count, most),) int, ascending
+    "Indices of entries that lie evenly over a list, by their places alone; all of them where they are few."
+    return np.linspace(0, count - 1, min(count, most)).astype(int)

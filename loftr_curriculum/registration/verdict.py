@@ -33,7 +33,7 @@ from dataclasses import asdict, dataclass, fields
 
 import numpy as np
 
-from ..geometry import PointMap
+from ..geometry import PointMap, pick_evenly
 from .binning import cell_of, field_box
 from .config import RegistrationConfig, Verdict
 from .frames import Frame
@@ -101,7 +101,7 @@ def distance(
     ys, xs = np.nonzero(fov0)
     if one is None or other is None or not len(xs):
         return np.inf
-    some = np.linspace(0, len(xs) - 1, min(400, len(xs))).astype(int)
+    some = pick_evenly(len(xs), 400)
     points = np.stack([xs[some], ys[some]], 1).astype(float)
     there_and_back = other.then(one.inverse())(points)
     mean = np.linalg.norm(there_and_back - points, axis=1).mean()

@@ -13,13 +13,13 @@ __all__ = [
     "Canvas",
     "equally_high",
     "plot_pair",
-    "evenly",
     "add_matches",
     "checkerboard",
     "side_by_side",
     "phase_of",
     "shade_phases",
     "plot_curriculum",
+    "evenly",
 ]
 
 # %% ../../nbs/08_report/00_plots.ipynb #7e360b3d
@@ -40,6 +40,7 @@ from ..geometry import (
     PointMap,
     compose,
     fit_size,
+    pick_evenly,
     resize_image,
     resize_matrix,
     translation,
@@ -151,19 +152,6 @@ def plot_pair(
     return Canvas(axes, Affine(fixed_to_axes), Affine(moving_to_axes))
 
 
-# %% ../../nbs/08_report/00_plots.ipynb #9db3b113
-def evenly(
-    chosen: np.ndarray,  # (N,) bool
-    most: int,  # at least 1
-) -> np.ndarray:  # (M,) int, M <= most
-    "Indices of what is chosen, evenly thinned where there are too many."
-    which = np.flatnonzero(chosen)
-    if not len(which):
-        return which
-    places = np.linspace(0, len(which) - 1, min(len(which), most)).astype(int)
-    return which[places]
-
-
 # %% ../../nbs/08_report/00_plots.ipynb #7cceae73
 def add_matches(
     canvas: Canvas,  # of the two images
@@ -181,7 +169,7 @@ def add_matches(
     ends = canvas.moving_to_axes(np.asarray(points1, float).reshape(-1, 2))
     lines = np.stack([starts, ends], axis=1)
     for zorder, kind, c in ((2, ~inliers, colour), (3, inliers, agree)):
-        drawn = lines[evenly(kind, most)]
+        drawn = lines[kind][pick_evenly(np.count_nonzero(kind), most)]
         layer = LineCollection(drawn, colors=c, linewidths=width, alpha=0.8, zorder=zorder)
         canvas.axes.add_collection(layer, autolim=False)
         canvas.axes.scatter(*drawn.reshape(-1, 2).T, s=3 * width, c=c, linewidths=0, zorder=zorder)
@@ -278,3 +266,14 @@ def plot_curriculum(
     other.plot(epochs, scaler, color="tab:blue", lw=1.6, ls="--")
     other.set_ylim(0.5, max(scaler) * 1.25)
     other.set_ylabel("vessel_loss_weight_scaler", color="tab:blue")
+
+
+# %% ../../nbs/08_report/00_plots.ipynb #edd0cbc6
+def evenly(
+    chosen: np.ndarray,  # (N,) bool
+    most: int,  # at least 1
+) -> np.ndarray:  # (M,) int, M <= most
+    "Deprecated, use `geometry.pick_evenly` on the indices of what is chosen."
+    warnings.warn("plots.evenly is now geometry.pick_evenly, of a count", DeprecationWarning, stacklevel=2)
+    which = np.flatnonzero(chosen)
+    return which[pick_evenly(len(which), most)]

@@ -84,7 +84,11 @@ def spread_over(
     points: np.ndarray,  # (N, 2)
     most: int,  # points that are picked
 ) -> np.ndarray:  # (M,) int, M <= most
-    "Indices of points from all over the region that they cover: one of every cell, then a second one, ..."
+    """Indices of points from all over the region that they cover: one of every cell, then a second one, ...
+
+    The place in the image decides, so a crowd in one corner gets few lines; `geometry.pick_evenly` goes by
+    the place in the list.
+    """
     if len(points) <= most:
         return np.arange(len(points))
     low, high = points.min(0), points.max(0) + 1e-6

@@ -26,7 +26,6 @@ __all__ = [
     "answer",
     "said",
     "within",
-    "spread",
     "draw_lines",
     "show_checkerboard",
     "draw_beside",
@@ -38,10 +37,12 @@ __all__ = [
     "draw_epochs",
     "draw_training",
     "summary",
+    "spread",
 ]
 
 # %% ../../nbs/09_training/07_demo.ipynb #dca3c37d
 import time
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -52,7 +53,7 @@ from matplotlib.figure import Figure
 from ..data.config import DataConfig
 from ..evaluation.metrics import at_512, corner_error
 from ..evaluation.recording import Recording
-from ..geometry import Motion, centre, compose, invert, resample, similarity
+from ..geometry import Motion, centre, compose, invert, pick_evenly, resample, similarity
 from ..io.files import read_json, write_json
 from ..io.images import write_image
 from ..model.config import MatcherConfig, Matches
@@ -275,17 +276,6 @@ def within(
 SHOWN = 120  # match lines at most
 
 
-def spread(
-    which: np.ndarray,  # (N,) int
-    most: int = SHOWN,  # entries of the answer
-) -> np.ndarray:  # (min(N, most),) int
-    "Some of the entries, evenly spread; all of them where they are few."
-    if not len(which):
-        return which
-    chosen = np.linspace(0, len(which) - 1, min(len(which), most)).astype(int)
-    return which[chosen]
-
-
 # %% ../../nbs/09_training/07_demo.ipynb #fdc7f13f
 def draw_lines(
     axes: Axes,  # to draw on
@@ -296,7 +286,8 @@ def draw_lines(
     height: int = 320,  # px of both images
 ) -> None:
     "Some of the match lines over both images, those that lie within them."
-    which = spread(np.flatnonzero(within(matches.points0, fixed) & within(matches.points1, moving)))
+    which = np.flatnonzero(within(matches.points0, fixed) & within(matches.points1, moving))
+    which = which[pick_evenly(len(which), SHOWN)]
     canvas = plot_pair(axes, fixed, moving, height)
     add_matches(canvas, matches.points0[which], matches.points1[which], agree[which], width=0.6)
 
@@ -497,3 +488,13 @@ def summary(
             again = f"{command} demo --out {out} --epochs {MOST}"
             later.append(f"{len(report['epochs'])} epochs are few; the training goes on with: {again}")
     return "\n".join(["", *lines, f"Done in {report['seconds']} s. Look at", *there, *later])
+
+
+# %% ../../nbs/09_training/07_demo.ipynb #efe0de04
+def spread(
+    which: np.ndarray,  # (N,) int
+    most: int = SHOWN,  # entries of the answer
+) -> np.ndarray:  # (min(N, most),) int
+    "Deprecated, use `geometry.pick_evenly`."
+    warnings.warn("demo.spread is now geometry.pick_evenly, of a count", DeprecationWarning, stacklevel=2)
+    return which[pick_evenly(len(which), most)]
