@@ -50,6 +50,7 @@ from ..geometry import (
 from ..io.images import ImageError
 from ..io.inputs import as_picture
 from .binning import field_box
+from .clear import brightened, sharpened
 from .config import RegistrationConfig
 
 
@@ -88,7 +89,7 @@ AS_IN_FILE = Affine(np.eye(3))
 class Frame:
     "One image of the pair, in its own pixels and in the working frame."
 
-    gray: np.ndarray  # (H, W) float32 in [0, 1], original pixels
+    gray: np.ndarray  # (H, W) float32 in [0, 1], original pixels, made clear
     mask: np.ndarray | None  # (H, W) float32 in [0, 1]: vessels, original pixels
     fov: np.ndarray  # (h, w) bool: field of view, working frame
     to_working: Affine  # original points -> working points
@@ -189,13 +190,17 @@ def make_frame(
         gray[~seen] = 0
     vessels = None if mask is None else to_gray(mask)
     size, field = working_field(gray, seen, long_side)
+    bright = brightened(gray, field)
+    if bright is not gray:
+        gray = bright
+        size, field = working_field(gray, seen, long_side)
     part = without_borders(gray.shape, field)
     if part is not None:
         gray = np.ascontiguousarray(gray[part])
         vessels = None if vessels is None else np.ascontiguousarray(vessels[part])
         size, field = working_field(gray, None if seen is None else seen[part], long_side)
     to_file = place_in_file(gray.shape, part)
-    gray = at_most_largest(gray)
+    gray = sharpened(at_most_largest(gray), field)
     vessels = None if vessels is None else at_most_largest(vessels)
     return Frame(gray, vessels, field, Affine(resize_matrix(gray.shape, size)), to_file)
 
