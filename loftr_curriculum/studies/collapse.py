@@ -59,10 +59,11 @@ def calibration_pairs(
         half = half_of(world.vessels[None])[0]
         for v in range(views):
             rng = np.random.default_rng([GENERATOR_VERSION, seed, v])
-            T, A, fovs = draw_views(
+            fixed_to_moving, places, fovs = draw_views(
                 rng, world.vessels.shape, (size, size), Motion(), split_mode(MODES[(k + v) % len(MODES)])
             )
-            yield rng, T, *fovs, cut(world.vessels, half, A[0], (size, size)) * fovs[0] / 255
+            mask0 = cut(world.vessels, half, places[0], (size, size)) * fovs[0] / 255
+            yield rng, fixed_to_moving, *fovs, mask0
 
 
 # %% ../../nbs/11_studies/07_collapse.ipynb #3e010fad
@@ -82,15 +83,16 @@ def scatter(
 # %% ../../nbs/11_studies/07_collapse.ipynb #a11460c0
 def true_matches(
     rng: np.random.Generator,
-    T: np.ndarray,  # (3, 3) fixed -> moving
+    fixed_to_moving: np.ndarray,  # (3, 3) fixed -> moving
     fov0: np.ndarray,  # (H, W) bool
     fov1: np.ndarray,  # (H, W) bool
     mask0: np.ndarray,  # (H, W) vessels in [0, 1]
     n: int,  # number of matches
 ) -> tuple:  # (n, 2), (n, 2), (n,) confidence
     "Mostly on vessels, with noise and fainter outliers."
-    p = scatter(rng, overlap_fields(fov0, fov1, T).start, n, 0.1 + mask0)
-    q = apply_transform(T, p) + rng.normal(0, np.exp(rng.uniform(np.log(0.5), np.log(4))), (n, 2))
+    p = scatter(rng, overlap_fields(fov0, fov1, fixed_to_moving).start, n, 0.1 + mask0)
+    noise = np.exp(rng.uniform(np.log(0.5), np.log(4)))
+    q = apply_transform(fixed_to_moving, p) + rng.normal(0, noise, (n, 2))
     wrong = rng.random(n) < rng.uniform(0, 0.5)
     p[wrong], q[wrong] = scatter(rng, fov0, wrong.sum()), scatter(rng, fov1, wrong.sum())
     return p, q, np.where(wrong, rng.uniform(0.01, 0.3, n), rng.uniform(0.2, 0.95, n))
@@ -178,7 +180,7 @@ def disordered_matches(
 def collapsed_matches(
     kind: str,  # one of SICK
     rng: np.random.Generator,
-    T: np.ndarray,  # (3, 3) fixed -> moving
+    fixed_to_moving: np.ndarray,  # (3, 3) fixed -> moving
     fov0: np.ndarray,  # (H, W) bool
     fov1: np.ndarray,  # (H, W) bool
     mask0: np.ndarray,  # (H, W) vessels in [0, 1]
@@ -188,7 +190,7 @@ def collapsed_matches(
     p = scatter(rng, fov0, n)
     if kind == "bundle to bundle":
         p = scatter(rng, fov0, 1) + rng.normal(0, rng.uniform(0.04, 0.1) * max(fov0.shape), p.shape)
-    p1, q1, c1 = true_matches(rng, T, fov0, fov1, mask0, int(n * rng.uniform(0, 0.3)))
+    p1, q1, c1 = true_matches(rng, fixed_to_moving, fov0, fov1, mask0, int(n * rng.uniform(0, 0.3)))
     q = collapsed_ends(kind, rng, n, fov1)
     return (
         np.concatenate([p, p1]),
@@ -201,18 +203,18 @@ def collapsed_matches(
 def constructed_matches(
     kind: str,  # "healthy", "disorder" or one of SICK
     rng: np.random.Generator,
-    T: np.ndarray,  # (3, 3) fixed -> moving
+    fixed_to_moving: np.ndarray,  # (3, 3) fixed -> moving
     fov0: np.ndarray,  # (H, W) bool
     fov1: np.ndarray,  # (H, W) bool
     mask0: np.ndarray,  # (H, W) vessels in [0, 1]
 ) -> tuple:  # (N, 2), (N, 2), (N,) confidence
     "One set of matches of one kind, without the faint background."
     if kind == "healthy":
-        n = number_of(rng, 12, overlap_fields(fov0, fov1, T).start)
-        return true_matches(rng, T, fov0, fov1, mask0, n)
+        n = number_of(rng, 12, overlap_fields(fov0, fov1, fixed_to_moving).start)
+        return true_matches(rng, fixed_to_moving, fov0, fov1, mask0, n)
     if kind == "disorder":
         return disordered_matches(rng, fov0, fov1)
-    return collapsed_matches(kind, rng, T, fov0, fov1, mask0)
+    return collapsed_matches(kind, rng, fixed_to_moving, fov0, fov1, mask0)
 
 
 # %% ../../nbs/11_studies/07_collapse.ipynb #57cf3a83
@@ -245,14 +247,14 @@ def indices_by_kind(
 ) -> dict[str, list[float]]:  # of every kind, with the true transform and with a fitted one, in turn
     "Index of constructed matches, healthy and sick."
     index = {kind: [] for kind in KINDS}
-    for rng, T, fov0, fov1, mask0 in calibration_pairs(eyes, views):
+    for rng, fixed_to_moving, fov0, fov1, mask0 in calibration_pairs(eyes, views):
         for kind in ("healthy", "healthy", *KINDS):
-            matches = constructed_matches(kind, rng, T, fov0, fov1, mask0)
+            matches = constructed_matches(kind, rng, fixed_to_moving, fov0, fov1, mask0)
             p, q, c = with_background(rng, *matches, fov0, fov1)
             carrying = most_confident(c, share)
             fit = believed_transform(p, q, fov0, fov1.shape, c)
-            for t in (T, fit):
-                index[kind].append(collapse_index(p[carrying], q[carrying], fov0, fov1, t))
+            for believed in (fixed_to_moving, fit):
+                index[kind].append(collapse_index(p[carrying], q[carrying], fov0, fov1, believed))
     return index
 
 

@@ -576,6 +576,7 @@ def when_on(arm: str) -> str:  # one of WHEN
     return "guided" if arm in BIASED else "unguided"
 
 
+# %% ../../nbs/11_studies/24_collapse_cure.ipynb #c7d1e9a2
 def outcome_while_on(
     result: dict,  # from `run_cure`
     name: str,  # of a condition

@@ -253,7 +253,9 @@ def errors_of(
         images = [given[name] for name in ("image0", "image1", "fov0", "fov1")]
         found = matcher.match(*images, guidance=UNGUIDED, threshold=0.0)
         truth = zip(found, given["fov0"], given["fov1"], given["fixed_to_moving"])
-        errors += [quick_error(m, fov0.numpy(), T.double().numpy(), fov1.shape) for m, fov0, fov1, T in truth]
+        for matches, fov0, fov1, fixed_to_moving in truth:
+            matrix = fixed_to_moving.double().numpy()
+            errors.append(quick_error(matches, fov0.numpy(), matrix, fov1.shape))
         eyes += [name.partition(":")[0] for name in given["id"]]
     return np.array(errors), eyes
 
