@@ -4400,6 +4400,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                                 'loftr_curriculum/studies/generator_value.py'),
                                                           'loftr_curriculum.studies.generator_value.compare_versions': ( '11_studies/generator_value.html#compare_versions',
                                                                                                                          'loftr_curriculum/studies/generator_value.py'),
+                                                          'loftr_curriculum.studies.generator_value.contents_of': ( '11_studies/generator_value.html#contents_of',
+                                                                                                                    'loftr_curriculum/studies/generator_value.py'),
                                                           'loftr_curriculum.studies.generator_value.copy_as_it_is': ( '11_studies/generator_value.html#copy_as_it_is',
                                                                                                                       'loftr_curriculum/studies/generator_value.py'),
                                                           'loftr_curriculum.studies.generator_value.copy_commit': ( '11_studies/generator_value.html#copy_commit',

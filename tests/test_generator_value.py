@@ -152,6 +152,27 @@ def test_only_what_changed_is_made_anew(versions):
     assert versions.trained() == ["old", "new"] * 2
 
 
+def test_a_score_belongs_to_the_pairs_that_it_was_measured_on(versions, tmp_path):
+    def points(name, text):
+        folder = tmp_path / name
+        for part in ("images", "landmarks"):
+            (folder / part).mkdir(parents=True, exist_ok=True)
+        (folder / "landmarks/1.csv").write_text(text)
+        return folder
+
+    def asked(real):
+        versions.asked.clear()
+        versions.run(set=real, seeds=1)
+        return [word for _, word in versions.asked]
+
+    assert asked(points("one", "1")) == ["train", "evaluate"] * 2
+    assert asked(points("other", "2")) == ["evaluate"] * 2
+    # the same pairs in another folder, and the first ones again
+    assert asked(points("moved", "1")) == []
+    # other pairs in the same folder
+    assert asked(points("one", "3")) == ["evaluate"] * 2
+
+
 @pytest.mark.parametrize("steps, epochs", [(400, 8), (4, 4), (13, 1), (12, 6), (1, 1)])
 def test_steps_are_exactly_those_asked_for(steps, epochs):
     plan = study.Plan(Path("c.yaml"), Path("set"), steps, 1, 8)

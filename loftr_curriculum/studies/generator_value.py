@@ -8,6 +8,7 @@ __all__ = [
     "LEARNING",
     "JUDGING",
     "PROGRAM",
+    "PARTS",
     "OWN",
     "REGISTRATION",
     "KEPT_FACTS",
@@ -27,6 +28,7 @@ __all__ = [
     "epochs_of",
     "training_words",
     "score_of",
+    "contents_of",
     "run_one",
     "told",
     "folders_of",
@@ -64,6 +66,7 @@ from ..io.files import FileError, read_json, write_json
 from ..io.lock import only_run
 from ..model.weights import load_matcher
 from ..training.history import RunFolder
+from .card import sha256_of
 from .study import begun, key_of
 
 # %% ../../nbs/11_studies/14_generator_value.ipynb #5a3ff00d
@@ -271,6 +274,9 @@ def epochs_of(
     return max(count for count in range(1, most + 1) if steps % count == 0)
 
 
+# %% ../../nbs/11_studies/14_generator_value.ipynb #e8273317
+PARTS = ("images", "landmarks")  # sub-folders of a set of real pairs
+
 # %% ../../nbs/11_studies/14_generator_value.ipynb #ddd3f00f
 # settings that are different in every run
 OWN = ("out", "seed", "data.seed", "data.cache")
@@ -315,11 +321,20 @@ def score_of(
     return {"figures": json.loads(evaluation)} | {name: facts.get(name) for name in KEPT_FACTS}
 
 
+# %% ../../nbs/11_studies/14_generator_value.ipynb #5547fe7a
+def contents_of(
+    real: Path,  # folder of real pairs
+) -> dict[str, str]:
+    "File of the set -> digest of its bytes; of images and landmarks, which are what `evaluate` reads."
+    files = sorted(file for part in PARTS for file in (real / part).iterdir() if file.is_file())
+    return {file.relative_to(real).as_posix(): sha256_of(file) for file in files}
+
+
 # %% ../../nbs/11_studies/14_generator_value.ipynb #2967c47f
 def run_one(
     versions: dict[str, Path],  # folders that hold the packages
     name: str,  # of the version that trains
-    judged_by: str,  # key of the version that registers
+    judged_by: str,  # key of the version that registers, and of the pairs
     words: list[str],  # of the training
     out: Path,  # folder of the run
     real: Path,  # folder of real pairs
@@ -377,7 +392,7 @@ def run_in_turns(
     folders: dict[str, Path],  # of `folders_of`
 ) -> list[dict]:
     "Every run, seed by seed."
-    judged_by = key_of(sources(versions["new"] / PACKAGE, JUDGING), REGISTRATION)
+    judged_by = key_of(sources(versions["new"] / PACKAGE, JUDGING), REGISTRATION, contents_of(plan.real))
     runs = []
     for seed in range(plan.seeds):
         for name, folder in folders.items():
@@ -471,7 +486,7 @@ def plan_of(
     "A plan that can be carried out. Raises ValueError, FileError for a file or folder."
     if min(steps, seeds, batch) < 1:
         raise ValueError("--steps, --seeds and --batch must be at least 1")
-    if not (real / "images").is_dir() or not (real / "landmarks").is_dir():
+    if not all((real / part).is_dir() for part in PARTS):
         raise FileError(f"{real}: expected a folder of real pairs with the sub-folders images and landmarks")
     if not config.is_file():
         raise FileError(f"{config}: no such file; expected settings of training, known to both versions")
