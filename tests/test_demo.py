@@ -74,6 +74,12 @@ def test_quick_registers_and_shows_it_and_trains_nothing(tmp_path, capsys):
     assert {p.name for p in tmp_path.iterdir()} == set(LEFT) - trained
     assert "First answer after" in said and "training" not in said
     assert ".venv/bin/loftr-curriculum register FIXED MOVING --out registered/" in said
+    # the counts of the verdict, as every other answer says them
+    evidence = read_json(tmp_path / "shipped/transform.json")["evidence"]
+    assert evidence["matches"] > evidence["binned"]
+    assert "shipped weights: ok, {inliers} of {binned} binned matches agree".format(**evidence) in said
+    kept = read_json(tmp_path / "metrics.json")["shipped"]
+    assert {name: kept[name] for name in room.COUNTS} == {name: evidence[name] for name in room.COUNTS}
 
 
 @pytest.mark.slow

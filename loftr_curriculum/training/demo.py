@@ -11,6 +11,7 @@ __all__ = [
     "MEASURED",
     "SMALL",
     "NAMES",
+    "COUNTS",
     "SHOWN",
     "WIDTH",
     "ROW",
@@ -228,6 +229,13 @@ def draw_run(
 SMALL = RegistrationConfig(long_side=256, first_long_side=128, retry_long_sides=())
 NAMES = {"shipped": "shipped weights", "trained": "freshly trained weights"}
 
+# %% ../../nbs/09_training/07_demo.ipynb #bdb35bc9
+COUNTS = (
+    "matches",
+    "binned",
+    "inliers",
+)  # of `Evidence`: all matches, those kept by binning, those that agree
+
 
 # %% ../../nbs/09_training/07_demo.ipynb #c5bc442d
 def answer(
@@ -244,8 +252,7 @@ def answer(
     figures = {
         "verdict": str(result.verdict),
         "reasons": list(result.reasons),
-        "matches": len(result.matches),
-        "inliers": int(result.matches.inliers.sum()),
+        **{name: getattr(result.evidence, name) for name in COUNTS},
         "corner_error_px_at_512": error if np.isfinite(error) else None,
     }
     return result, figures
@@ -258,8 +265,10 @@ def said(
 ) -> str:
     "An answer in one line."
     error = found["corner_error_px_at_512"]
-    end = f", corner error {error:.1f} px at 512 px" if error is not None else "; no transform"
-    return f"{NAMES[name]}: {found['verdict']}, {found['inliers']} of {found['matches']} matches agree{end}"
+    if error is None:
+        return f"{NAMES[name]}: {found['verdict']}, no transform"
+    agree = f"{found['inliers']} of {found['binned']} binned matches agree"
+    return f"{NAMES[name]}: {found['verdict']}, {agree}, corner error {error:.1f} px at 512 px"
 
 
 # %% ../../nbs/09_training/07_demo.ipynb #9027e00c
