@@ -1426,6 +1426,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                            'loftr_curriculum.io.files._plain': ('02_io/files.html#_plain', 'loftr_curriculum/io/files.py'),
                                            'loftr_curriculum.io.files.atomic_path': ( '02_io/files.html#atomic_path',
                                                                                       'loftr_curriculum/io/files.py'),
+                                           'loftr_curriculum.io.files.how_to_install': ( '02_io/files.html#how_to_install',
+                                                                                         'loftr_curriculum/io/files.py'),
                                            'loftr_curriculum.io.files.read_bytes': ( '02_io/files.html#read_bytes',
                                                                                      'loftr_curriculum/io/files.py'),
                                            'loftr_curriculum.io.files.read_json': ( '02_io/files.html#read_json',

@@ -629,7 +629,7 @@ def test_results_as_columns(tmp_path, monkeypatch):
     assert "none.png" in columns["error"][2]
 
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=r"needs pyarrow: pip install 'loftr_curriculum\[parquet\]'"):
+    with pytest.raises(ValueError, match=r"needs pyarrow: pip install '\.\[parquet\]'"):
         register_many(tmp_path / "pairs.csv", tmp_path / "other", parquet=True, **plain)
     assert not (tmp_path / "other").exists()
 

@@ -15,7 +15,7 @@ from test_registration import QUICK
 from loftr_curriculum.registration import register_many
 from loftr_curriculum.registration.journal import read_results
 
-pytest.importorskip("distributed", reason="needs pip install 'loftr_curriculum[cluster]'")
+pytest.importorskip("distributed", reason="needs pip install -e '.[cluster]'")
 ROOT = Path(__file__).resolve().parents[1]
 WAIT = 60  # seconds for whatever a loaded machine is slow at
 

@@ -381,6 +381,21 @@ def tracked_text_files():
             yield name, data.decode("utf-8")
 
 
+EXTRA_LINE = re.compile(r"pip install [^\n]*?([\w.-]+)\[([\w,]+)\]")  # what is installed, and which extras
+
+
+def test_extras_are_installed_from_the_folder():
+    """The package is on no registry, so a line that names it finds nothing."""
+    named, wrong = set(), []
+    for name, content in tracked_text_files():
+        for place, extras in EXTRA_LINE.findall(content):
+            named |= set(extras.split(","))
+            if place != "." or not set(extras.split(",")) <= set(EXTRAS):
+                wrong.append(f"{name}: {place}[{extras}]")
+    assert not wrong, "\n".join(wrong[:20])
+    assert {"dev", "review", "cluster"} <= named
+
+
 MACHINE_PATH = re.compile(
     r"(?<![\w.~$}/-])/(?:work|root|home|Users|opt|tmp|mnt|workspace)/[\w.]|\b[A-Z]:\\\\?Users"
 )

@@ -55,12 +55,14 @@ from ..geometry import (
     translation,
 )
 from ..geometry.maps import LATTICE
+from ..io.files import how_to_install
 from .protocol import Answer, DenseMap, in_files
 
 # %% ../../nbs/10_baselines/03_intensity.ipynb #c7ce4dce
 LONG_SIDE = 256  # px
 BINS = 32  # of the joint histogram
-WANTED = {"SimpleITK": "'loftr_curriculum[baselines]'", "ants": "antspyx"}  # module -> what pip installs
+# module -> what installs it
+WANTED = {"SimpleITK": how_to_install("baselines"), "ants": "pip install antspyx"}
 
 
 # %% ../../nbs/10_baselines/03_intensity.ipynb #1dbaf0a8
@@ -71,7 +73,7 @@ def toolkit(
     try:
         return import_module(name)
     except ImportError:
-        raise ImportError(f"this baseline needs {name}: pip install {WANTED.get(name, name)}") from None
+        raise ImportError(f"this baseline needs {name}: {WANTED.get(name, f'pip install {name}')}") from None
 
 
 # %% ../../nbs/10_baselines/03_intensity.ipynb #27da27ae

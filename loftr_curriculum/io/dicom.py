@@ -49,7 +49,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .files import ImageError
+from .files import ImageError, how_to_install
 from .headers import MAGIC, format_of, read_header
 
 # %% ../../nbs/02_io/05_dicom.ipynb #7a61b6df
@@ -67,9 +67,7 @@ def need_pydicom(
 ) -> None:
     "ImageError that names the extra where pydicom is missing."
     if importlib.util.find_spec("pydicom") is None:
-        raise ImageError(
-            f'{path}: a DICOM file, reading it needs pydicom: pip install "loftr_curriculum[dicom]"'
-        )
+        raise ImageError(f"{path}: a DICOM file, reading it needs pydicom: {how_to_install('dicom')}")
 
 
 # %% ../../nbs/02_io/05_dicom.ipynb #57e88e1a

@@ -14,6 +14,7 @@ __all__ = [
     "split_number",
     "same_file",
     "refuse_to_overwrite",
+    "how_to_install",
 ]
 
 # %% ../../nbs/02_io/00_files.ipynb #5257d9cf
@@ -168,3 +169,11 @@ def refuse_to_overwrite(
                 raise FileError(
                     f"{given}: is an input and would be overwritten; choose another place for the output"
                 )
+
+
+# %% ../../nbs/02_io/00_files.ipynb #20c32d15
+def how_to_install(
+    extra: str,  # of the package, such as dicom
+) -> str:
+    "What an error says where a package of an extra is missing."
+    return f"pip install '.[{extra}]' in the folder of the repository"

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ..io.files import atomic_path
+from ..io.files import atomic_path, how_to_install
 from .stages import TwoStageMatcher
 from .weights import load_matcher
 
@@ -61,7 +61,7 @@ def require_onnx() -> None:
         import onnx  # noqa: F401
         import onnxscript  # noqa: F401
     except ImportError as error:
-        raise ImportError(f"the export needs {error.name}: pip install 'loftr_curriculum[onnx]'") from None
+        raise ImportError(f"the export needs {error.name}: {how_to_install('onnx')}") from None
 
 
 # %% ../../nbs/05_model/11_export.ipynb #bb9b6b24

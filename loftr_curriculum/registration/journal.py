@@ -64,7 +64,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..geometry import affine_of, map_from_dict
-from ..io.files import FileError, atomic_path, read_bytes, read_json
+from ..io.files import FileError, atomic_path, how_to_install, read_bytes, read_json
 from ..io.transforms import TransformRecord, as_matrix
 from .config import Verdict
 from .table import COLUMNS, RESERVED, Pair
@@ -230,7 +230,7 @@ PARQUET = "results.parquet"
 def need_pyarrow() -> None:
     "ValueError that names the extra where pyarrow is missing."
     if importlib.util.find_spec("pyarrow") is None:
-        raise ValueError(f"{PARQUET} needs pyarrow: pip install 'loftr_curriculum[parquet]'")
+        raise ValueError(f"{PARQUET} needs pyarrow: {how_to_install('parquet')}")
 
 
 # %% ../../nbs/06_registration/12_journal.ipynb #e4b828d3

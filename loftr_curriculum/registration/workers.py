@@ -74,7 +74,7 @@ import cv2
 import torch
 
 from ..io.deprecated import deprecated_names
-from ..io.files import FileError, split_number
+from ..io.files import FileError, how_to_install, split_number
 from ..io.lock import later
 from ..model.matcher import KeptMaps, keep_maps
 from .config import RegistrationConfig
@@ -443,7 +443,7 @@ def dask_client(
     try:
         from distributed import Client
     except ImportError:
-        needed = "pip install 'loftr_curriculum[cluster]'"
+        needed = how_to_install("cluster")
         raise ValueError(f"scheduler {address}: needs Dask distributed: {needed}") from None
     try:
         return Client(address, timeout=PATIENCE, set_as_default=False)

@@ -25,7 +25,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from ..io.files import write_json
+from ..io.files import how_to_install, write_json
 
 # %% ../../nbs/08_report/08_server.ipynb #f925d92c
 CELL = "from loftr_curriculum.report.board import board_as_told\n\nboard_as_told()"
@@ -51,7 +51,7 @@ NEEDED = ("voila", "ipyevents")
 def need_voila() -> None:
     "ValueError that names the extra where Voila is missing."
     if any(importlib.util.find_spec(name) is None for name in NEEDED):
-        raise ValueError("a review needs Voila: pip install 'loftr_curriculum[review]'")
+        raise ValueError(f"a review needs Voila: {how_to_install('review')}")
 
 
 # %% ../../nbs/08_report/08_server.ipynb #4174448b
