@@ -7,6 +7,7 @@ import json
 import os
 import re
 import runpy
+import shlex
 import signal
 import subprocess
 import sys
@@ -26,6 +27,7 @@ from loftr_curriculum.evaluation.sets import score
 from loftr_curriculum.io.files import read_json, write_json
 from loftr_curriculum.io.images import read_image, write_image
 from loftr_curriculum.model.config import MatcherConfig
+from loftr_curriculum.model.weights import PACKAGED
 from loftr_curriculum.retina.config import MM_PER_DEGREE, MODES
 from loftr_curriculum.training.config import TrainConfig, find_curriculum
 
@@ -204,7 +206,7 @@ def test_bad_files_are_refused_in_one_line(command, text, says, tmp_path, compla
 
 def test_the_packaged_weights_are_those_of_their_configuration_files(tmp_path):
     from loftr_curriculum.cli import read_settings
-    from loftr_curriculum.model.weights import PACKAGED, load_matcher
+    from loftr_curriculum.model.weights import load_matcher
     from loftr_curriculum.studies.card import runs_of, totals
 
     def read(config):
@@ -355,7 +357,6 @@ def test_the_verdict_is_the_exit_code(pair, sees, tmp_path, capsys):
 
 
 def test_weights_that_match_nothing_are_doubted_where_they_were_named(pair, tmp_path, monkeypatch, capsys):
-    from loftr_curriculum.model.weights import PACKAGED
 
     class Blind(UprightSift):
         def match(self, *images, **fields):
@@ -827,12 +828,10 @@ def test_practice_pairs_are_read_by_register_many_and_evaluate(tmp_path, capsys)
     assert run("synth", practice, "--pairs", *" ".join(words).split()) == 0
     said = capsys.readouterr().out
     assert f"register-many {practice / 'pairs.csv'}" in said
-    truth = {
-        p.stem: np.array(read_json(p)["moving_to_fixed"]) for p in (practice / "landmarks").glob("*.json")
-    }
-    effort = {name: np.linalg.norm(matrix[:2, :2] - np.eye(2)) for name, matrix in truth.items()}
-    mild = min(effort, key=effort.get)
-    assert f"register {practice / 'images' / mild}_fixed.png" in said
+    shown = {p.stem: read_json(p)["evidence"] for p in (practice / "landmarks").glob("*.json")}
+    ease = {name: e["contrast"] * e["overlap"] * e["retina"] for name, e in shown.items()}
+    best = max(ease, key=ease.get)
+    assert min(ease.values()) > 0 and f"register {practice / 'images' / best}_fixed.png" in said
     assert run("register-many", practice / "pairs.csv", "--out", tmp_path / "b", "--dry-run") == 0
     assert "000_cf-fa" in capsys.readouterr().out
     truth = {p.stem: read_json(p)["moving_to_fixed"] for p in (practice / "landmarks").glob("*.json")}
@@ -841,6 +840,28 @@ def test_practice_pairs_are_read_by_register_many_and_evaluate(tmp_path, capsys)
     found = json.loads(capsys.readouterr().out)
     assert (found["pairs"], found["no_answer"]) == (2, 0) and found["landmark_median"] < 1e-6
     assert run("evaluate", "--set", practice, "--pred", tmp_path / "none.json") == 2
+
+
+def first_pair_of(folder, seed, capsys):
+    """The exit status of `register` for the pair that a small practice set proposes, and what was said."""
+    assert run("synth", folder, "--pairs", "--seed", seed, "--workers", "1") == 0
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if " register " in line]
+    said, _, command = line.partition(": ")
+    return run(*shlex.split(command)[1:]), said
+
+
+@pytest.mark.skipif(not PACKAGED.is_file(), reason="no packaged weights in this checkout")
+def test_the_pair_that_a_practice_set_proposes_ends_ok(tmp_path, capsys):
+    # the pair of this set that turns and scales least ends doubtful: its vessels hardly show
+    status, said = first_pair_of(tmp_path / "eyes", 36, capsys)
+    assert status == 0 and said == "register one that is easy"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not PACKAGED.is_file(), reason="no packaged weights in this checkout")
+def test_the_pairs_that_ten_practice_sets_propose_end_ok(tmp_path, capsys):
+    seeds = (0, 1, 2, 3, 42, 79, 100, 123, 1000, 2024)
+    assert [first_pair_of(tmp_path / f"{seed}", seed, capsys)[0] for seed in seeds] == [0] * len(seeds)
 
 
 def test_a_finished_batch_says_so_before_anything_is_loaded(pair, sees, tmp_path, capsys, monkeypatch):

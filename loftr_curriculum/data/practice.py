@@ -5,22 +5,22 @@
 # %% auto #0
 __all__ = [
     "FIRST_EYE",
+    "EASY",
     "practice_spec",
     "practice_pair",
     "practice_name",
     "check_practice",
     "write_table",
     "write_practice",
-    "turn_and_scale",
+    "ease",
     "easiest",
 ]
 
 # %% ../../nbs/04_data/08_practice.ipynb #97e018c7
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-
-import numpy as np
 
 from ..io.files import atomic_path
 from ..io.lock import only_run, remove_unfinished
@@ -30,6 +30,7 @@ from ..retina.jobs import run_jobs
 from ..retina.synth import world_for
 from ..retina.world import check_settings
 from .pseudo_real import (
+    SHOWN,
     PseudoReal,
     RawPair,
     pseudo_real_pair,
@@ -119,8 +120,9 @@ def write_practice(
 ) -> list[str]:  # ids of all pairs
     """Write `pairs.csv`, `images/<id>_fixed.png`, `images/<id>_moving.png`, `landmarks/<id>.csv` and `.json`.
 
-    `landmarks/<id>.json` holds the true moving_to_fixed (3, 3). Raises ValueError where the folder was made
-    with other settings, holds other files, or is being filled by another process.
+    `landmarks/<id>.json` holds the true moving_to_fixed (3, 3), and under `evidence` how much both images
+    show. Raises ValueError where the folder was made with other settings, holds other files, or is being
+    filled by another process.
     """
     out, modes = Path(out), tuple(modes)
     check_practice(count, seed, size, modes)
@@ -150,21 +152,22 @@ def write_practice(
 
 
 # %% ../../nbs/04_data/08_practice.ipynb #5d0c1a7b
-def turn_and_scale(
-    matrix: np.ndarray,  # (3, 3) affine
-) -> float:  # 0 for a shift
-    "How far an affine is from a shift: Frobenius norm of its linear part less the identity."
-    return float(np.linalg.norm(matrix[:2, :2] / matrix[2, 2] - np.eye(2)))
+EASY = 0.12  # ease from which the packaged weights register a pair of 512 px
 
 
+def ease(
+    shown: dict[str, float],  # `shown` of a RawPair
+) -> float:  # 0 where nobody measured
+    "How much both images of a pair show: contrast times overlap times share of the retina."
+    return math.prod(shown.get(name) or 0.0 for name in SHOWN)
+
+
+# %% ../../nbs/04_data/08_practice.ipynb #0c782ad6
 def easiest(
     folder: str | Path,  # practice set
     names: list[str],  # ids of its pairs, at least one
-) -> str:
-    "The id of the pair whose true map turns and scales least, the first of equals."
-    folder = Path(folder)
-
-    def effort(name):
-        return turn_and_scale(load_transform(truth_file(folder, name)).matrix)
-
-    return min(names, key=effort)
+) -> tuple[str, float]:  # id of a pair, its `ease`
+    "The pair whose images show most, the first of equals."
+    eases = {name: ease(load_transform(truth_file(folder, name)).evidence) for name in names}
+    best = max(eases, key=eases.get)
+    return best, eases[best]

@@ -15,6 +15,7 @@ __all__ = [
     "LISTS",
     "STAMPED",
     "LID_RGB",
+    "SHOWN",
     "DRAWS",
     "PseudoReal",
     "gamma_for",
@@ -30,6 +31,7 @@ __all__ = [
     "contrast_of",
     "Drawn",
     "shared_fields",
+    "seen_of_world",
     "place_raw_views",
     "draw_raw_pair",
     "pair_id",
@@ -43,7 +45,7 @@ __all__ = [
 
 # %% ../../nbs/04_data/07_pseudo_real.ipynb #2480c1f0
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
@@ -181,6 +183,7 @@ class RawPair:
     fixed_to_moving: np.ndarray  # (3, 3) float64, the affine part of the truth
     fixed_points: np.ndarray  # (N, 2) px of the fixed image
     moving_points: np.ndarray  # (N, 2) the same places in the moving image, also where the eye has turned
+    shown: dict = field(default_factory=dict)  # `SHOWN` of the draw, empty where nobody measured
 
 
 # %% ../../nbs/04_data/07_pseudo_real.ipynb #dbf489a5
@@ -309,10 +312,15 @@ class Drawn(NamedTuple):
     "One draw of a pair, and how well it shows its vessels."
 
     contrast: float  # of the vessels in the worse of the two images
+    overlap: float  # share of an image that the other one sees, too; the smaller of the two
+    retina: float  # share of the world that both images see
     images: list  # of two (H, W[, 3]) uint8
     fixed_to_moving: np.ndarray  # (3, 3)
     fovs: list  # of two (H, W) bool
     gaze: Gaze | None = None  # turn of the eye between the images
+
+
+SHOWN = ("contrast", "overlap", "retina")  # what is kept of a draw beside its images
 
 
 # %% ../../nbs/04_data/07_pseudo_real.ipynb #6d06b8f6
@@ -325,6 +333,16 @@ def shared_fields(
     seen0 = warp_image(fov1, invert(fixed_to_moving), fov0.shape, mode="nearest")
     seen1 = warp_image(fov0, fixed_to_moving, fov1.shape, mode="nearest")
     return fov0 & seen0, fov1 & seen1
+
+
+# %% ../../nbs/04_data/07_pseudo_real.ipynb #114fa78b
+def seen_of_world(
+    seen: np.ndarray,  # (H, W) bool, pixels of a view
+    world_to_view: np.ndarray,  # (3, 3) affine
+    world_size: tuple[int, int],  # (height, width)
+) -> float:  # 0..1 for a view that lies within the world
+    "The share of the world that these pixels cover."
+    return float(seen.sum() / abs(np.linalg.det(world_to_view[:2, :2])) / np.prod(world_size))
 
 
 # %% ../../nbs/04_data/07_pseudo_real.ipynb #92bdcfce
@@ -375,7 +393,9 @@ def draw_raw_pair(
         vessels.append(cut(world.vessels, half, place, spec.size, bent))
     shared = shared_fields(fixed_to_moving, *fovs)
     contrast = min(contrast_of(images[k], vessels[k], fovs[k], shared[k]) for k in (0, 1))
-    return Drawn(contrast, images, fixed_to_moving, fovs, gaze)
+    overlap = min(float(seen.mean()) for seen in shared)
+    retina = seen_of_world(shared[0], places[0], world_size)
+    return Drawn(contrast, overlap, retina, images, fixed_to_moving, fovs, gaze)
 
 
 # %% ../../nbs/04_data/07_pseudo_real.ipynb #b9544729
@@ -416,7 +436,8 @@ def pseudo_real_pair(
         drawn = draw_raw_pair(rng, world, names, spec)
         best = drawn if drawn.contrast > best.contrast else best
     points = shared_grid(best.fixed_to_moving, *best.fovs, gaze=best.gaze)
-    return RawPair(pair_id(mode, number), mode, *best.images, best.fixed_to_moving, *points)
+    shown = {name: getattr(best, name) for name in SHOWN}
+    return RawPair(pair_id(mode, number), mode, *best.images, best.fixed_to_moving, *points, shown)
 
 
 # %% ../../nbs/04_data/07_pseudo_real.ipynb #6d07b8f7
@@ -451,7 +472,7 @@ def write_raw_pair(
         write_image(folder / "images" / f"{pair.id}_{name}.png", image)
     write_points(folder / "landmarks" / f"{pair.id}.csv", pair)
     sizes = {"fixed_size": pair.fixed.shape[:2], "moving_size": pair.moving.shape[:2]}
-    record = TransformRecord(invert(pair.fixed_to_moving), **sizes)
+    record = TransformRecord(invert(pair.fixed_to_moving), evidence=pair.shown, **sizes)
     save_transform(truth_file(folder, pair.id), record)
 
 
@@ -463,14 +484,16 @@ def read_raw_pair(
     "One pair that `write_raw_pair` wrote; FileError or OSError where a file of it is missing."
     folder = Path(folder)
     points = np.loadtxt(folder / "landmarks" / f"{id}.csv", delimiter=",", skiprows=1, ndmin=2)
+    truth = load_transform(truth_file(folder, id))
     return RawPair(
         id,
         mode=id.partition("_")[0],
         fixed=read_image(folder / "images" / f"{id}_fixed.png"),
         moving=read_image(folder / "images" / f"{id}_moving.png"),
-        fixed_to_moving=invert(load_transform(truth_file(folder, id)).matrix),
+        fixed_to_moving=invert(truth.matrix),
         fixed_points=points[:, :2],
         moving_points=points[:, 2:],
+        shown=truth.evidence,
     )
 
 
