@@ -332,6 +332,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'loftr_curriculum.cli._rows_of_before': ( '12_cli/cli.html#_rows_of_before',
                                                                                 'loftr_curriculum/cli.py'),
                                       'loftr_curriculum.cli._run_command': ('12_cli/cli.html#_run_command', 'loftr_curriculum/cli.py'),
+                                      'loftr_curriculum.cli._say_unsure': ('12_cli/cli.html#_say_unsure', 'loftr_curriculum/cli.py'),
                                       'loftr_curriculum.cli._set_defaults': ('12_cli/cli.html#_set_defaults', 'loftr_curriculum/cli.py'),
                                       'loftr_curriculum.cli._simpler': ('12_cli/cli.html#_simpler', 'loftr_curriculum/cli.py'),
                                       'loftr_curriculum.cli._study': ('12_cli/cli.html#_study', 'loftr_curriculum/cli.py'),

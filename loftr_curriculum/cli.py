@@ -706,6 +706,14 @@ def _replaced(
     return f"replaces the answer for {' and '.join(files)}" if files else "replaces an earlier answer"
 
 
+# %% ../nbs/12_cli/00_cli.ipynb #87d1c7d0
+def _say_unsure() -> None:
+    "One line on standard error, before fresh starts."
+    print(
+        "the first passes were unsure; trying fresh starts, turned ones too ...", file=sys.stderr, flush=True
+    )
+
+
 # %% ../nbs/12_cli/00_cli.ipynb #fb7e95f9
 def _register(args: Namespace) -> int:
     from .io.files import refuse_to_overwrite
@@ -737,6 +745,7 @@ def _register(args: Namespace) -> int:
             fixed_mask=args.fixed_mask,
             moving_mask=args.moving_mask,
             guidance=guidance,
+            on_retry=_say_unsure if sys.stderr.isatty() else None,
         )
         answer = _doubt_weights(answer, args.weights)
         written = write_registration(answer, fixed, moving, args.out)

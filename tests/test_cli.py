@@ -356,6 +356,18 @@ def test_the_verdict_is_the_exit_code(pair, sees, tmp_path, capsys):
     assert "the registration failed" in capsys.readouterr().err
 
 
+def test_fresh_starts_are_announced_at_a_terminal_alone(pair, sees, tmp_path, capsys, monkeypatch):
+    fixed, moving, _ = pair
+    words = ("register", fixed, moving, "--out", tmp_path / "o", *QUICK)
+    unsure = (*words, "--ok-inliers", "100000")
+    for command, terminal, lines in ((unsure, True, 1), (unsure, False, 0), (words, True, 0)):
+        monkeypatch.setattr(sys.stderr, "isatty", (lambda: True) if terminal else (lambda: False))
+        assert run(*command) == (3 if command is unsure else 0)
+        out, err = capsys.readouterr()
+        assert err.count("\n") == lines == err.count("first passes were unsure; trying fresh starts")
+        assert "fresh starts" not in out
+
+
 def test_weights_that_match_nothing_are_doubted_where_they_were_named(pair, tmp_path, monkeypatch, capsys):
 
     class Blind(UprightSift):

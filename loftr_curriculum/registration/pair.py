@@ -32,6 +32,7 @@ __all__ = [
 
 # %% ../../nbs/06_registration/10_pair.ipynb #12ec3101
 import base64
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from html import escape
@@ -426,6 +427,7 @@ def register(
     fixed_mask: str | Path | np.ndarray | None = None,  # vessels of the fixed image; needs `guidance`
     moving_mask: str | Path | np.ndarray | None = None,  # vessels of the moving image; needs `guidance`
     guidance: Guidance | None = None,  # Guidance(vessel_soft_lambda=...) that uses the masks; None: unguided
+    on_retry: Callable[[], object] | None = None,  # called once, before fresh starts; None: nothing is
 ) -> Registration:
     """Find the map that brings the moving image onto the fixed one.
 
@@ -443,7 +445,7 @@ def register(
     if nothing is not None:
         return nothing
     matcher = matcher or shipped_matcher()
-    outcome = drive(walk(pair.fixed, pair.moving, config), matcher, guidance)
+    outcome = drive(walk(pair.fixed, pair.moving, config, on_retry), matcher, guidance)
     return answer_of(outcome, pair, config)
 
 

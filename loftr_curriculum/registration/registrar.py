@@ -30,7 +30,7 @@ __all__ = [
 
 # %% ../../nbs/06_registration/09_registrar.ipynb #c5cd5715
 from collections import defaultdict
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -314,10 +314,13 @@ def walk(
     fixed: Frame,
     moving: Frame,
     config: RegistrationConfig,
+    on_retry: Callable[[], object] | None = None,  # called once, before the first fresh start; None: nothing
 ) -> Walk:
     "Fresh starts until an answer is ok; the best outcome of them."
     outcomes = []
     for long_side, degrees in starts(config):
+        if len(outcomes) == 1 and on_retry is not None:
+            on_retry()
         outcome = yield from attempt(fixed, moving, config, long_side, degrees)
         outcomes.append(outcome)
         if outcome.verdict == Verdict.OK:
