@@ -827,7 +827,8 @@ def _add_many(parser: ArgumentParser) -> None:
         "pairs",
         type=str | None,
         nargs="?",
-        help="table with the columns id, fixed, moving; paths relative to it; or see --match",
+        help="table with the columns id, fixed, moving; paths relative to it; other columns are carried "
+        "to results.csv; or see --match",
     )
     parser.add_argument(
         "--out",

@@ -615,6 +615,149 @@ def test_an_id_is_no_formula_in_a_spreadsheet(tmp_path):
     assert tuple(read_maps(out / "maps.jsonl")) == ids
 
 
+PLAIN = dict(config=QUICK, progress=False)
+
+
+def write_table(folder, header, *lines):
+    write_batch(folder, 1)
+    (folder / "pairs.csv").write_text("\n".join([header, *lines]) + "\n", encoding="utf-8")
+    return folder / "pairs.csv"
+
+
+def cells_of(path):
+    """(header, rows) of a results.csv as any other program reads it, from the end of our own columns on."""
+    with open(path, newline="", encoding="utf-8") as file:
+        header, *rows = csv.reader(file)
+    assert tuple(header[: len(FIELDS)]) == FIELDS and {len(row) for row in rows} <= {len(header)}
+    return header[len(FIELDS) :], [row[len(FIELDS) :] for row in rows]
+
+
+def test_other_columns_of_the_table_stand_at_the_end_of_the_row(tmp_path):
+    table = write_table(
+        tmp_path,
+        "Patient ID,fixed,visit,id,moving,=x,,dioptres",
+        '0042,img/f.png,"1st, left",p0,img/m.png,=1+1,unnamed,-2.25',
+        '"a\u2028b\nc",img/none.png, @b ,lost,img/m.png,\'-5,,-1+2',
+    )
+    out = tmp_path / "out"
+    for _ in range(2):  # the second time the folder goes on
+        assert register_many(table, out, matcher=UprightSift(), **PLAIN)["unreadable"] == 1
+        assert cells_of(out / "results.csv") == (
+            ["Patient ID", "visit", "'=x", "dioptres"],
+            [["0042", "1st, left", "'=1+1", "-2.25"], ["a b c", "'@b", "''-5", "'-1+2"]],
+        )
+        rows = read_results(out / "results.csv")
+        assert list(rows["p0"])[len(FIELDS) :] == ["Patient ID", "visit", "=x", "dioptres"]
+        assert [rows["lost"][name] for name in ("visit", "=x", "dioptres")] == ["@b", "'-5", "-1+2"]
+        assert rows["p0"]["m00"] and not rows["lost"]["m00"]
+
+
+def test_a_column_of_a_name_of_ours_is_told_apart(tmp_path):
+    table = write_table(
+        tmp_path,
+        "id,fixed,moving,Verdict,table_verdict,m00,patient,Patient",
+        "p0,img/f.png,img/m.png,good,kept,7,x,y",
+    )
+    register_many(table, tmp_path / "out", matcher=UprightSift(), **PLAIN)
+    (row,) = read_results(tmp_path / "out" / "results.csv").values()
+    assert row["verdict"] == "ok" and float(row["m00"]) != 7
+    further = {name: row[name] for name in list(row)[len(FIELDS) :]}
+    assert further == {
+        "table_table_Verdict": "good",
+        "table_verdict": "kept",
+        "table_m00": "7",
+        "patient": "x",
+        "table_Patient": "y",
+    }
+
+
+def test_the_results_of_a_batch_are_a_table_and_its_own_columns_are_not_carried(tmp_path):
+    table = write_table(
+        tmp_path, "id,fixed,moving,patient", f"p0,{tmp_path}/img/f.png,{tmp_path}/img/m.png,x"
+    )
+    register_many(table, tmp_path / "out", matcher=UprightSift(), **PLAIN)
+    register_many(tmp_path / "out" / "results.csv", tmp_path / "again", matcher=UprightSift(), **PLAIN)
+    assert cells_of(tmp_path / "again" / "results.csv") == (["patient"], [["x"]])
+
+
+def test_a_batch_that_goes_on_has_the_columns_of_the_table_as_it_is_now(tmp_path):
+    files = "img/f.png,img/m.png"
+    out, matcher = tmp_path / "out", UprightSift()
+
+    def go_on(header, *lines):
+        table = write_table(tmp_path, header, *lines)
+        register_many(table, out, matcher=matcher, **PLAIN)
+        return cells_of(out / "results.csv")
+
+    # a folder of before, without any
+    assert go_on("id,fixed,moving", f"p0,{files}") == ([], [[]])
+    calls = matcher.calls
+    one = ("id,fixed,moving,patient,note", f"p0,{files},x,old")
+    assert go_on(*one) == (["patient", "note"], [["x", "old"]])
+    # mended, and another order; the rows that were answered are not registered again
+    assert go_on("id,fixed,moving,visit,patient", f"p0,{files},2,y") == (["visit", "patient"], [["2", "y"]])
+    assert matcher.calls == calls
+    # a row that the table does not name keeps what it had
+    assert go_on("id,fixed,moving,eye", f"p1,{files},L") == (
+        ["eye", "visit", "patient"],
+        [["L", "", ""], ["", "2", "y"]],
+    )
+    assert matcher.calls == 2 * calls
+
+
+def test_an_interrupted_batch_keeps_the_columns(tmp_path):
+    lines = [f"p{k},img/f.png,img/m.png,patient {k}" for k in range(4)]
+    table, out = write_table(tmp_path, "id,fixed,moving,patient", *lines), tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt):
+        register_many(table, out, matcher=Interrupted(), **PLAIN)
+    assert cells_of(out / "results.csv") == (["patient"], [["patient 0"], ["patient 1"]])
+    with open(out / "results.csv", "a") as file:
+        file.write("p2,img/f.png,img/m.png")  # the power failed in the middle of a line
+    rest = type("Interrupted", (UprightSift,), {})()  # the same matcher as far as the batch can know
+    register_many(table, out, matcher=rest, **PLAIN)
+    assert rest.calls == 6
+    assert cells_of(out / "results.csv") == (["patient"], [[f"patient {k}"] for k in range(4)])
+
+
+def test_shards_and_other_processes_carry_the_columns(tmp_path):
+    lines = [f"p{k},img/f.png,img/m.png,patient {k}" for k in range(3)]
+    table = write_table(tmp_path, "id,fixed,moving,patient", *lines, "lost,img/none.png,img/m.png,=4")
+    out, expected = tmp_path / "out", [["patient 0"], ["patient 1"], ["patient 2"], ["'=4"]]
+    register_many(table, out, matcher=Sent(), workers=2, **PLAIN)
+    assert cells_of(out / "results.csv") == (["patient"], expected)
+    for number in (1, 2):
+        register_many(table, tmp_path / "parts", matcher=Sent(), shard=Shard(number, 2), **PLAIN)
+    assert cells_of(tmp_path / "parts/shards/2-of-2/results.csv") == (["patient"], expected[1::2])
+    merge_shards(table, tmp_path / "parts")
+    assert cells_of(tmp_path / "parts" / "results.csv") == (["patient"], expected)
+    # the table was mended between the shards and now
+    table.write_text(table.read_text().replace("patient 1", "patient 9"))
+    merge_shards(table, tmp_path / "parts")
+    assert cells_of(tmp_path / "parts" / "results.csv")[1][1] == ["patient 9"]
+
+
+def test_pairs_of_a_program_carry_columns_each_its_own(tmp_path):
+    write_batch(tmp_path, 1)
+    pairs = [
+        Pair("a", "img/f.png", "img/none.png", tmp_path, extra=(("patient", "1"),)),
+        Pair("b", "img/f.png", "img/none.png", tmp_path, extra=(("eye", "L"), ("patient", "2"))),
+        Pair("c", "img/f.png", "img/none.png", tmp_path),
+    ]
+    register_many(pairs, tmp_path / "out", matcher=UprightSift(), **PLAIN)
+    assert cells_of(tmp_path / "out" / "results.csv") == (
+        ["patient", "eye"],
+        [["1", ""], ["2", "L"], ["", ""]],
+    )
+
+
+def test_parquet_holds_the_other_columns_as_they_are(tmp_path):
+    parquet = pytest.importorskip("pyarrow.parquet")
+    table = write_table(tmp_path, "id,fixed,moving,patient", "p0,img/f.png,img/none.png,0042", "p1,x,y,=1+1")
+    register_many(table, tmp_path / "out", matcher=UprightSift(), parquet=True, **PLAIN)
+    columns = parquet.read_table(tmp_path / "out" / "results.parquet").to_pydict()
+    assert tuple(columns) == (*FIELDS, "patient") and columns["patient"] == ["0042", "=1+1"]
+
+
 def test_results_as_columns(tmp_path, monkeypatch):
     parquet = pytest.importorskip("pyarrow.parquet")
     write_batch(tmp_path, 2)

@@ -10,6 +10,7 @@ __all__ = [
     "skip_separator_line",
     "plain_name",
     "check_header",
+    "read_cells",
     "read_table",
 ]
 
@@ -18,6 +19,7 @@ import csv
 import io
 import re
 from collections.abc import Iterable
+from itertools import zip_longest
 from pathlib import Path
 
 from .files import FileError, read_bytes
@@ -97,23 +99,33 @@ def check_header(
 
 
 # %% ../../nbs/02_io/06_tables.ipynb #d7ea6744
-def read_table(
+def read_cells(
     path: str | Path,  # CSV file with a header line; comma, semicolon or tab
     needed: Iterable[str],  # column names that must exist, in lower case
-) -> list:  # of (line number, dict: column name in lower case -> text)
-    "The rows of a table; raises FileError where it is missing or lacks a column."
+) -> tuple:  # (list of column names as they are written, list of (line number, list of cells, one a name))
+    "The names and the cells of a table; raises FileError where it is missing or lacks a column."
     text, skipped = skip_separator_line(read_text(path))
     header = text.partition("\n")[0].strip()
     lines = csv.reader(io.StringIO(text, newline=""), skipinitialspace=True, delimiter=delimiter_of(header))
     rows = []
     try:
-        names = [plain_name(name) for name in next(lines, [])]
-        check_header(path, names, needed, header)
+        names = [" ".join(name.split()) for name in next(lines, [])]
+        check_header(path, [plain_name(name) for name in names], needed, header)
         for values in lines:
-            row = dict.fromkeys(names, "")
-            row |= {name: value.strip() for name, value in zip(names, values)}
-            if any(row.values()):
-                rows.append((lines.line_num + skipped, row))
+            cells = [value.strip() for value, _ in zip_longest(values[: len(names)], names, fillvalue="")]
+            if any(cells):
+                rows.append((lines.line_num + skipped, cells))
     except csv.Error as error:
         raise FileError(f"{path}: line {lines.line_num + skipped}: {error}") from None
-    return rows
+    return names, rows
+
+
+# %% ../../nbs/02_io/06_tables.ipynb #34a6d4f7
+def read_table(
+    path: str | Path,  # CSV file with a header line; comma, semicolon or tab
+    needed: Iterable[str],  # column names that must exist, in lower case
+) -> list:  # of (line number, dict: column name in lower case -> text)
+    "The rows of a table by the plain names of its columns; raises what `read_cells` raises."
+    names, rows = read_cells(path, needed)
+    plain = [plain_name(name) for name in names]
+    return [(line, dict(zip(plain, cells))) for line, cells in rows]

@@ -10,10 +10,13 @@ __all__ = [
     "NUMBERS",
     "ABOUT",
     "FIELDS",
+    "OURS",
     "NEEDED",
     "WORDS",
     "TEXTS",
     "FORMULA",
+    "NUMBER",
+    "TAKEN",
     "PARQUET",
     "MAPS",
     "TRANSFORMS",
@@ -23,6 +26,11 @@ __all__ = [
     "csv_line",
     "as_text",
     "as_meant",
+    "as_cell",
+    "free_names",
+    "carried",
+    "other_columns",
+    "header_line",
     "line_of_row",
     "in_words",
     "error_row",
@@ -59,6 +67,7 @@ import json
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -80,6 +89,7 @@ SIZES = ("fixed_height", "fixed_width", "moving_height", "moving_width")  # px
 NUMBERS = columns_of()  # of Evidence
 ABOUT = ("seconds", "memory_mb", "reasons", "error", "pictures")  # memory: largest so far of its process
 FIELDS = COLUMNS + ("verdict",) + NUMBERS + ABOUT + SIZES + MATRIX
+OURS = frozenset(FIELDS)  # other columns are those of the user's table
 NEEDED = COLUMNS + ("verdict", "error") + MATRIX  # without these a table is no journal
 WORDS = COLUMNS + ("verdict", "model", "reasons", "error", "pictures")  # columns that hold no numbers
 
@@ -114,13 +124,82 @@ def as_meant(
     return value[1:] if value.startswith("'") and FORMULA.match(value) else value
 
 
+# %% ../../nbs/06_registration/12_journal.ipynb #b35f71b0
+NUMBER = re.compile(r"[+-]?\d+([.,]\d+)?(e[+-]?\d+)?", re.IGNORECASE)
+
+
+def as_cell(
+    value: str,  # of another column
+) -> str:
+    "The value as `as_text` gives it; a number as it is."
+    return value if NUMBER.fullmatch(value) else as_text(value)
+
+
+# %% ../../nbs/06_registration/12_journal.ipynb #e9a66c7a
+TAKEN = "table_"  # in front of the name of a column that is taken
+
+
+@lru_cache
+def free_names(
+    names: tuple,  # of columns beside COLUMNS, as they stand in a table
+) -> tuple:  # of str, or None where the column is left out
+    "The names of the columns in results.csv."
+    ours, given = {name.casefold() for name in FIELDS}, [name.casefold() for name in names]
+    of_a_batch = set(NEEDED) <= {*COLUMNS, *given}
+    used, free = set(), []
+    for name in names:
+        plain = name.casefold()
+        if of_a_batch and plain in ours:
+            free.append(None)
+            continue
+        if plain in ours or plain in used:
+            while name.casefold() in (ours | used).union(given):
+                name = f"{TAKEN}{name}"
+        used.add(name.casefold())
+        free.append(name)
+    return tuple(free)
+
+
+# %% ../../nbs/06_registration/12_journal.ipynb #281531ed
+def carried(
+    pair: Pair,
+) -> dict:  # name -> text
+    "The other columns of a pair as its row has them."
+    names = free_names(tuple(name for name, _ in pair.extra))
+    texts = (" ".join(str(text).splitlines()).strip() for _, text in pair.extra)
+    return {name: text for name, text in zip(names, texts) if name}
+
+
+# %% ../../nbs/06_registration/12_journal.ipynb #e4deb70c
+def other_columns(
+    pairs: Iterable,  # of Pair
+    rows: Iterable = (),  # of dict of FIELDS, and of other columns
+) -> tuple:  # of names
+    "All columns beside FIELDS: those of the pairs first."
+    sets = dict.fromkeys(tuple(name for name, _ in pair.extra) for pair in pairs)
+    names = dict.fromkeys(name for names in sets for name in free_names(names) if name)
+    longer = (row for row in rows if len(row) > len(FIELDS))
+    names |= dict.fromkeys(name for row in longer for name in row if name and name not in OURS)
+    return tuple(names)
+
+
+# %% ../../nbs/06_registration/12_journal.ipynb #05189884
+def header_line(
+    extra: Iterable = (),  # names of other columns
+) -> str:
+    "The first line of results.csv."
+    return csv_line([*FIELDS, *map(as_text, extra)])
+
+
 # %% ../../nbs/06_registration/12_journal.ipynb #2b675944
 def line_of_row(
-    row: dict,  # of FIELDS
+    row: dict,  # of FIELDS, and of other columns
+    extra: Iterable = (),  # names of the other columns of results.csv
 ) -> str:
     "One line of results.csv."
     safe = row | {name: as_text(row[name]) for name in TEXTS}
-    return csv_line(safe[name] for name in FIELDS)
+    cells = [safe[name] for name in FIELDS]
+    return csv_line(cells + [as_cell(row.get(name, "")) for name in extra])
 
 
 # %% ../../nbs/06_registration/12_journal.ipynb #fc2b4555
@@ -138,9 +217,9 @@ def error_row(
     pair: Pair,
     error: str,  # why it could not be tried
     seconds: float = 0.0,  # that it took
-) -> dict:  # a value for each of FIELDS
+) -> dict:  # a value for each of FIELDS, then the other columns
     "The row of a pair that could not be tried."
-    return dict.fromkeys(FIELDS, "") | {
+    row = dict.fromkeys(FIELDS, "") | {
         "id": pair.id,
         "fixed": pair.fixed,
         "moving": pair.moving,
@@ -148,6 +227,7 @@ def error_row(
         "seconds": f"{seconds:.2f}",
         "error": " ".join(error.split()),
     }
+    return row | carried(pair)
 
 
 # %% ../../nbs/06_registration/12_journal.ipynb #7b633103
@@ -156,7 +236,7 @@ def result_row(
     result: "Registration",
     seconds: float,  # that it took
     memory_mb: float | None = None,  # largest so far of the process that did it
-) -> dict:  # a value for each of FIELDS
+) -> dict:  # a value for each of FIELDS, then the other columns
     "What the journal keeps of a registration."
     row = error_row(pair, "", seconds)
     row |= {"verdict": str(result.verdict), "reasons": "; ".join(result.reasons)}
@@ -202,25 +282,33 @@ def whole_lines(
 # %% ../../nbs/06_registration/12_journal.ipynb #5dd02a37
 def read_results(
     path: str | Path,  # results.csv of a batch, finished or interrupted
-) -> dict:  # {id: dict of FIELDS}, the last row of an id counts
+) -> dict:  # {id: dict of FIELDS, then of other columns}, the last row of an id counts
     "The rows of a journal, those of earlier versions too; a torn last line is left out."
-    lines = csv.DictReader(whole_lines(path))
-    if not set(NEEDED) <= set(lines.fieldnames or ()):
+    lines = csv.DictReader(whole_lines(path), restval="")
+    lines.fieldnames = [as_meant(name) for name in lines.fieldnames or ()]
+    if not set(NEEDED) <= set(lines.fieldnames):
         raise FileError(f"{path}: expected the results of a batch with the columns {', '.join(FIELDS)}")
     empty = dict.fromkeys(FIELDS, "")
-    rows = (empty | row | {name: as_meant(row.get(name) or "") for name in TEXTS} for row in lines)
-    return {row["id"]: row for row in rows}
+    texts = [name for name in lines.fieldnames if name in TEXTS or name not in OURS]
+    rows = {}
+    for row in lines:
+        row.pop(None, None)  # cells beyond the last column
+        row = empty | row | {name: as_meant(row[name]) for name in texts}
+        rows[row["id"]] = row
+    return rows
 
 
 # %% ../../nbs/06_registration/12_journal.ipynb #be23a2c2
 def write_results(
     path: str | Path,  # results.csv of a batch
-    rows: Iterable,  # of dict of FIELDS
+    rows: Iterable,  # of dict of FIELDS, and of other columns
+    extra: Iterable = (),  # names of the other columns
 ) -> None:
     "Write all rows anew, atomically."
+    extra = tuple(extra)
     with atomic_path(path) as temporary, open(temporary, "w", encoding="utf-8", newline="") as file:
-        file.write(csv_line(FIELDS))
-        file.writelines(map(line_of_row, rows))
+        file.write(header_line(extra))
+        file.writelines(line_of_row(row, extra) for row in rows)
 
 
 # %% ../../nbs/06_registration/12_journal.ipynb #504e4c8b
@@ -235,11 +323,11 @@ def need_pyarrow() -> None:
 
 # %% ../../nbs/06_registration/12_journal.ipynb #e4b828d3
 def column_of(
-    name: str,  # one of FIELDS
+    name: str,  # one of FIELDS, or another column
     cells: list,  # of str
 ) -> list:  # of str, or of float and None
-    "A column of numbers as numbers, one of texts as it is."
-    if name in WORDS:
+    "A column of numbers as numbers, one of texts as it is; what came with the table is text."
+    if name in WORDS or name not in OURS:
         return cells
     return [float(cell) if cell else None for cell in cells]
 
@@ -247,16 +335,18 @@ def column_of(
 # %% ../../nbs/06_registration/12_journal.ipynb #6980aeac
 def write_parquet(
     path: str | Path,  # results.parquet
-    rows: Iterable,  # of dict of FIELDS
+    rows: Iterable,  # of dict of FIELDS, and of other columns
+    extra: Iterable = (),  # names of the other columns
 ) -> None:
     "Write all rows as columns, atomically; ValueError where pyarrow is missing."
     need_pyarrow()
     import pyarrow
     from pyarrow import parquet
 
-    rows = list(rows)
-    columns = {name: column_of(name, [str(row[name]) for row in rows]) for name in FIELDS}
-    types = [(name, pyarrow.string() if name in WORDS else pyarrow.float64()) for name in FIELDS]
+    rows, texts = list(rows), {*WORDS, *extra}
+    names = (*FIELDS, *extra)
+    columns = {name: column_of(name, [str(row.get(name, "")) for row in rows]) for name in names}
+    types = [(name, pyarrow.string() if name in texts else pyarrow.float64()) for name in names]
     table = pyarrow.table(columns, schema=pyarrow.schema(types))
     with atomic_path(path) as temporary:
         parquet.write_table(table, temporary)
@@ -395,7 +485,7 @@ PICTURES = "pictures.jsonl"
 class Answer:
     "What is kept of a finished pair."
 
-    row: dict  # a value for each of FIELDS
+    row: dict  # a value for each of FIELDS, then the other columns
     map: str  # line of maps.jsonl
     pictures: str = ""  # line of pictures.jsonl; empty: none were asked for
 
@@ -415,11 +505,12 @@ def append_line(
 def write_down(
     out: Path,  # folder of the batch
     answer: Answer,
+    extra: Iterable = (),  # names of the other columns of results.csv
 ) -> None:
     "Append a pair's lines, the row last."
     append_line(out / PICTURES, answer.pictures)
     append_line(out / MAPS, answer.map)
-    append_line(out / RESULTS, line_of_row(answer.row))
+    append_line(out / RESULTS, line_of_row(answer.row, extra))
 
 
 # %% ../../nbs/06_registration/12_journal.ipynb #ec264b07

@@ -13,6 +13,7 @@ __all__ = [
     "same_settings",
     "refuse_foreign",
     "start_folder",
+    "as_the_table_says",
     "mend_folder",
     "refuse_other_files",
     "ids_in_order",
@@ -59,10 +60,13 @@ from .journal import (
     PICTURES,
     RESULTS,
     TRANSFORMS,
+    carried,
     count_pairs,
     cut_torn_line,
+    header_line,
     kind_of,
     need_pyarrow,
+    other_columns,
     read_results,
     transforms_of,
     whole_lines,
@@ -153,16 +157,31 @@ def start_folder(
         raise FileError(f"{out}: holds the results of other settings or weights; {ANEW}")
 
 
+# %% ../../nbs/06_registration/14_many.ipynb #9006dd0c
+def as_the_table_says(
+    rows: dict,  # {id: dict of FIELDS, then of other columns}
+    pairs: list,  # of Pair
+) -> dict:  # the same, new where something changed
+    "The rows with the other columns of the table as it is now; rows that it does not name keep theirs."
+    for pair in pairs:
+        row = rows.get(pair.id, {})
+        if row and (pair.extra or len(row) > len(FIELDS)):
+            rows[pair.id] = {name: row[name] for name in FIELDS} | carried(pair)
+    return rows
+
+
 # %% ../../nbs/06_registration/14_many.ipynb #077d3c3b
 def mend_folder(
     out: Path,  # folder of a batch
-) -> dict:  # {id: dict of FIELDS}
+    pairs: list,  # of Pair
+) -> dict:  # {id: dict of FIELDS, then of other columns}
     "Cut torn lines off, bring a journal of before to the columns of today, and read it."
     for name in (RESULTS, MAPS, PICTURES):
         cut_torn_line(out / name)
-    rows = read_results(out / RESULTS)
-    if whole_lines(out / RESULTS)[0] != ",".join(FIELDS):
-        write_results(out / RESULTS, rows.values())
+    rows = as_the_table_says(read_results(out / RESULTS), pairs)
+    extra = other_columns(pairs, rows.values())
+    if whole_lines(out / RESULTS)[0] != header_line(extra).rstrip("\n"):
+        write_results(out / RESULTS, rows.values(), extra)
     return rows
 
 
@@ -282,11 +301,12 @@ def answer_all(
     progress: Progress,
     save: Callable[[], object],  # called without arguments after every pair
     batch: int = 1,  # pairs that are handed out together
+    extra: tuple = (),  # names of the other columns of results.csv
 ) -> None:
     "Write the answers down as they come."
     with progress.bar:
         for answer in answers_as_they_come(pool, todo, batch):
-            write_down(out, answer)
+            write_down(out, answer, extra)
             rows[answer.row["id"]] = answer.row
             progress.add(answer.row)
             save()
@@ -375,7 +395,7 @@ def open_folder(
     start_folder(out, settings, pairs)
     if pictures is not None:
         pictures.refuse_foreign(out)
-    return mend_folder(out)
+    return mend_folder(out, pairs)
 
 
 # %% ../../nbs/06_registration/14_many.ipynb #333afe6a
@@ -387,9 +407,10 @@ def write_in_order(
 ) -> None:
     "The journal once more, in the order of the table."
     ordered = [rows[id] for id in ids_in_order(rows, pairs) if id in rows]
-    write_results(out / RESULTS, ordered)
+    extra = other_columns(pairs, ordered)
+    write_results(out / RESULTS, ordered, extra)
     if parquet:
-        write_parquet(out / PARQUET, ordered)
+        write_parquet(out / PARQUET, ordered, extra)
 
 
 # %% ../../nbs/06_registration/14_many.ipynb #2b8839c8
@@ -420,7 +441,8 @@ def register_many(
     """Register every pair of a table.
 
     Writes `transforms.json` {id: 3x3 moving to fixed, or null; "verdicts": {id: how far to believe it}},
-    `maps.jsonl` with the whole maps, and `results.csv`. Started again with the same arguments it goes on
+    `maps.jsonl` with the whole maps, and `results.csv`, whose rows end with the other columns of the table.
+    Started again with the same arguments it goes on
     where it stopped; a kill loses the pairs that were under way. A pair that cannot be read or registered
     has a row that says why and never stops the batch. Raises FileError (a ValueError), before any work, for
     a faulty table and for a folder that holds the results of another batch or in which another process
@@ -450,7 +472,8 @@ def register_many(
                 job = Job(matcher, config, pictures, batch)
                 with one_thread(), make_pool(job, min(workers, len(todo)), scheduler) as pool:
                     shown = Progress(done, len(pairs), progress)
-                    answer_all(pool, todo, out, rows, shown, lambda: throttle(save), batch)
+                    extra = other_columns(pairs, rows.values())
+                    answer_all(pool, todo, out, rows, shown, lambda: throttle(save), batch, extra)
         finally:
             save()
         write_in_order(out, pairs, rows, parquet)
@@ -512,6 +535,7 @@ def merge_shards(
         rows = open_folder(out, own_settings(folders[0]), pairs, pictures)
         for folder in folders:
             rows |= read_results(folder / RESULTS)
+        rows = as_the_table_says(rows, pairs)
         refuse_other_files(out, rows, pairs)
         for name in (MAPS, PICTURES):
             append_lines(name, folders, out)

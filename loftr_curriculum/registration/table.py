@@ -34,7 +34,7 @@ from glob import glob
 from pathlib import Path
 
 from ..io.files import FileError, split_number
-from ..io.tables import read_table
+from ..io.tables import plain_name, read_cells
 
 # %% ../../nbs/06_registration/11_table.ipynb #08dec047
 COLUMNS = ("id", "fixed", "moving")
@@ -60,6 +60,7 @@ class Pair:
     moving: str  # path as it stands in the table
     folder: Path  # the table's folder, to which the paths are relative
     name: str = ""  # of a folder for its pictures, safe on every system
+    extra: tuple = ()  # of (column, text): what else the line says, for the results
 
     @property
     def files(self) -> tuple:
@@ -159,11 +160,16 @@ def read_batch(
 ) -> list:  # of Pair
     "The pairs of a table; raises FileError (a ValueError) that lists every fault of it."
     pairs, faults, seen = [], [], {}
-    for line, row in read_table(path, COLUMNS):
-        values = {column: row[column] for column in COLUMNS}
+    names, rows = read_cells(path, COLUMNS)
+    plain = [plain_name(name) for name in names]
+    places = {column: plain.index(column) for column in COLUMNS}
+    others = [k for k, name in enumerate(plain) if name and name not in COLUMNS]
+    for line, cells in rows:
+        values = {column: cells[k] for column, k in places.items()}
         faults += faults_of(line, values, seen)
         seen.setdefault(values["id"], line)
-        pairs.append(Pair(**values, folder=Path(path).parent))
+        extra = tuple((names[k], cells[k]) for k in others)
+        pairs.append(Pair(**values, folder=Path(path).parent, extra=extra))
     if not pairs:
         faults.append("no pairs")
     refuse_faults(path, faults)

@@ -22,7 +22,7 @@ __all__ = [
 import json
 from collections.abc import Iterable
 
-from ..registration.journal import kind_of
+from ..registration.journal import OURS, kind_of
 
 # %% ../../nbs/08_report/04_page.ipynb #6fd30cbe
 KINDS = ("doubtful", "failed", "unreadable", "ok")
@@ -50,6 +50,7 @@ def facts_of(
         "fixed": row["fixed"],
         "moving": row["moving"],
         "folder": row["pictures"],
+        "extra": {name: text for name, text in row.items() if name not in OURS and text},
     }
 
 
@@ -68,6 +69,7 @@ th button { all: unset; cursor: pointer; font-weight: 600; }
 th button:focus-visible, td button:focus-visible { outline: 2px solid #1667b8; }
 td.number { text-align: right; font-variant-numeric: tabular-nums; }
 td.why { max-width: 32em; color: #555; }
+.extra { max-width: 20em; color: #555; font-size: 12px; overflow-wrap: anywhere; }
 .kind { border-radius: 9px; padding: 1px 9px; color: #fff; }
 .ok { background: #23773f; } .doubtful { background: #a35c00; }
 .failed { background: #b3261e; } .unreadable { background: #5f6368; }
@@ -116,7 +118,8 @@ function wanted(row) {
   if (low !== "" && !(row.probability >= Number(low) && row.probability !== null)) return false;
   if (high !== "" && !(row.probability <= Number(high) && row.probability !== null)) return false;
   const text = at("text").value.toLowerCase();
-  return !text || [row.id, row.why, row.fixed, row.moving].join(" ").toLowerCase().includes(text);
+  const texts = [row.id, row.why, row.fixed, row.moving, ...Object.values(row.extra)];
+  return !text || texts.join(" ").toLowerCase().includes(text);
 }
 
 let shown = [];
@@ -151,6 +154,11 @@ function nameOf(row) {
   return element("a", {href: row.folder.split("/").map(encodeURIComponent).join("/") + "/"}, row.id);
 }
 
+function extra(row) {
+  const texts = Object.entries(row.extra).map(([name, text]) => `${name}: ${text}`);
+  return element("div", {className: "extra"}, texts.join(", "));
+}
+
 function share(value) {
   if (value === null) return "";
   return value > 0.9995 ? "> 0.999" : value.toFixed(3);
@@ -160,7 +168,7 @@ function line(row, place) {
   const number = value => element("td", {className: "number"}, value);
   return element("tr", {},
     element("td", {}, lookButton(row, place)),
-    element("td", {title: row.fixed + " <- " + row.moving}, nameOf(row)),
+    element("td", {title: row.fixed + " <- " + row.moving}, nameOf(row), extra(row)),
     element("td", {}, element("span", {className: "kind " + row.kind}, row.kind)),
     number(share(row.probability)),
     number(row.agree ?? ""),
@@ -269,7 +277,7 @@ HEAD = """<!doctype html>
 {kinds}
 <label>probability from <input type="number" id="low" min="0" max="1" step="0.01"></label>
 <label>to <input type="number" id="high" min="0" max="1" step="0.01"></label>
-<label>text <input type="search" id="text" placeholder="id, file or reason"></label>
+<label>text <input type="search" id="text" placeholder="id, file, reason, column"></label>
 </header>
 """
 
