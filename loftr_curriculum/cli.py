@@ -442,7 +442,13 @@ def _synth_pairs(args: Namespace) -> int:
 
     cases = 5 if args.cases is None else args.cases
     names = write_practice(
-        args.out, cases, args.seed, args.size, args.modes, settings(EyeConfig, args.eye), args.workers
+        args.out,
+        cases,
+        seed=args.seed,
+        size=args.size,
+        modes=args.modes,
+        eye=settings(EyeConfig, args.eye),
+        workers=args.workers,
     )
     folder = Path(args.out)
     name, ease = easiest(folder, names)
@@ -466,7 +472,13 @@ def _synth(args: Namespace) -> int:
         return _synth_pairs(args)
     cases = 100 if args.cases is None else args.cases
     names = synthesise(
-        args.out, cases, args.seed, args.size, args.modalities, settings(EyeConfig, args.eye), args.workers
+        args.out,
+        cases,
+        seed=args.seed,
+        size=args.size,
+        modalities=args.modalities,
+        eye=settings(EyeConfig, args.eye),
+        workers=args.workers,
     )
     print(f"{len(names)} cases in {args.out}")
     print(f"train on them: {_command_line('train', '--data.triplets', args.out)}")

@@ -223,7 +223,9 @@ def test_a_curve_grows_by_files_and_refuses_those_of_unknown_history(weights, st
     out = str(tmp_path / "curve.json")
 
     def more(*files):
-        return card.curve(list(files), 1, out, str(tmp_path / "list"), workers=1, progress=False, spec=QUICK)
+        return card.curve(
+            list(files), 1, out=out, folder=str(tmp_path / "list"), workers=1, progress=False, spec=QUICK
+        )
 
     assert "at least two" in card.in_words(more(weights(16)))
     pairs, errors, _ = card.points_of(more(weights(16), weights(8)))

@@ -25,7 +25,7 @@ def go(tmp_path, monkeypatch):
         factors = tmp_path / "factors.json"
         write_json(factors, told_of(settings) | {"planned": 52, "runs": []})
         files = str(tmp_path / "cure.json"), str(factors), str(tmp_path / "cache")
-        return run_cure(*files, list(conditions), most, 1, (300,))
+        return run_cure(*files, conditions=list(conditions), most=most, workers=1, seeds=(300,))
 
     return run
 

@@ -739,7 +739,9 @@ def test_a_turned_eye_shows_its_points_where_the_maps_say():
     motion = Motion(scale=1.3, shift=0.1, min_overlap=0.5)
     worst = []
     for seed in range(6):
-        recipe = draw_pair(np.random.default_rng(seed), (512, 512), (192, 192), motion, "cf-fa", settings)
+        recipe = draw_pair(
+            np.random.default_rng(seed), (512, 512), (192, 192), motion, "cf-fa", settings=settings
+        )
         fixed, moving = (
             cut(plane, half, view.frame_to_view, view.size, view.unbent).astype(np.float32)
             for view in recipe.views

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from loftr_curriculum.data.pairs import GeneratedSource
 from loftr_curriculum.geometry import NEAR, Grid, apply_transform, resize_matrix
 from loftr_curriculum.model.coarse import dual_softmax, mutual_maxima
-from loftr_curriculum.model.config import UNGUIDED, VARIANTS, Guidance, MatcherConfig
+from loftr_curriculum.model.config import VARIANTS, Guidance, MatcherConfig
 from loftr_curriculum.model.fine import AGREE, FlowHead, affine_from_flow, predict_flow
 from loftr_curriculum.model.guidance import mask_to_grid
 from loftr_curriculum.model.matcher import Matcher
@@ -330,7 +330,7 @@ def test_every_parameter_learns():
     r = net(p["image0"], p["image1"])
     t = supervise(torch.eye(3).repeat(2, 1, 1), r.grid0, r.grid1, r.seen0, r.seen1)
     draw = torch.Generator().manual_seed(0)
-    matching_loss(net, r, t, p["mask0"], p["mask1"], draw, UNGUIDED).total.backward()
+    matching_loss(net, r, t, p["mask0"], p["mask1"], draw).total.backward()
     assert [n for n, q in net.named_parameters() if q.grad is None or not q.grad.abs().sum() > 0] == []
 
 

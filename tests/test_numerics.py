@@ -91,7 +91,7 @@ def loss_of(net, case, seed, cast=None, device="cpu"):
     T = torch.tensor(T, dtype=torch.float32, device=device)[None].repeat(2, 1, 1)
     targets = supervise(T, r.grid0, r.grid1, r.seen0, r.seen1)
     draw = torch.Generator().manual_seed(seed)
-    return matching_loss(net, r, targets, b["mask0"], b["mask1"], draw, guidance)
+    return matching_loss(net, r, targets, b["mask0"], b["mask1"], draw, guidance=guidance)
 
 
 def walk(net, steps, cast=None, device="cpu", scaler=None):

@@ -190,7 +190,7 @@ def test_modes_show_the_planes_that_they_name(bank):
         planes = [fixed, moving, vessels]
         frame = AlignedPlanes(*full[planes], tuple(half[planes]))
         rng = np.random.default_rng(0)
-        return cut_views(frame, rng, (256, 256), still, 0, "oct-fa", optics=False)
+        return cut_views(frame, rng, (256, 256), still, 0, mode="oct-fa", optics=False)
 
     p, q = pair_of(i, j), pair_of(i, i)
     np.testing.assert_array_equal(p.image0, q.image0)
@@ -414,7 +414,7 @@ def test_covers_hide_and_say_where():
 
 def test_wide_cases_are_written(tmp_path):
     eye = EyeConfig(fields=(120, 200))
-    synthesise(tmp_path / "s", 2, 0, 128, ("cf", "late"), eye, workers=1, progress=False)
+    synthesise(tmp_path / "s", 2, size=128, modalities=("cf", "late"), eye=eye, workers=1, progress=False)
     facts = json.loads((tmp_path / "s" / "000000_G" / "000000_G.json").read_text())
     assert 60 < facts["field_deg"] < 200 and facts["degrees"] >= 120
     assert (tmp_path / "s" / "000001_G" / "000001_G_late.png").exists()

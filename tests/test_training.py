@@ -163,7 +163,9 @@ def test_maps_of_the_data_are_those_of_the_coarse_grid():
     assert STRIDE == COARSE and map_grid((64, 96)) == Grid(8, 12, COARSE)
     seen = torch.ones(1, 64, dtype=torch.bool)
     with pytest.raises(ValueError, match="true map"):
-        supervise(torch.eye(3)[None], Grid(8, 8, 8), Grid(8, 8, 8), seen, seen, torch.zeros(1, 4, 4, 2))
+        supervise(
+            torch.eye(3)[None], Grid(8, 8, 8), Grid(8, 8, 8), seen, seen, map_0to1=torch.zeros(1, 4, 4, 2)
+        )
 
 
 @pytest.mark.filterwarnings("ignore:You are trying to `self.log")

@@ -111,7 +111,9 @@ def matcher_loss(
     truth = cell_frame(batch, result.grid0, result.grid1)
     targets = targets_of(truth, result)
     generator = torch.Generator().manual_seed(int(share * 1e9))
-    return matching_loss(matcher, result, targets, truth.mask0, truth.mask1, generator, guidance).total
+    return matching_loss(
+        matcher, result, targets, truth.mask0, truth.mask1, generator, guidance=guidance
+    ).total
 
 
 # %% ../../nbs/10_baselines/07_budget.ipynb #51ed86e2

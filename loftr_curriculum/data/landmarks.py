@@ -385,5 +385,7 @@ class PairTableSource:
         "Two views of one pair."
         pair = self.pairs[index]
         mode = pair.mode or "cf-fa"
-        sample = cut_views(self.frames[index], rng, size, motion, self.strength, mode, pair.id, FIELD)
+        sample = cut_views(
+            self.frames[index], rng, size, motion, self.strength, mode=mode, id=pair.id, field=FIELD
+        )
         return replace(sample, mode=pair.mode or "unknown")

@@ -272,6 +272,7 @@ def cut_views(
     size: tuple[int, int],  # (height, width) of both views
     motion: Motion = Motion(),  # range of relative motion
     strength: float = 1.0,  # photometric randomisation, 0 leaves the planes as they are
+    *,
     mode: str = "cf-fa",  # names the two planes
     id: str = "",  # kept in the sample
     field: tuple[float, float] = FIELD,  # side of a view as a share of the frame's shorter side
@@ -281,7 +282,7 @@ def cut_views(
     "Draw two views of one frame and paint them."
     settings = ViewSettings(strength, field, optics, deform)
     fovs = frame.fov0, frame.fov1
-    recipe = draw_pair(rng, frame.mask.shape, size, motion, mode, settings, fovs)
+    recipe = draw_pair(rng, frame.mask.shape, size, motion, mode, settings=settings, frame_fovs=fovs)
     return paint_pair(frame, replace(recipe, id=id))
 
 
@@ -302,7 +303,7 @@ def draw_from_bank(
     side = bank.config.size
     sphere = Sphere.of(bank.config.of_eye(seed))
     settings = replace(source.settings, grain=grain, sphere=sphere)
-    recipe = draw_pair(rng, (side, side), size, motion, mode, settings)
+    recipe = draw_pair(rng, (side, side), size, motion, mode, settings=settings)
     return replace(recipe, id=f"eye{seed}", world=world, planes=bank.planes)
 
 

@@ -111,6 +111,7 @@ def write_table(
 def write_practice(
     out: str | Path,  # folder to fill; made when missing
     count: int = 5,  # pairs
+    *,
     seed: int = 0,  # number of the first pair
     size: int = 512,  # side of the pictures, px
     modes: Sequence[str] = MODES,  # 'fixed-moving' names, taken in turn

@@ -264,6 +264,7 @@ def expose_view(
     fov: np.ndarray,  # (H, W) bool
     rng: np.random.Generator,  # source of chance
     strength: float,  # photometric randomisation
+    *,
     amounts: Amounts = Amounts(),  # its ranges
     unbent: np.ndarray | None = None,  # (H, W, 2) float32: where pixels lay before the view was bent
     cover: Cover | None = None,  # what lies before the view
@@ -361,7 +362,7 @@ def place_raw_views(
     Convention: `fixed_to_moving` maps px of the fixed view to px of the moving one.
     """
     fixed_to_moving, places, fovs = draw_views(
-        rng, world_size, spec.size, spec.motion, names, spec.field, padding=spec.padding, sphere=sphere
+        rng, world_size, spec.size, spec.motion, names, field=spec.field, padding=spec.padding, sphere=sphere
     )
     gaze = unbent = None
     if sphere is not None and spec.gaze_deg > 0:
@@ -388,7 +389,9 @@ def draw_raw_pair(
         if is_wide(sphere):
             cover, fovs[k] = draw_before(rng, name, fovs[k])
         picture = world.images[name]
-        image = expose_view(picture, name, place, fovs[k], rng, spec.strength, spec.amounts, bent, cover)
+        image = expose_view(
+            picture, name, place, fovs[k], rng, spec.strength, amounts=spec.amounts, unbent=bent, cover=cover
+        )
         images.append(image)
         vessels.append(cut(world.vessels, half, place, spec.size, bent))
     shared = shared_fields(fixed_to_moving, *fovs)

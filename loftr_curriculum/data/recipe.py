@@ -342,6 +342,7 @@ def view_fov(
     frame_to_view: np.ndarray,  # (3, 3)
     size: tuple[int, int],  # (height, width) of the view
     shares: FieldShares,  # how often each shape of a field is drawn
+    *,
     unbent: np.ndarray | None = None,  # (H, W, 2) float32: where pixels lay before the view was bent
 ) -> np.ndarray:  # size bool
     """The field of view of a view: its optics, within what the frame holds.
@@ -604,6 +605,7 @@ def draw_views(
     size: tuple[int, int],  # (height, width) of both views
     motion: Motion,  # range of relative motion
     names: tuple[str, str],  # modality of the fixed and of the moving view
+    *,
     field: tuple[float, float] = FIELD,  # range of the side of a view, as a share of the frame's shorter side
     optics: bool = True,  # draw fields of view; False leaves the frame's own
     frame_fovs: tuple = (None, None),  # (H, W) uint8 or None each: what the frame's images saw
@@ -622,7 +624,10 @@ def draw_views(
         fixed_to_moving = random_transform(rng, size, size, motion)
         places = place_views(fixed_to_moving, frame_size, size, rng, field)
         seen = zip(frame_fovs, places, shares, unbent)
-        fovs = [view_fov(rng, fov, frame_size, place, size, share, bend) for fov, place, share, bend in seen]
+        fovs = [
+            view_fov(rng, fov, frame_size, place, size, share, unbent=bend)
+            for fov, place, share, bend in seen
+        ]
         if padding > 0:
             fovs = [pad_some(rng, fov, padding) for fov in fovs]
         shared = overlap(fixed_to_moving, size, size, *fovs)
@@ -784,6 +789,7 @@ def draw_pair(
     size: tuple[int, int],  # (height, width) of both views
     motion: Motion,  # range of relative motion
     mode: str,  # 'fixed-moving', such as 'cf-fa'
+    *,
     settings: ViewSettings = ViewSettings(),  # how the views are drawn
     frame_fovs: tuple = (None, None),  # (H, W) uint8 or None each: what the frame's images saw
 ) -> PairRecipe:
@@ -800,9 +806,9 @@ def draw_pair(
         size,
         motion,
         names,
-        settings.field,
-        settings.optics,
-        frame_fovs,
+        field=settings.field,
+        optics=settings.optics,
+        frame_fovs=frame_fovs,
         unbent=(None, unbent),
         padding=settings.padding,
         sphere=settings.sphere,

@@ -446,4 +446,6 @@ class TripletSource:
         item = self.items[index]
         id = f"{item.case}:{item.mode}"
         frame = self.frames[index]
-        return cut_views(frame, rng, size, motion, self.strength, item.mode, id, FIELD, deform=self.deform)
+        return cut_views(
+            frame, rng, size, motion, self.strength, mode=item.mode, id=id, field=FIELD, deform=self.deform
+        )

@@ -452,6 +452,7 @@ def collapse_figures(
     fov0: np.ndarray,  # (H0, W0) bool
     fov1: np.ndarray,  # (H1, W1) bool
     fixed_to_moving: np.ndarray | None = None,  # (3, 3) fixed -> moving; None: fitted, if believed
+    *,
     mask0: np.ndarray | None = None,  # (H0, W0) vessel mask of the fixed image in [0, 1]
     confidence: np.ndarray | None = None,  # (N,) in (0, 1]; all matches count alike when None
 ) -> CollapseFigures:

@@ -43,6 +43,7 @@ def evaluate_pseudo_real(
     register_function: Callable,  # (fixed, moving) -> moving_to_fixed (3, 3), None, or an object that has it
     modes: Sequence[str] = MODES,  # modes to score
     limit: int | None = None,  # pairs of each mode, the first ones; None: all 100
+    *,
     folder: str | Path | None = None,  # where the pairs are kept, or will be; None: make them afresh
     workers: int = 2,  # processes that make pairs
     progress: bool = True,  # show a progress bar

@@ -151,7 +151,7 @@ def measure(
     truth = probe.fixed_to_moving
     believed = fit if truth is None else truth
     figures = collapse_figures(
-        points0, points1, probe.fov0, probe.fov1, believed, probe.mask0 / 255, confidence
+        points0, points1, probe.fov0, probe.fov1, believed, mask0=probe.mask0 / 255, confidence=confidence
     )
     agree = agreeing(believed, points0, points1, probe.fov0.shape)
     all_figures = {**vars(figures), "error_px": error_of_fit(fit, truth, probe)}
@@ -246,6 +246,7 @@ def write_epoch(
     lam: float,  # vessel_soft_lambda with which the epoch was trained
     scaler: float,  # vessel_loss_weight_scaler with which the epoch was trained
     entries: Sequence[Entry],  # of all passes
+    *,
     seconds: float = 0.0,  # what this recording took
     share: float = 0.0,  # of the run's time that went into recording so far, in [0, 1]
 ) -> None:
@@ -443,7 +444,7 @@ def write_part(
         old.unlink()
     write_probes(folder, [recording.probes[k] for k in probes])
     for r in (recording.record(epoch) for epoch in epochs):
-        write_epoch(folder, r.epoch, r.lam, r.scaler, entries_of(r, probes), r.seconds, r.share)
+        write_epoch(folder, r.epoch, r.lam, r.scaler, entries_of(r, probes), seconds=r.seconds, share=r.share)
     return sum(path.stat().st_size for path in (probes_file(folder), *epoch_files(folder)))
 
 

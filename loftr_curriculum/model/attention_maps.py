@@ -69,6 +69,7 @@ def attention_weights(
     bias: torch.Tensor,  # (B, M) bias of the keys
     seen: torch.Tensor,  # (B, M) bool: keys inside the field of view
     angles: torch.Tensor | None = None,  # (N, d / 2) rotary angles for self-attention
+    *,
     queries: torch.Tensor | slice = slice(None),  # which of the N tokens: a slice or (Q,) int
 ) -> torch.Tensor:
     """Weights of a layer, (B, heads, Q, M) float32.
@@ -168,6 +169,7 @@ def attention_maps(
     matcher: Matcher,  # of the variant fast
     image0: torch.Tensor,  # (1, 1, H0, W0) prepared fixed image
     image1: torch.Tensor,  # (1, 1, H1, W1) prepared moving image
+    *,
     points: torch.Tensor | None = None,  # (Q, 2) pixels (x, y) of the queries' image; None: all its tokens
     image: int = 0,  # the image of the queries: 0 or 1
     head: int | None = None,  # one head; None: the mean over the heads

@@ -65,6 +65,7 @@ def coarse_similarity(
     temperature: torch.Tensor | float,  # scalar factor on the cosine
     seen0: torch.Tensor,  # (B, L) bool: cells inside the field of view
     seen1: torch.Tensor,  # (B, S) bool
+    *,
     mask0: torch.Tensor | None = None,  # (B, h0, w0) vessel weight of the cells, in [0, 1]
     mask1: torch.Tensor | None = None,  # (B, h1, w1)
     lam: float = 0.0,  # vessel_soft_lambda of this site

@@ -305,6 +305,7 @@ def refine(
     seen0: torch.Tensor,  # (B, 1, h0 / 2, w0 / 2) cells of image 0 inside the field of view
     seen1: torch.Tensor,  # (B, 1, h1 / 2, w1 / 2)
     fixed_to_moving: torch.Tensor,  # (B, 3, 3) a first answer
+    *,
     rounds: int = ROUNDS,  # times the flow is predicted
 ) -> tuple:
     """The answer before the last round, and the flow that it leaves, as `predict_flow` gives it.

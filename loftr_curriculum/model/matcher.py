@@ -167,10 +167,10 @@ class TokenStage:
             self.matcher.log_temperature.exp(),
             seen0,
             seen1,
-            vessel_cells(view0, COARSE),
-            vessel_cells(view1, COARSE),
-            guidance.similarity_lambda,
-            self.matcher.config.similarity,
+            mask0=vessel_cells(view0, COARSE),
+            mask1=vessel_cells(view1, COARSE),
+            lam=guidance.similarity_lambda,
+            kind=self.matcher.config.similarity,
         )
         grid0, grid1 = (Grid(*features.shape[2:], COARSE) for features in cells)
         return CoarseResult(sim, grid0, grid1, seen0, seen1, *fine, *tokens)

@@ -335,6 +335,7 @@ class TwoStageMatcher(nn.Module, Pretrained):
         fov1: torch.Tensor | None = None,  # (B, H1, W1) bool
         mask0: torch.Tensor | None = None,  # (B, H0, W0) soft vessel mask in [0, 1], for guidance
         mask1: torch.Tensor | None = None,  # (B, H1, W1)
+        *,
         guidance: Guidance = UNGUIDED,  # Engine 1 acts through vessel_soft_lambda
     ) -> CoarseResult:
         """Similarity of all cell pairs and what the fine stage needs.
@@ -356,6 +357,7 @@ class TwoStageMatcher(nn.Module, Pretrained):
         fov1: torch.Tensor | None = None,  # (B, H1, W1) bool
         mask0: torch.Tensor | None = None,  # (B, H0, W0) in [0, 1]
         mask1: torch.Tensor | None = None,  # (B, H1, W1) in [0, 1]
+        *,
         guidance: Guidance = UNGUIDED,  # unguided unless asked for
         threshold: float | None = None,  # least confidence; the configuration's when None
     ) -> list:

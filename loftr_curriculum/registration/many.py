@@ -300,6 +300,7 @@ def answer_all(
     rows: dict,  # {id: dict of FIELDS}, is added to
     progress: Progress,
     save: Callable[[], object],  # called without arguments after every pair
+    *,
     batch: int = 1,  # pairs that are handed out together
     extra: tuple = (),  # names of the other columns of results.csv
 ) -> None:
@@ -473,7 +474,7 @@ def register_many(
                 with one_thread(), make_pool(job, min(workers, len(todo)), scheduler) as pool:
                     shown = Progress(done, len(pairs), progress)
                     extra = other_columns(pairs, rows.values())
-                    answer_all(pool, todo, out, rows, shown, lambda: throttle(save), batch, extra)
+                    answer_all(pool, todo, out, rows, shown, lambda: throttle(save), batch=batch, extra=extra)
         finally:
             save()
         write_in_order(out, pairs, rows, parquet)

@@ -158,6 +158,7 @@ def add_matches(
     points0: ArrayLike,  # (N, 2) pixels of the fixed image
     points1: ArrayLike,  # (N, 2) pixels of the moving image
     inliers: ArrayLike | None = None,  # (N,) bool: drawn last, in `agree`
+    *,
     colour: str = "red",  # of the others
     agree: str = "lime",  # of the inliers
     width: float = 0.4,  # points

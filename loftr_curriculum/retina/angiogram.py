@@ -234,6 +234,7 @@ def wide_angiogram(
     uncovered: np.ndarray,  # (half, half), what of the vessels can be seen
     phase: Phase,  # of the angiogram
     common: list,  # features that the eye itself has
+    *,
     style: WideAngiogram = WideAngiogram(),  # ranges
 ) -> tuple[np.ndarray, np.ndarray]:  # plane and uncovered
     "The periphery; both as they are where the eye is flat."
@@ -281,7 +282,7 @@ def angiogram_vessels(
 ) -> np.ndarray:  # (S, S) float32 in 0..1
     "Dye in the vessels."
     thin = rng.uniform(*style.thin)
-    shown = visibility(rng, vessels, canvas.anatomy, style.gap * config.gap, 1.0, thin)
+    shown = visibility(rng, vessels, canvas.anatomy, style.gap * config.gap, thin=thin)
     shown = shown * np.where(vessels.artery, 1.0, phase.veins)
     blood = draw_vessels(vessels, canvas.size, shown, rng.uniform(*style.width))
     if phase.time < LAMINAR:
@@ -311,6 +312,7 @@ def angiogram_finish(
     blood: np.ndarray,  # (S, S) float32, from `angiogram_vessels`
     weak: np.ndarray,  # (S, S) float32, contrast that is left
     phase: Phase,  # of the angiogram
+    *,
     style: AngiogramFinish = AngiogramFinish(),  # ranges
 ) -> np.ndarray:  # (S, S) uint8
     "Dye over tissue, noise and exposure."
@@ -344,7 +346,7 @@ def render_fa(
     plane = canvas.enlarge(plane.astype(np.float32))
     blood = angiogram_vessels(rng, canvas, vessels, phase, config)
     weak = contrast_left(rng, canvas, config.gap) * canvas.enlarge(uncovered)
-    image = angiogram_finish(rng, canvas, plane, blood, weak, phase, style)
+    image = angiogram_finish(rng, canvas, plane, blood, weak, phase, style=style)
     return image, {"lesions": seen, "phase": round(phase.time, 3)}
 
 

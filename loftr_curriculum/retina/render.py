@@ -84,6 +84,7 @@ def visibility(
     vessels: Vessels,  # arteries and veins
     anatomy: Anatomy,  # landmarks
     gap: float,  # 0 shows everything alike, 1 as real modalities do
+    *,
     artery: float = 1.0,  # brightness of arteries relative to veins
     thin: float = 0.6,  # how much thin vessels fade: exponent on the radius
     style: Visibility | None = None,  # what the amounts are; None: those that fit the eye
@@ -155,7 +156,7 @@ def draw_visibility(
     "How strongly this rendering shows each node."
     artery = rng.uniform(*style.artery)
     thin = rng.uniform(*style.thin)
-    return visibility(rng, vessels, canvas.anatomy, style.gap * config.gap, artery, thin)
+    return visibility(rng, vessels, canvas.anatomy, style.gap * config.gap, artery=artery, thin=thin)
 
 
 # %% ../../nbs/03_retina/05_render.ipynb #9b00e5bc

@@ -257,6 +257,7 @@ def check_request(
 def synthesise(
     out: str | Path,  # folder to fill; made when missing
     cases: int = 100,  # number of eyes
+    *,
     seed: int = 0,  # number of the first eye in the training range; case i is eye `seed + i`
     size: int = 512,  # side of the pictures, px
     modalities: tuple[str, ...] = USUAL,  # renderings to write

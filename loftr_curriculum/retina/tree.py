@@ -506,6 +506,7 @@ def grow(
     step: float,  # px grown in one round
     kill: float,  # px: an attractor this near to a node is served
     influence: float,  # px: an attractor pulls nodes within this distance
+    *,
     inertia: float = 0.8,  # weight of the parent's direction beside the pull
     noise: float = 0.1,  # standard deviation of the disturbance of a direction
 ) -> tuple[np.ndarray, np.ndarray]:  # nodes and parents, the given ones first
@@ -651,7 +652,15 @@ def grow_stages(
         places = draw_attractors(anatomy, rng, int(count * config.density), avoid, stage.gap * k, macular)
         inertia = rng.uniform(1.0, 1.5)
         points, parent = grow(
-            points, parent, places, rng, STEP * k, stage.kill * k, stage.influence * k, inertia, noise
+            points,
+            parent,
+            places,
+            rng,
+            STEP * k,
+            stage.kill * k,
+            stage.influence * k,
+            inertia=inertia,
+            noise=noise,
         )
     return points, parent, before
 
@@ -761,6 +770,7 @@ def radii_of(
     parent: np.ndarray,  # (n,) parents, each before its children
     flow: np.ndarray,  # (n,) end points downstream
     branch: np.ndarray,  # (n,) branch numbers
+    *,
     stretch: np.ndarray | float = 1.0,  # (n,) factor of a wide picture on lengths
 ) -> np.ndarray:  # (n,) px
     "The branching law, with the three widest trunks at their calibre and a finest calibre for each branch."
@@ -833,7 +843,7 @@ def grow_system(
     branch = branches_of(parent, flow)
     points = relax(points, parent, branch)
     stretch = 1.0 if anatomy.sphere is None else anatomy.stretch(points)
-    radius = radii_of(rng, anatomy, system, parent, flow, branch, stretch)
+    radius = radii_of(rng, anatomy, system, parent, flow, branch, stretch=stretch)
     return Vessels(points, parent, radius, np.full(len(points), system.artery), branch)
 
 

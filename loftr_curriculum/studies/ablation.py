@@ -394,7 +394,7 @@ class SilentRecorder(MatchRecorder):
             found = match_probes(pl_module.matcher, probes)
         entries = [measure(k, probe, False, matches) for k, (probe, matches) in enumerate(zip(probes, found))]
         engines = guidance.vessel_soft_lambda, guidance.vessel_loss_weight_scaler
-        write_epoch(self.folder, trainer.current_epoch, *engines, entries, time.monotonic() - start)
+        write_epoch(self.folder, trainer.current_epoch, *engines, entries, seconds=time.monotonic() - start)
         self.recording.refresh()
 
 

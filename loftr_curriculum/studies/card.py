@@ -211,6 +211,7 @@ def sha256_of(
 def judge_list(
     matcher: object,  # as in `registration.register`
     rows: dict[str, dict],  # rows by pair that are known already; it is filled
+    *,
     limit: int | None = None,  # pairs of each mode, the first ones; None: all
     folder: str | Path | None = None,  # where the pairs are kept, or will be; None: make them afresh
     keep: Callable[[], None] = lambda: None,  # called after every new row
@@ -293,6 +294,7 @@ def unmatchable_verdicts(
 # %% ../../nbs/11_studies/11_card.ipynb #296722b0
 def score_weights(
     weights: str | None = None,  # weights file; None: the packaged weights
+    *,
     limit: int | None = None,  # pairs of each mode; None: all 100
     real: str | None = None,  # folder of real pairs with landmarks; only their scores are kept
     unmatchable: str | None = None,  # file of the study of that name, for the same weights and settings
@@ -323,7 +325,8 @@ def score_weights(
     def keep():
         return write_json(out, card)
 
-    judge_list(matcher, rows, limit, folder, keep, workers, progress, spec=spec)
+    options = dict(limit=limit, keep=keep, workers=workers, progress=progress)
+    judge_list(matcher, rows, folder=folder, spec=spec, **options)
     card |= summary(rows)
     if real is not None:
         card["real"] = score_real(real, matcher, progress)
@@ -331,7 +334,7 @@ def score_weights(
         card["unmatchable"] = unmatchable_verdicts(unmatchable, settings["config"], matcher)
     if wide is not None:
         rows = card.setdefault("wide", {}).setdefault("pairs", {})
-        judge_list(matcher, rows, limit, wide, keep, workers, progress, spec=wide_spec)
+        judge_list(matcher, rows, folder=wide, spec=wide_spec, **options)
         card["wide"] |= {"list": wide_spec.version, **summary(rows)}
     keep()
     return card
@@ -735,6 +738,7 @@ def new_point(
 def curve(
     files: list[str],  # weights files or checkpoints
     limit: int = 8,  # pairs of each mode, the first ones
+    *,
     out: str = "learning_curve.json",  # JSON file to write, or to add to
     folder: str | None = "runs/pseudo_real",  # where the pairs of the list are kept, or will be
     device: str = "cpu",  # torch device
@@ -759,7 +763,16 @@ def curve(
         matcher = load_matcher(path, device)
         points = result.setdefault("points", {})
         point = points.setdefault(fingerprint(matcher), new_point(path, matcher))
-        judge_list(matcher, point["rows"], limit, folder, keep, workers, progress, spec=spec)
+        judge_list(
+            matcher,
+            point["rows"],
+            limit=limit,
+            folder=folder,
+            keep=keep,
+            workers=workers,
+            progress=progress,
+            spec=spec,
+        )
     write_json(out, result)
     return result
 

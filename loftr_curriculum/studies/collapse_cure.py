@@ -401,6 +401,7 @@ def run_cure(
     factors: str = "collapse_study.json",  # record of `study collapse-factors`: patients and settings
     # folder of the runs; the generated eyes are shared with the factors
     cache: str = "runs/collapse_factors",
+    *,
     conditions: list[str] | None = None,  # names of conditions; None: the patients that the factors name
     most: int | None = None,  # new runs of this call; None: all that are missing
     workers: int = 2,  # processes of one thread each

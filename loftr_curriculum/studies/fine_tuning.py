@@ -195,7 +195,15 @@ def make_domain(
 ) -> Path:  # the folder of triplets
     "Generated eyes, taken with the new camera, as a folder of triplets."
     eyes, out = Path(folder) / "eyes", Path(folder) / "new_camera"
-    names = synthesise(eyes, settings.cases, FIRST, settings.picture, KINDS, settings.eye, progress=False)
+    names = synthesise(
+        eyes,
+        settings.cases,
+        seed=FIRST,
+        size=settings.picture,
+        modalities=KINDS,
+        eye=settings.eye,
+        progress=False,
+    )
     for name in names:
         take_again(eyes / name, out / name, settings.camera)
     return out

@@ -33,6 +33,7 @@ def system_named(
 # %% ../../nbs/11_studies/18_pseudo_real.ipynb #9103d0b7
 def score_system(
     system: str = "loftr_curriculum.registration.register",  # (fixed, moving) -> moving_to_fixed or None
+    *,
     modes: tuple[str, ...] = (),  # modes to score; none named: all of the list
     limit: int | None = None,  # pairs of each mode; None: all
     folder: str | None = None,  # where the pairs are kept, or will be
@@ -46,7 +47,14 @@ def score_system(
     Raises ValueError for a system or a list that there is not."""
     spec = list_of_version(version)
     scores = evaluate_pseudo_real(
-        system_named(system), modes or spec.modes, limit, folder, workers, progress, True, spec
+        system_named(system),
+        modes or spec.modes,
+        limit,
+        folder=folder,
+        workers=workers,
+        progress=progress,
+        per_pair=True,
+        spec=spec,
     )
     result = {"list": version, "generator": GENERATOR_VERSION, "system": system, **scores}
     if out:

@@ -156,6 +156,7 @@ def trainings_of(
 # %% ../../nbs/11_studies/03_training_speed.ipynb #86b3717c
 def measure_speed(
     out: str = "training_speed.json",  # file to write
+    *,
     worlds: int = 12,  # eyes rendered from nothing, 1024 px
     processes: int = 2,  # that render, that draw, that load
     blocks: int = 5,  # measurements of each rate

@@ -170,6 +170,7 @@ def matching_loss(
     mask0: torch.Tensor,  # (B, H0, W0) soft vessel mask in [0, 1]
     mask1: torch.Tensor,  # (B, H1, W1)
     generator: torch.Generator,  # for what the fine stage draws
+    *,
     guidance: Guidance = UNGUIDED,  # Engine 2 acts through vessel_loss_weight_scaler
     negatives: float = 1.0,  # weight of the negative term
 ) -> Loss:

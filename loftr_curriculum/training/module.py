@@ -242,8 +242,8 @@ def targets_of(
         result.grid1,
         result.seen0,
         result.seen1,
-        truth.map_0to1,
-        truth.map_1to0,
+        map_0to1=truth.map_0to1,
+        map_1to0=truth.map_1to0,
     )
 
 
@@ -264,8 +264,8 @@ def batch_loss(
         truth.mask0,
         truth.mask1,
         torch.Generator().manual_seed(config.seed * 1_000_003 + module.global_step),
-        module.guidance,
-        config.negatives,
+        guidance=module.guidance,
+        negatives=config.negatives,
     )
 
 
@@ -339,8 +339,9 @@ def validate(
     errors, figures = [], []
     for k, m in enumerate(matches_of(module, batch, guidance)):
         errors.append(quick_error(m, fov0[k], truth[k], fov1[k].shape))
-        known = fov0[k], fov1[k], truth[k], vessels[k]
-        figures.append(collapse_figures(m.points0, m.points1, *known, m.confidence))
+        known = fov0[k], fov1[k], truth[k]
+        weights = dict(mask0=vessels[k], confidence=m.confidence)
+        figures.append(collapse_figures(m.points0, m.points1, *known, **weights))
     means = {name: float(np.mean([getattr(figure, name) for figure in figures])) for name in COLLAPSE}
     return torch.tensor(errors, dtype=torch.float32), means
 

@@ -171,8 +171,8 @@ def record(
         guidance.vessel_soft_lambda,
         guidance.vessel_loss_weight_scaler,
         entries,
-        seconds,
-        recorder.share(seconds),
+        seconds=seconds,
+        share=recorder.share(seconds),
     )
     recorder.recording.refresh()
 

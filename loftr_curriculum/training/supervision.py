@@ -139,6 +139,7 @@ def supervise(
     grid1: Grid,  # of the coarse cells of image 1
     seen0: torch.Tensor,  # (B, L) bool: cells of image 0 inside the field of view
     seen1: torch.Tensor,  # (B, S) bool
+    *,
     map_0to1: torch.Tensor | None = None,  # (B, *grid0.shape, 2) image 0 to image 1; None: by the matrix
     map_1to0: torch.Tensor | None = None,  # (B, *grid1.shape, 2) image 1 to image 0; None: by the matrix
 ) -> Targets:
