@@ -10,6 +10,14 @@ FOLDER = Path(__file__).resolve().parents[1] / "nbs" / "experiments"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
 
 
+def test_every_notebook_keeps_to_the_format():
+    import nbformat
+
+    for path in sorted(FOLDER.parent.rglob("*.ipynb")):
+        if ".ipynb_checkpoints" not in path.parts:
+            nbformat.validate(json.loads(path.read_text(encoding="utf-8")))  # its error names the cell
+
+
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_the_top_says_what_it_shows_and_how_long_it_takes(path):
     first = json.loads(path.read_text(encoding="utf-8"))["cells"][0]
