@@ -2,6 +2,7 @@
 start that all arms share trained once.
 """
 
+import shutil
 from dataclasses import asdict, replace
 
 import pytest
@@ -46,6 +47,9 @@ def test_the_study_runs_in_pieces_and_keeps_what_masks_do(go, tmp_path):
     assert sum(name.startswith("before-") for name in folders) == 1 and len(folders) == 4
     assert "3 of 3 planned runs are done" in in_words(result)
     assert "Named by hand" in in_words(result)
+    shutil.rmtree(tmp_path / "cache")
+    assert go() == result  # from the record alone
+    assert not (tmp_path / "cache").exists()
     with pytest.raises(FileError, match="other settings"):
         go(settings=replace(TINY, steps=2))
 

@@ -26,6 +26,8 @@ __all__ = [
     "eyes_while_taught",
     "at_landmark",
     "kept_of",
+    "known_runs",
+    "is_done",
     "runs_kept",
     "varied_alone",
     "both_ways",
@@ -274,11 +276,35 @@ def kept_of(
 
 
 # %% ../../nbs/11_studies/24_collapse_cure.ipynb #873af901
+def known_runs(
+    record: dict,  # from `run_cure`, or empty
+) -> dict[tuple, dict]:  # (condition, arm, seed) -> run
+    "What a record holds, where the folder of its runs may be lost."
+    return {(run["name"], run["arm"], run["seed"]): run for run in record.get("runs", [])}
+
+
+# %% ../../nbs/11_studies/24_collapse_cure.ipynb #a51c77e3
+def is_done(
+    job: Job,
+    before: dict[tuple, dict],  # of `known_runs`
+) -> bool:
+    "Is a run in its folder, or in the record?"
+    return job.result.is_file() or (job.name, job.curriculum, job.seed) in before
+
+
+# %% ../../nbs/11_studies/24_collapse_cure.ipynb #a51c77e4
 def runs_kept(
     jobs: Sequence[Job],  # all that are planned
+    before: dict[tuple, dict],  # of `known_runs`
 ) -> list[dict]:
     "The runs that are done, in the order of the plan."
-    return [kept_of(job, one_run(job)) for job in jobs if job.result.is_file()]
+    found = []
+    for job in jobs:
+        if job.result.is_file():
+            found.append(kept_of(job, one_run(job)))
+        elif is_done(job, before):
+            found.append(before[job.name, job.curriculum, job.seed])
+    return found
 
 
 # %% ../../nbs/11_studies/24_collapse_cure.ipynb #47b9159c
@@ -413,20 +439,21 @@ def run_cure(
     known = read_factors(factors)
     settings = settings_like(known, seeds)
     told = told_of(settings)
-    before = begun(out, told).get("conditions", [])
-    names = chosen_conditions(known, conditions, before)
+    record = begun(out, told)
+    names = chosen_conditions(known, conditions, record.get("conditions", []))
+    before = known_runs(record)
     every = jobs_of(settings, names, folder_of(settings, cache))
-    missing = [job for job in every if not job.result.is_file()]
+    missing = [job for job in every if not is_done(job, before)]
     missing = missing[: len(missing) if most is None else most]
     hours = len(missing) * settings.minutes / 60 / workers
     say(f"{len(every)} runs are planned in {'; '.join(names)}; {len(missing)} follow, {hours:.1f} h at most")
     say(RULE)
     result = told | {"conditions": names, "planned": len(every)} | known_of_conditions(known, names)
-    result |= {"machine": this_machine(), "workers": workers, "runs": runs_kept(every)}
+    result |= {"machine": this_machine(), "workers": workers, "runs": runs_kept(every, before)}
     write_json(out, result)
     for first in (before_all(missing), missing):
         for _ in do_jobs(first, workers) if first else ():
-            result["runs"] = runs_kept(every)
+            result["runs"] = runs_kept(every, before)
             write_json(out, result)
     return read_json(out)
 

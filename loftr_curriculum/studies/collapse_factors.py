@@ -51,6 +51,7 @@ __all__ = [
     "do_jobs",
     "told_of",
     "settings_of",
+    "restore",
     "run_factors",
     "runs_found",
     "runs_of",
@@ -661,6 +662,21 @@ def settings_of(
     return Settings(**told | {"seeds": tuple(told["seeds"]), "matcher": MatcherConfig(**sizes)})
 
 
+# %% ../../nbs/11_studies/23_collapse_factors.ipynb #a51c77e1
+def restore(
+    jobs: Sequence[Job],
+    runs: Sequence[dict],  # of a record
+) -> None:
+    "Put what a record knows of the runs where `one_run` looks for it."
+    known = {(run["name"], run["seed"]): run for run in runs}
+    for job in jobs:
+        run = dict(known.get((job.name, job.seed), {}))
+        if run and not job.result.is_file():
+            del run["name"]
+            job.folder.mkdir(parents=True, exist_ok=True)
+            write_json(job.result, run)
+
+
 # %% ../../nbs/11_studies/23_collapse_factors.ipynb #b5c59363
 def run_factors(
     out: str = "collapse_study.json",  # file to write, again after every run
@@ -675,9 +691,10 @@ def run_factors(
 
     Raises FileError where the file holds a study with other settings."""
     told = told_of(settings)
-    begun(out, told)
+    before = begun(out, told).get("runs", [])
     folder = Path(cache).resolve() / key_of(told)
     every, chosen = jobs_of(settings, folder), jobs_of(settings, folder, only)
+    restore(every, before)
     missing = [job for job in chosen if not job.result.is_file()]
     missing = missing[: len(missing) if most is None else most]
     done = sum(job.result.is_file() for job in every)
