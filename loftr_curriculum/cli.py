@@ -435,9 +435,23 @@ def _add_synth(parser: ArgumentParser) -> None:
     add_settings(parser, EyeConfig, "eye")
 
 
+# %% ../nbs/12_cli/00_cli.ipynb #de7d544b
+def _what_to_try(folder: Path, names: list[str]) -> list[str]:
+    "Commands for the pairs of a folder: one pair, all of them, and the score of the answers."
+    from .data.practice import EASY, easiest
+
+    name, ease = easiest(folder, names)
+    first = f"{folder / 'images' / name}"
+    which = "one that is easy" if ease >= EASY else "the easiest, though none is known to be easy"
+    one = _command_line("register", f"{first}_fixed.png", f"{first}_moving.png", "--out", f"{folder}_one")
+    many = _command_line("register-many", f"{folder / 'pairs.csv'}", "--out", f"{folder}_batch")
+    score = _command_line("evaluate", "--set", f"{folder}", "--pred", f"{folder}_batch")
+    return [f"register {which}: {one}", f"register all: {many}", f"score the answers: {score}"]
+
+
 # %% ../nbs/12_cli/00_cli.ipynb #084cbc1c
 def _synth_pairs(args: Namespace) -> int:
-    from .data.practice import EASY, easiest, write_practice
+    from .data.practice import write_practice
     from .retina.config import EyeConfig
 
     cases = 5 if args.cases is None else args.cases
@@ -451,15 +465,8 @@ def _synth_pairs(args: Namespace) -> int:
         workers=args.workers,
     )
     folder = Path(args.out)
-    name, ease = easiest(folder, names)
-    first = f"{folder / 'images' / name}"
-    which = "one that is easy" if ease >= EASY else "the easiest, though none is known to be easy"
-    one = _command_line("register", f"{first}_fixed.png", f"{first}_moving.png", "--out", f"{folder}_one")
-    many = _command_line("register-many", f"{folder / 'pairs.csv'}", "--out", f"{folder}_batch")
-    score = _command_line("evaluate", "--set", f"{folder}", "--pred", f"{folder}_batch")
     print(f"{len(names)} pairs in {folder}, their true maps in {folder / 'landmarks'}")
-    print(f"register {which}: {one}")
-    print(f"register all: {many}\nscore the answers: {score}")
+    print(*_what_to_try(folder, names), sep="\n")
     return 0
 
 

@@ -18,6 +18,7 @@ __all__ = [
     "resume",
     "take_step",
     "training_pairs",
+    "take_timed_step",
     "train_baseline",
     "summary",
     "in_words",
@@ -251,6 +252,22 @@ def training_pairs(
     return TrainPairs([(source, 1.0)], data)
 
 
+# %% ../../nbs/10_baselines/07_budget.ipynb #5bc5ae0f
+def take_timed_step(
+    state: State,  # changed: the network, the number of steps, the seconds
+    learner: Learner,  # with the loss
+    pairs: TrainPairs,  # of the training
+    budget: Budget,  # of the training
+) -> float:
+    "One step on the next pairs; the loss. Processor time of making the pairs counts, too."
+    start = time.process_time()
+    first = state.step * budget.batch
+    batch = collate_pairs([pairs[first + k] for k in range(budget.batch)])
+    loss = take_step(state, learner, batch, state.seconds / (60 * budget.minutes), budget.lr)
+    state.seconds += time.process_time() - start
+    return loss
+
+
 # %% ../../nbs/10_baselines/07_budget.ipynb #af9b9bed
 def train_baseline(
     system: str,  # fractmorph, regression, ours, or ours-v2.1: without masks
@@ -273,14 +290,10 @@ def train_baseline(
     recent = []  # losses since the last mean
     bar = tqdm(total=round(whole), initial=round(state.seconds), unit="s", disable=not progress)
     while state.seconds < whole:
-        start = time.process_time()
-        first = state.step * budget.batch
-        batch = collate_pairs([pairs[first + k] for k in range(budget.batch)])
-        recent.append(take_step(state, LEARNERS[system], batch, state.seconds / whole, budget.lr))
+        recent.append(take_timed_step(state, LEARNERS[system], pairs, budget))
         if len(recent) == 100:
             state.losses = (*state.losses, round(float(np.mean(recent)), 5))
             recent = []
-        state.seconds += time.process_time() - start
         bar.update(round(state.seconds) - bar.n)
         bar.set_postfix(loss=f"{recent[-1] if recent else state.losses[-1]:.4f}")
         if state.seconds - saved_at > 60 or state.seconds >= whole:

@@ -14,6 +14,8 @@ __all__ = [
     "open_locked",
     "remove_unfinished",
     "who_works",
+    "lock_folder",
+    "sign",
     "only_run",
     "heeded",
     "end_in_order",
@@ -126,6 +128,34 @@ def who_works(
         return "unknown"
 
 
+# %% ../../nbs/02_io/05_lock.ipynb #b2de9fef
+def lock_folder(
+    folder: str | Path,  # made where it is missing
+) -> int:  # descriptor of its lock file
+    "Locks a folder; FileError where another process works there, or where it cannot be written."
+    path = Path(folder) / LOCK
+    if "\0" in str(path):
+        raise FileError(f"{str(folder)!r}: expected a folder without a NUL character")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return open_locked(path)
+    except BlockingIOError:
+        raise FileError(f"{folder}: another run works on this folder ({who_works(path)})") from None
+    except OSError as error:
+        raise FileError(f"{folder}: expected a folder that can be written ({error.strerror})") from None
+
+
+# %% ../../nbs/02_io/05_lock.ipynb #78a43ac4
+def sign(
+    path: Path,  # the lock file
+    descriptor: int,  # that holds it
+) -> None:
+    "Write into the lock file who works on the folder."
+    with suppress(OSError):  # of a full disk
+        os.truncate(path, 0)
+        os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+
+
 # %% ../../nbs/02_io/05_lock.ipynb #0368411f
 @contextmanager
 def only_run(
@@ -139,20 +169,10 @@ def only_run(
     """
     path = Path(folder) / LOCK
     made = not path.parent.exists()
-    if "\0" in str(path):
-        raise FileError(f"{str(folder)!r}: expected a folder without a NUL character")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = open_locked(path)
-    except BlockingIOError:
-        raise FileError(f"{folder}: another run works on this folder ({who_works(path)})") from None
-    except OSError as error:
-        raise FileError(f"{folder}: expected a folder that can be written ({error.strerror})") from None
+    descriptor = lock_folder(folder)
     held.add(descriptor)
     try:
-        with suppress(OSError):  # of a full disk
-            os.truncate(path, 0)
-            os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+        sign(path, descriptor)
         yield
     finally:
         held.discard(descriptor)

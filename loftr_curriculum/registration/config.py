@@ -12,6 +12,9 @@ __all__ = [
     "SHARES",
     "MATCHES_ALONE",
     "Verdict",
+    "check_passes",
+    "check_cells",
+    "check_limits",
     "RegistrationConfig",
 ]
 
@@ -75,6 +78,60 @@ SHARES = (
 )
 
 
+# %% ../../nbs/06_registration/00_config.ipynb #7a713531
+def check_passes(
+    config: "RegistrationConfig",  # that is being made
+) -> None:
+    "ValueError where the kind of the answer, or a size or an angle of a pass, cannot be."
+    if config.transform not in TRANSFORMS:
+        raise ValueError(f"transform {config.transform!r}: expected one of {', '.join(TRANSFORMS)}")
+    for name in ("long_side", "first_long_side", "retry_long_sides", "second_long_sides"):
+        sides = getattr(config, name)
+        if not all(64 <= side <= 2048 for side in (sides if isinstance(sides, tuple) else (sides,))):
+            raise ValueError(f"{name} {sides}: expected 64 to 2048 pixels")
+    if len(config.retry_turns_deg) < len(config.retry_long_sides):
+        given = f"{len(config.retry_turns_deg)} for {len(config.retry_long_sides)} fresh starts"
+        raise ValueError(f"retry_turns_deg: expected an angle for each of retry_long_sides, got {given}")
+
+
+# %% ../../nbs/06_registration/00_config.ipynb #4509d7bb
+def check_cells(
+    config: "RegistrationConfig",  # that is being made
+) -> None:
+    "ValueError where a number of cells, or the least side of an image, cannot be."
+    for name in ("cells", "best_per_cell", "min_side"):
+        if getattr(config, name) < 1:
+            raise ValueError(f"{name} {getattr(config, name)}: expected at least 1")
+    if config.cells > MOST_CELLS:
+        raise ValueError(f"cells {config.cells}: expected at most {MOST_CELLS}")
+
+
+# %% ../../nbs/06_registration/00_config.ipynb #78e7652a
+def check_limits(
+    config: "RegistrationConfig",  # that is being made
+) -> None:
+    "ValueError where a limit of the verdict cannot be."
+    for name in SHARES:
+        if not 0 <= getattr(config, name) <= 1:
+            raise ValueError(f"{name} {getattr(config, name)}: expected a share in 0..1")
+    if config.max_false_accept is not None and not 0 < config.max_false_accept < 1:
+        raise ValueError(f"max_false_accept {config.max_false_accept}: expected a share between 0 and 1")
+    limits = config.limits
+    if not (limits.scale >= 1 and limits.stretch >= 1 and limits.perspective >= 0):
+        raise ValueError(
+            f"limits {limits}: expected scale and stretch of at least 1, perspective of 0 or more"
+        )
+    for name in AT_LEAST_ZERO:
+        if not getattr(config, name) >= 0:
+            raise ValueError(f"{name} {getattr(config, name)}: expected 0 or more")
+    for name in ("first_threshold_px", "threshold_px"):
+        if not getattr(config, name) > 0:
+            raise ValueError(f"{name} {getattr(config, name)}: expected more than 0 pixels")
+    if config.min_inliers < 4:
+        least = "expected at least 4, a transform passes through 3 points by itself"
+        raise ValueError(f"min_inliers {config.min_inliers}: {least}")
+
+
 # %% ../../nbs/06_registration/00_config.ipynb #ced1a48d
 @dataclass(frozen=True)
 class RegistrationConfig:
@@ -121,38 +178,9 @@ class RegistrationConfig:
     allow_mirrored: bool = False  # answer for a mirrored moving image instead of naming it
 
     def __post_init__(self) -> None:
-        if self.transform not in TRANSFORMS:
-            raise ValueError(f"transform {self.transform!r}: expected one of {', '.join(TRANSFORMS)}")
-        for name in ("long_side", "first_long_side", "retry_long_sides", "second_long_sides"):
-            sides = getattr(self, name)
-            if not all(64 <= side <= 2048 for side in (sides if isinstance(sides, tuple) else (sides,))):
-                raise ValueError(f"{name} {sides}: expected 64 to 2048 pixels")
-        if len(self.retry_turns_deg) < len(self.retry_long_sides):
-            given = f"{len(self.retry_turns_deg)} for {len(self.retry_long_sides)} fresh starts"
-            raise ValueError(f"retry_turns_deg: expected an angle for each of retry_long_sides, got {given}")
-        for name in ("cells", "best_per_cell", "min_side"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} {getattr(self, name)}: expected at least 1")
-        if self.cells > MOST_CELLS:
-            raise ValueError(f"cells {self.cells}: expected at most {MOST_CELLS}")
-        for name in SHARES:
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} {getattr(self, name)}: expected a share in 0..1")
-        if self.max_false_accept is not None and not 0 < self.max_false_accept < 1:
-            raise ValueError(f"max_false_accept {self.max_false_accept}: expected a share between 0 and 1")
-        if not (self.limits.scale >= 1 and self.limits.stretch >= 1 and self.limits.perspective >= 0):
-            raise ValueError(
-                f"limits {self.limits}: expected scale and stretch of at least 1, perspective of 0 or more"
-            )
-        for name in AT_LEAST_ZERO:
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} {getattr(self, name)}: expected 0 or more")
-        for name in ("first_threshold_px", "threshold_px"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} {getattr(self, name)}: expected more than 0 pixels")
-        if self.min_inliers < 4:
-            least = "expected at least 4, a transform passes through 3 points by itself"
-            raise ValueError(f"min_inliers {self.min_inliers}: {least}")
+        check_passes(self)
+        check_cells(self)
+        check_limits(self)
 
     @property
     def sure_probability(self) -> float:

@@ -44,6 +44,7 @@ __all__ = [
     "the_way",
     "Job",
     "EndsInTime",
+    "findings_of",
     "one_run",
     "jobs_of",
     "prepare",
@@ -545,6 +546,25 @@ class EndsInTime(pl.Callback):
         self.before = state_dict["seconds"]
 
 
+# %% ../../nbs/11_studies/23_collapse_factors.ipynb #f3532e66
+def findings_of(
+    job: Job,
+    recording: Recording,  # of its run
+    seconds: float,  # processor time of the run
+) -> dict:
+    "What is kept of a finished run: its condition, its length, and the figures of every gap."
+    found = {
+        "condition": asdict(job.condition),
+        "seed": job.seed,
+        "epochs": len(recording.epochs),
+        "steps": len(recording.epochs) * job.settings.steps,
+        "gaps": {gap: figures_of_gap(recording, gap) for gap in GAPS},
+        "seconds": round(seconds),
+        "threads": torch.get_num_threads(),
+    }
+    return found | the_way(recording) if job.along else found
+
+
 # %% ../../nbs/11_studies/23_collapse_factors.ipynb #9474307c
 def one_run(job: Job) -> dict:
     "Train and look; what was found, from its file where it was found before."
@@ -559,19 +579,7 @@ def one_run(job: Job) -> dict:
     probes = read_probes(Path(job.cache))
     recorder = MatchRecorder(run.recording, lambda val_pairs: probes)
     train_quietly(job, [recorder, limit])
-    recording = Recording(run.recording)
-    found = {
-        "condition": asdict(job.condition),
-        "seed": job.seed,
-        "epochs": len(recording.epochs),
-        "steps": len(recording.epochs) * job.settings.steps,
-        "gaps": {gap: figures_of_gap(recording, gap) for gap in GAPS},
-        "seconds": round(limit.seconds),  # of processor time
-        "threads": torch.get_num_threads(),
-    }
-    if job.along:
-        found |= the_way(recording)
-    write_json(job.result, found)
+    write_json(job.result, findings_of(job, Recording(run.recording), limit.seconds))
     for checkpoint in (run.last, run.best):
         checkpoint.unlink(missing_ok=True)
     return read_json(job.result)
