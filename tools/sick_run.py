@@ -1,14 +1,17 @@
-"""Pack one sick run of `study collapse-factors` for the notebook with the slider.
+"""Pack one sick run for the notebook with the slider.
 
 Usage (from the repository root): python tools/sick_run.py [--cache runs/collapse_factors]
-It takes the patient with the highest index of nbs/experiments/collapse_study.json and writes at most a
-megabyte to nbs/experiments/sick_run; where the record has no patient it says so and writes nothing.
+It takes the patient with the highest index of nbs/experiments/collapse_study.json, from its run in the
+cache. Where the record has no patient, it is the matcher of one layer that collapses in `study small-cure`,
+trained here in seconds. At most a megabyte is written to nbs/experiments/sick_run.
 """
 
 import argparse
 import sys
 
-from loftr_curriculum.studies.collapse_factors import pack_sick_run
+from loftr_curriculum.io.files import read_json
+from loftr_curriculum.studies.collapse_factors import pack_sick_run, patients
+from loftr_curriculum.studies.small_cure import record_collapse
 
 
 def main() -> None:
@@ -18,7 +21,10 @@ def main() -> None:
     parser.add_argument("--out", default="nbs/experiments/sick_run")
     options = parser.parse_args()
     try:
-        print(pack_sick_run(options.factors, options.cache, options.out))
+        if patients(read_json(options.factors)):
+            print(pack_sick_run(options.factors, options.cache, options.out))
+        else:
+            print(record_collapse(options.out))
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
 

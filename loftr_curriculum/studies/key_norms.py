@@ -103,11 +103,12 @@ def draw_scenes(
     generator: torch.Generator,
     pairs: int,
     contrast: torch.Tensor,  # (CELLS,) of the moving image
-    disagreement: float = 0.3,  # of either image, relative to the pattern that both share
+    # of either image, relative to the pattern that both share; (pairs, CELLS, 1) for each cell its own
+    disagreement: float | torch.Tensor = 0.3,
     sensor: float = 0.0,  # noise of the moving image that does not fade with it
 ) -> tuple[torch.Tensor, torch.Tensor]:
     "Cells of fixed and moving images, (pairs, CELLS, CHANNELS) each; cell j shows what cell j shows."
-    shape = pairs, CELLS, CHANNELS
+    shape = pairs, len(contrast), CHANNELS
     shared, own0, own1, noise = (torch.randn(*shape, generator=generator) for _ in range(4))
     moving = contrast[:, None] * (shared + disagreement * own1)
     return shared + disagreement * own0, moving + sensor * noise
@@ -132,22 +133,29 @@ class OneLayer(nn.Module):
         self,
         x0: torch.Tensor,  # (B, CELLS, CHANNELS)
         x1: torch.Tensor,  # (B, CELLS, CHANNELS)
+        mask: torch.Tensor | None = None,  # (B, SIDE, SIDE) vessels of both images, in [0, 1]
+        lam: float = 0.0,  # vessel_soft_lambda
     ) -> torch.Tensor:  # (B, CELLS, CELLS)
         features = [layer(x) for layer, x in zip(self.layers, (x0, x1))]
         if self.scaled:
             features = [f / f.std((1, 2), keepdim=True) for f in features]
         seen = torch.ones(x0.shape[:2], dtype=torch.bool)
-        return coarse_similarity(*features, self.log_temperature.exp(), seen, seen, kind=self.similarity)
+        temperature = self.log_temperature.exp()
+        return coarse_similarity(
+            *features, temperature, seen, seen, mask0=mask, mask1=mask, lam=lam, kind=self.similarity
+        )
 
 
 # %% ../../nbs/11_studies/23a_key_norms.ipynb #305dd9d2
 def loss_of(
     sim: torch.Tensor,  # (B, CELLS, CELLS)
     dense: bool,  # with the focal term of every wrong pair
+    weight: torch.Tensor | None = None,  # (B, CELLS) of the true pairs; None: all the same
 ) -> torch.Tensor:
     "The contrast loss of the true pairs, and the focal term of training over the wrong ones."
     log_p = dual_softmax(sim)
-    loss = -log_p.diagonal(dim1=1, dim2=2).mean()
+    of_pairs = -log_p.diagonal(dim1=1, dim2=2)
+    loss = of_pairs.mean() if weight is None else (weight * of_pairs).sum() / weight.sum()
     if not dense:
         return loss
     p = log_p.exp().clamp(max=1 - 1e-6)

@@ -125,6 +125,12 @@ STUDIES = {
         "studies.collapse_cure.in_words",
         resumes=True,
     ),
+    "small-cure": Study(
+        "medicine and vaccine for the collapse of a matcher of one layer",
+        "studies.small_cure.run_small_cure",
+        "studies.small_cure.in_words",
+        resumes=True,
+    ),
     "pseudo-real": Study(
         "any system on the frozen list of hard pairs",
         "studies.pseudo_real.score_system",
