@@ -54,7 +54,10 @@ class Cause:
 
 
 # %% ../../nbs/07_evaluation/09_causes.ipynb #83b4d558
-CAUSES: tuple[Cause, ...] = ()
+CAUSES: tuple[Cause, ...] = (
+    Cause("motion", "usual", "ill", "both, prepared", 0.12, 0.1, 0.14, 2, False),
+    Cause("motion", "full", "ill", "both", 0.27, 0.23, 0.33, 2, False),
+)
 
 # %% ../../nbs/07_evaluation/09_causes.ipynb #b6cfcc60
 AS_PUBLISHED = {"positions": "added", "attention": "linear", "similarity": "product", "norm": "batch"}
