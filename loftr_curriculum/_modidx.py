@@ -342,6 +342,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'loftr_curriculum.cli._synth_pairs': ('12_cli/cli.html#_synth_pairs', 'loftr_curriculum/cli.py'),
                                       'loftr_curriculum.cli._tell_without_pictures': ( '12_cli/cli.html#_tell_without_pictures',
                                                                                        'loftr_curriculum/cli.py'),
+                                      'loftr_curriculum.cli._to_heed': ('12_cli/cli.html#_to_heed', 'loftr_curriculum/cli.py'),
                                       'loftr_curriculum.cli._train': ('12_cli/cli.html#_train', 'loftr_curriculum/cli.py'),
                                       'loftr_curriculum.cli._transform_of': ('12_cli/cli.html#_transform_of', 'loftr_curriculum/cli.py'),
                                       'loftr_curriculum.cli._triplet': ('12_cli/cli.html#_triplet', 'loftr_curriculum/cli.py'),

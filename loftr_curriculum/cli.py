@@ -8,6 +8,7 @@ __all__ = [
     "UNKNOWN_KEY",
     "LONGEST",
     "EXIT",
+    "FEW_VALUES",
     "FIGURES",
     "COMMANDS",
     "ENDED",
@@ -55,6 +56,8 @@ from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
 from . import __version__
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from .io.transforms import TransformRecord
     from .model.matcher import Matcher
     from .registration.config import RegistrationConfig
@@ -1154,6 +1157,27 @@ def _transform_of(
     return load_transform(Path(path) / "transform.json")
 
 
+# %% ../nbs/12_cli/00_cli.ipynb #a51c7a10
+FEW_VALUES = 16  # an image with at most so many grey values may be a mask
+
+
+def _to_heed(
+    record: "TransformRecord",
+    image: "np.ndarray",  # that was warped
+    mode: str,  # linear, nearest or cubic
+) -> list[str]:
+    "What whoever uses a warped image has to know: a map in doubt, labels that were mixed."
+    import numpy as np
+
+    lines = []
+    if record.verdict == "doubtful":
+        lines.append(f"the map is doubtful: {'; '.join(record.reasons)}")
+    whole = np.issubdtype(image.dtype, np.integer) or image.dtype == bool
+    if mode != "nearest" and whole and len(np.unique(image)) <= FEW_VALUES:
+        lines.append("few grey values: if this is a mask, add --mode nearest, or its labels are mixed")
+    return lines
+
+
 # %% ../nbs/12_cli/00_cli.ipynb #4ed63053
 def _warp(args: Namespace) -> int:
     from .io.files import FileError, refuse_to_overwrite
@@ -1168,6 +1192,8 @@ def _warp(args: Namespace) -> int:
     image = read_image(with_frame([args.image], args.frame)[0])
     _check_sizes(record, args.transform, image.shape[:2], args.image)
     write_image(args.out, warp_to_fixed(image, map_of_record(record), record.fixed_size, args.mode))
+    for line in _to_heed(record, image, args.mode):
+        print(line, file=sys.stderr)
     print(f"look at {args.out}")
     return 0
 

@@ -471,7 +471,7 @@ def test_warp_keeps_labels_and_refuses_another_size(pair, tmp_path, complains, c
     assert set(np.unique(read_image(tmp_path / "w.png"))) == {0, 3, 200}
     assert run("warp", tmp_path / "labels.png", tmp_path / "t.json", "--out", tmp_path / "l.png") == 0
     assert len(np.unique(read_image(tmp_path / "l.png"))) > 3
-    capsys.readouterr()
+    assert capsys.readouterr().err.count("add --mode nearest") == 1  # the second time alone
     assert "(440, 400) (height, width), got (420, 480)" in complains(
         "warp", fixed, tmp_path / "t.json", "--out", tmp_path / "x.png"
     )
@@ -483,6 +483,14 @@ def test_warp_keeps_labels_and_refuses_another_size(pair, tmp_path, complains, c
         "warp", moving, tmp_path / "t.json", "--out", tmp_path / "x.gif"
     )
     assert not (tmp_path / "x.png").exists()
+
+
+def test_warp_says_that_a_map_is_in_doubt(pair, tmp_path, capsys):
+    _, moving, matrix = pair
+    told = {"moving_to_fixed": matrix, "fixed_size": [420, 480], "moving_size": [440, 400]}
+    write_json(tmp_path / "t.json", told | {"verdict": "doubtful", "reasons": ["few matches agree"]})
+    assert run("warp", moving, tmp_path / "t.json", "--out", tmp_path / "w.png") == 0
+    assert "the map is doubtful: few matches agree" in capsys.readouterr().err
 
 
 def test_warp_replaces_a_file_only_where_it_is_told_to(tmp_path, complains):

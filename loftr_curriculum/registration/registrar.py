@@ -250,7 +250,10 @@ def attempt(
 
 
 # %% ../../nbs/06_registration/09_registrar.ipynb #12a35079
-MIRRORED = "the moving image seems to be mirrored; with allow_mirrored it is registered as it is"
+MIRRORED = (
+    "the moving image seems to be mirrored; "
+    "with allow_mirrored (--allow_mirrored true) it is registered as it is"
+)
 
 
 def is_unsure(
