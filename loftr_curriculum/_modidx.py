@@ -1430,6 +1430,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                     'loftr_curriculum/io/files.py'),
                                            'loftr_curriculum.io.files.ImageError': ( '02_io/files.html#imageerror',
                                                                                      'loftr_curriculum/io/files.py'),
+                                           'loftr_curriculum.io.files._mode_of_new_file': ( '02_io/files.html#_mode_of_new_file',
+                                                                                            'loftr_curriculum/io/files.py'),
                                            'loftr_curriculum.io.files._plain': ('02_io/files.html#_plain', 'loftr_curriculum/io/files.py'),
                                            'loftr_curriculum.io.files.atomic_path': ( '02_io/files.html#atomic_path',
                                                                                       'loftr_curriculum/io/files.py'),

@@ -3,6 +3,7 @@
 import os
 import stat
 import struct
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -229,3 +230,14 @@ def test_matches_without_any_match(tmp_path):
     assert back["points0"].shape == (0, 2) and back["inliers"] is None
     with pytest.raises(FileError, match="none.npz"):
         load_matches(tmp_path / "none.npz")
+
+
+def test_a_file_that_cannot_be_written_is_named_as_it_was_asked_for(tmp_path, monkeypatch):
+    def refuse(path, **options):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "touch", refuse)
+    with pytest.raises(PermissionError) as refused, atomic_path(tmp_path / "m.png"):
+        pass
+    assert refused.value.filename == str(tmp_path / "m.png")
+    assert not list(tmp_path.iterdir())

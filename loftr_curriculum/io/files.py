@@ -40,6 +40,21 @@ class ImageError(FileError):
     "An image file is missing, unreadable or of a kind that is not supported; the message names it."
 
 
+# %% ../../nbs/02_io/00_files.ipynb #a51c7b01
+def _mode_of_new_file(
+    temporary: Path,  # made and removed again
+    path: Path,  # that an error names
+) -> int:
+    "Permissions that an ordinary new file has here."
+    try:
+        temporary.touch()
+    except OSError as error:
+        raise type(error)(error.errno, error.strerror, str(path)) from None
+    mode = temporary.stat().st_mode
+    temporary.unlink()
+    return mode
+
+
 # %% ../../nbs/02_io/00_files.ipynb #341e9490
 @contextmanager
 def atomic_path(
@@ -53,9 +68,7 @@ def atomic_path(
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.stem}.{uuid.uuid4().hex[:8]}{path.suffix}")
     try:
-        temporary.touch()
-        mode = temporary.stat().st_mode
-        temporary.unlink()
+        mode = _mode_of_new_file(temporary, path)
         yield temporary
         os.chmod(temporary, mode)
         os.replace(temporary, path)
