@@ -57,6 +57,7 @@ class Cause:
 CAUSES: tuple[Cause, ...] = (
     Cause("motion", "usual", "ill", "both, prepared", 0.12, 0.1, 0.14, 2, False),
     Cause("motion", "full", "ill", "both", 0.27, 0.23, 0.33, 2, False),
+    Cause("style", "one", "healthy", "both, prepared", 0.07, 0.01, 0.12, 2, False),
 )
 
 # %% ../../nbs/07_evaluation/09_causes.ipynb #b6cfcc60
