@@ -4664,6 +4664,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                          'loftr_curriculum/studies/small_cure.py'),
                                                      'loftr_curriculum.studies.small_cure.mean_of': ( '11_studies/small_cure.html#mean_of',
                                                                                                       'loftr_curriculum/studies/small_cure.py'),
+                                                     'loftr_curriculum.studies.small_cure.new_matcher': ( '11_studies/small_cure.html#new_matcher',
+                                                                                                          'loftr_curriculum/studies/small_cure.py'),
                                                      'loftr_curriculum.studies.small_cure.one_matcher': ( '11_studies/small_cure.html#one_matcher',
                                                                                                           'loftr_curriculum/studies/small_cure.py'),
                                                      'loftr_curriculum.studies.small_cure.outcome': ( '11_studies/small_cure.html#outcome',

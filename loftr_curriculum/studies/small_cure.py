@@ -16,11 +16,11 @@ __all__ = [
     "WHILE_ON",
     "AT_END",
     "RULE",
-    "RECORD",
     "SHOWN",
     "draw_eyes",
     "Settings",
     "training_contrast",
+    "new_matcher",
     "train_epoch",
     "wide_contrast",
     "matches_in",
@@ -71,7 +71,7 @@ from ..model.coarse import mutual_maxima
 from ..model.config import Guidance, Matches
 from ..report.plots import new_figure
 from ..training.config import CURRICULA, as_fractions
-from ..training.curriculum import schedule
+from ..training.curriculum import joints, schedule
 from ..training.module import exchange_mask
 from .ablation import say
 from .collapse_cure import ARMS, SEEDS, TAUGHT, Comparison, compared, epochs_taught
@@ -134,6 +134,19 @@ def training_contrast(
     if name == "even contrast":
         return contrast_of()
     return torch.empty(CELLS).uniform_(0.1, 3.0, generator=generator)
+
+
+# %% ../../nbs/11_studies/23b_small_cure.ipynb #a51c7c01
+def new_matcher(
+    name: str,  # one of NAMES
+    seed: int,
+    settings: Settings,
+) -> tuple[OneLayer, torch.optim.Optimizer, torch.Generator]:  # the last draws its pairs
+    "A matcher before its first step."
+    torch.manual_seed(seed)
+    matcher = OneLayer("cosine" if name == "cosine" else "product")
+    descent = torch.optim.Adam(matcher.parameters(), settings.lr)
+    return matcher, descent, torch.Generator().manual_seed(seed)
 
 
 # %% ../../nbs/11_studies/23b_small_cure.ipynb #d24722af
@@ -247,10 +260,7 @@ def one_matcher(
     settings: Settings = Settings(),
 ) -> list[dict]:  # of `look_everywhere`, for every epoch
     "Train, and look after every epoch."
-    torch.manual_seed(seed)
-    generator = torch.Generator().manual_seed(seed)
-    matcher = OneLayer("cosine" if name == "cosine" else "product")
-    descent = torch.optim.Adam(matcher.parameters(), settings.lr)
+    matcher, descent, generator = new_matcher(name, seed, settings)
     curriculum = as_fractions(CURRICULA[name if name in CURRICULA else "v2.1"])
     looks = []
     for epoch in range(settings.epochs):
@@ -278,7 +288,7 @@ def run_small_cure(
     seeds: tuple[int, ...] = SEEDS,  # of every arm
     epochs: int = 20,  # of every run
 ) -> dict:  # what was written
-    "Train every arm and vaccine with every seed, in about five minutes. FileError where settings differ."
+    "Train every arm and vaccine with every seed, in six minutes of a core. FileError where settings differ."
     settings = Settings(seeds=tuple(seeds), epochs=epochs)
     told = {"rule": RULE, "settings": asdict(settings), "threshold": THRESHOLD, "names": list(NAMES)}
     runs = begun(out, told).get("runs", [])
@@ -450,17 +460,14 @@ def draw_small_cure(
         axes.plot(np.mean(curves, 0), style, lw=1.4, label=name)
     axes.axhline(record["threshold"], color="k", lw=0.8, ls=":")
     epochs = record["settings"]["epochs"]
-    for share, word in ((0.25, "weaning"), (0.5, "independence")):
-        axes.axvline(share * epochs, color="0.7", lw=0.8)
-        axes.text(share * epochs + 0.01 * epochs, 1.0, word, fontsize=8, color="0.4")
+    ends = joints(as_fractions(CURRICULA["v2.2"]), epochs)
+    for epoch, word in zip(ends, ("weaning", "independence")):
+        axes.axvline(epoch, color="0.7", lw=0.8)
+        axes.text(epoch + 0.01 * epochs, 1.0, word, fontsize=8, color="0.4")
     axes.set(xlabel="epoch", ylabel=f"collapse index, vessels agree {agreement}", ylim=(0, 1.08))
     axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
     figure.tight_layout()
     return figure
-
-
-# %% ../../nbs/11_studies/23b_small_cure.ipynb #2d64eb3b
-RECORD = Path("small_cure.json")  # beside this notebook
 
 
 # %% ../../nbs/11_studies/23b_small_cure.ipynb #d5b4459e
@@ -516,10 +523,7 @@ def record_collapse(
 ) -> dict:  # what was recorded
     "Train the plain matcher, and record it for the slider."
     settings = Settings(epochs=epochs)
-    torch.manual_seed(seed)
-    generator = torch.Generator().manual_seed(seed)
-    matcher = OneLayer("product")
-    descent = torch.optim.Adam(matcher.parameters(), settings.lr)
+    matcher, descent, generator = new_matcher("v2.1", seed, settings)
     scenes, probes = [], []
     for eye, gap in SHOWN:
         on = ON if gap == "none" else AGREEMENTS["hardly"]
