@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from loftr_curriculum.baselines import classical, intensity
+from loftr_curriculum.baselines import classical, intensity, refinement
 from loftr_curriculum.baselines.budget import Budget, train_baseline
 from loftr_curriculum.baselines.fourier import fractional_fourier
 from loftr_curriculum.baselines.protocol import Answer
@@ -18,9 +18,14 @@ from loftr_curriculum.baselines.retinal import Foreign
 from loftr_curriculum.baselines.systems import SYSTEMS, check_system, make_system
 from loftr_curriculum.cli import main
 from loftr_curriculum.data.pseudo_real import SPECIFICATION, pseudo_real_pair
-from loftr_curriculum.geometry import Similarity, centre, similarity, warp_image
+from loftr_curriculum.geometry import NEAR, Affine, Similarity, centre, similarity, translation, warp_image
 from loftr_curriculum.io.files import FileError
+from loftr_curriculum.registration.pair import NO_MATCHES, Evidence, Registration
+from loftr_curriculum.registration.verdict import Verdict
+from loftr_curriculum.retina.config import EyeConfig
+from loftr_curriculum.retina.world import make_world
 from loftr_curriculum.studies import benchmark
+from loftr_curriculum.studies import refinement as refinement_study
 from loftr_curriculum.studies.benchmark import Case, figures, keep_case, prediction, run_benchmark
 
 COMMITTED = Path(__file__).parents[1] / "nbs" / "11_studies"
@@ -129,6 +134,61 @@ def test_a_training_that_was_interrupted_goes_on(tmp_path):
 def test_an_export_needs_a_name_that_ends_in_onnx(tmp_path, capsys):
     assert main(["export", "--onnx", str(tmp_path / "m.pt")]) != 0
     assert "expected a name that ends in .onnx" in capsys.readouterr().err
+
+
+class Corrects(torch.nn.Module):
+    "Says everywhere that the moving image lies three pixels of 512 too far right."
+
+    def forward(self, fixed, moving):
+        flow = torch.zeros(1, 2, *fixed.shape[2:])
+        flow[:, 0] = 3 * fixed.shape[3] / 512
+        return flow
+
+
+@pytest.mark.parametrize("shift", (0.0, 3.0))
+def test_a_refined_answer_is_kept_only_where_vessels_agree_better(shift, monkeypatch):
+    eye = make_world(3, EyeConfig(size=512), ("cf", "fa")).images
+    affine = Affine(translation((shift, 0)))
+    answer = Registration(affine.matrix, Verdict.OK, (), NO_MATCHES, (512, 512), (512, 512), Evidence())
+    asked = []
+
+    def answered(fixed, moving, config):
+        asked.append(config.transform)
+        return replace(answer, point_map=affine)
+
+    monkeypatch.setattr(refinement, "load_network", lambda path, name: (Corrects(), 128))
+    monkeypatch.setattr(refinement, "register", answered)
+    found = refinement.register_refined("weights.pt", eye["cf"], eye["fa"])
+    assert asked == ["affine"] and found.verdict == Verdict.OK
+    points = np.array([[100.0, 200], [300, 50]])
+    assert np.abs(found.point_map(points) - points).max() < 0.01
+
+
+def test_refinement_names_a_wrong_file_or_folder_before_any_pair(tmp_path, monkeypatch):
+    (tmp_path / "weights.pt").write_bytes(b"nothing")
+    with pytest.raises(FileError, match="weights.pt: expected a file of train-baseline"):
+        refinement.register_refined(str(tmp_path / "weights.pt"), "fixed.png", "moving.png")
+    monkeypatch.setattr(refinement_study, "summary", lambda path: {})
+    monkeypatch.setattr(refinement_study, "pair_errors", lambda *a: pytest.fail("asked"))
+    with pytest.raises(FileError, match="nowhere"):
+        refinement_study.measure_refinement("weights.pt", folders=(str(tmp_path / "nowhere"),))
+
+
+def test_near_pairs_differ_as_after_a_first_registration(tmp_path, monkeypatch):
+    monkeypatch.setattr(benchmark, "EYES", 1)
+    for case in benchmark.cases_of("near", 2, tmp_path):
+        assert case.set == "near"
+        assert case.facts["rotation"] <= NEAR.rotation_deg and case.facts["scale"] <= NEAR.scale + 0.05
+
+
+def test_bins_of_motion_hold_intervals_over_eyes():
+    rows = [{"eye": str(k), "error": error, "facts": {"rotation": 5}} for k, error in enumerate((1, 2, None))]
+    found = benchmark.by_motion(rows)["rotation"]
+    assert len(found) == 1 and found[0]["pairs"] == 3
+    low, high = found[0]["right interval"]
+    assert low < found[0]["right"] == 0.667 < high == 1
+    assert found[0]["median"] == 2 and found[0]["median interval"] == [1, None]
+    json.dumps(found, allow_nan=False)
 
 
 @pytest.mark.slow

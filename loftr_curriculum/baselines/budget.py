@@ -59,7 +59,7 @@ from .regression import AffineRegression, affine_loss
 class Budget:
     "What a system may learn from, and for how long; ValueError for values that cannot work."
 
-    minutes: float = 20.0  # of computing, on one thread
+    minutes: float = 40.0  # of processor time, on one thread: 20 minutes of two cores
     size: int = 128  # side of the views, px
     batch: int = 8  # pairs of a step
     worlds: int = 100  # generated eyes, of the training seeds

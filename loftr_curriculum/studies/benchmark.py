@@ -7,6 +7,7 @@ __all__ = [
     "EYES",
     "DEFORM",
     "SIDE",
+    "MOTIONS",
     "CASES",
     "HELD",
     "RIGHT",
@@ -24,6 +25,7 @@ __all__ = [
     "folder_cases",
     "cases_of",
     "label_of",
+    "name_of",
     "reset_peak",
     "ask",
     "prediction",
@@ -38,6 +40,7 @@ __all__ = [
     "errors_in",
     "intervals",
     "figures",
+    "finite",
     "figures_of_bin",
     "by_motion",
     "strangers_called_ok",
@@ -52,6 +55,7 @@ __all__ = [
     "html_table",
     "latex_table",
     "write_pages",
+    "draw_bins",
     "draw_curves",
 ]
 
@@ -63,6 +67,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from html import escape
 from multiprocessing import get_context
 from pathlib import Path
@@ -71,6 +76,7 @@ from threading import Thread
 import cv2
 import numpy as np
 import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from tqdm.auto import tqdm
 
@@ -81,7 +87,7 @@ from ..data.landmarks import read_landmark_set
 from ..data.pairs import GeneratedSource, PairSample
 from ..data.pseudo_real import pseudo_real_pairs
 from ..evaluation.metrics import at_512, auc, mauc25
-from ..geometry import Motion, decompose, overlap
+from ..geometry import NEAR, Motion, decompose, overlap
 from ..io.files import FileError, atomic_path, read_json, write_json
 from ..io.images import read_image
 from ..model.weights import PACKAGED
@@ -146,26 +152,31 @@ def generated_bank(
 def generated_sample(
     bank: WorldBank,
     k: int,  # number of the pair
-) -> PairSample:  # PairSample
+    motion: Motion = Motion(),  # its range
+) -> PairSample:
     "A generated pair, always the same one."
     source = GeneratedSource(bank, MODES, 0.7, deform=DEFORM[k % len(DEFORM)])
-    return source.draw(k, np.random.default_rng((3, k)), (SIDE, SIDE), Motion())
+    return source.draw(k, np.random.default_rng((3, k)), (SIDE, SIDE), motion)
 
 
 # %% ../../nbs/11_studies/16_benchmark.ipynb #22d67122
+MOTIONS = {"generated": Motion(), "near": NEAR}
+
+
 def generated_cases(
     n: int,  # pairs
     folder: Path,  # of the benchmark
+    name: str = "generated",  # of the set, in `MOTIONS`
 ) -> Iterator[Case]:
-    "Generated pairs over the whole range of motion."
+    "Generated pairs over a range of motion."
     bank = generated_bank(folder)
     for k in range(n):
-        sample = generated_sample(bank, k)
+        sample = generated_sample(bank, k, MOTIONS[name])
         pair = bent_pair(sample)
         facts = motion_facts(sample.fixed_to_moving, pair.fixed.shape, pair.moving.shape)
         facts["residual"] = round(residual_of(pair), 3)
         points = pair.fixed_points, pair.moving_points
-        yield Case("generated", f"{k:04d}", sample.id, pair.fixed, pair.moving, *points, facts)
+        yield Case(name, f"{k:04d}", sample.id, pair.fixed, pair.moving, *points, facts)
 
 
 # %% ../../nbs/11_studies/16_benchmark.ipynb #167925b6
@@ -209,12 +220,17 @@ def folder_cases(
 
 
 # %% ../../nbs/11_studies/16_benchmark.ipynb #2e53014e
-CASES = {"generated": generated_cases, "pseudo-real": listed_cases, "strangers": stranger_cases}
+CASES = {
+    "generated": generated_cases,
+    "near": partial(generated_cases, name="near"),
+    "pseudo-real": listed_cases,
+    "strangers": stranger_cases,
+}
 
 
 # %% ../../nbs/11_studies/16_benchmark.ipynb #545e2b0f
 def cases_of(
-    name: str,  # generated, pseudo-real, strangers, or a folder
+    name: str,  # one of `CASES`, or a folder
     n: int,  # pairs
     folder: Path,  # of the benchmark
 ) -> Iterator[Case]:
@@ -234,6 +250,17 @@ def label_of(
         return name
     held = Path(argument).read_bytes() if Path(argument).is_file() else argument.encode()
     return f"{name}-{hashlib.sha256(held).hexdigest()[:8]}"
+
+
+# %% ../../nbs/11_studies/16_benchmark.ipynb #dcc9df30
+def name_of(
+    system: str,  # name, or name:argument
+    systems: tuple,  # all of the run
+) -> str:
+    "A name for tables: without its weights where no other system of the run has the same name."
+    name = system.partition(":")[0]
+    alike = [other for other in systems if other.partition(":")[0] == name]
+    return name if len(alike) == 1 else label_of(system)
 
 
 # %% ../../nbs/11_studies/16_benchmark.ipynb #65d10feb
@@ -458,19 +485,32 @@ BINS = {
 
 
 # %% ../../nbs/11_studies/16_benchmark.ipynb #9b0cf543
+def finite(
+    value: float,  # px, inf for no answer
+) -> float | None:
+    "A number that JSON can hold."
+    return round(float(value), 3) if np.isfinite(value) else None
+
+
 def figures_of_bin(
-    errors: np.ndarray,  # (N,) px at 512, inf for no answer
+    rows: list,  # of `read_rows`, at least one
     low: float,  # edges of the bin
     high: float,
+    draws: int = 300,  # bootstrap samples of eyes
 ) -> dict:
-    "The figures of the pairs in one bin."
-    median = float(np.median(errors))
+    "The figures of the pairs in one bin; intervals hold 95 % of bootstrap samples of eyes."
+    errors = errors_in(rows)
+    drawn = [errors[sample] for sample in resample([row["eye"] for row in rows], draws)]
+    right = np.quantile([(sample < RIGHT).mean() for sample in drawn], (0.025, 0.975))
+    median = np.quantile([np.median(sample) for sample in drawn], (0.025, 0.975), method="nearest")
     return {
         "from": low,
         "to": high,
-        "pairs": len(errors),
+        "pairs": len(rows),
         "right": round(float((errors < RIGHT).mean()), 3),
-        "median": round(median, 2) if np.isfinite(median) else None,
+        "right interval": [finite(value) for value in right],
+        "median": finite(np.median(errors)),
+        "median interval": [finite(value) for value in median],
     }
 
 
@@ -484,10 +524,10 @@ def by_motion(
         values = np.array([row["facts"].get(name, np.nan) for row in rows], float)
         if np.isnan(values).all():
             continue
-        errors, bins = errors_in(rows), []
+        bins = []
         for low, high in zip(edges, edges[1:]):
-            inside = errors[(values >= low) & (values < high)]
-            if len(inside):
+            inside = [row for row, value in zip(rows, values) if low <= value < high]
+            if inside:
                 bins.append(figures_of_bin(inside, low, high))
         found[name] = bins
     return found
@@ -523,35 +563,35 @@ def score_benchmark(
     names = [Path(name).name for name in sets]
     scores = {name: {} for name in names}
     for system in systems:
-        label = label_of(system)
-        rows = {name: read_rows(folder, name, label) for name in names}
+        title = name_of(system, systems)
+        rows = {name: read_rows(folder, name, label_of(system)) for name in names}
         known = [row for name in names if name != "strangers" for row in rows[name]]
         for name in names:
             if name == "strangers":
-                scores[name][label] = strangers_called_ok(rows[name], known)
+                scores[name][title] = strangers_called_ok(rows[name], known)
             elif rows[name]:
-                scores[name][label] = {**figures(rows[name]), "by_motion": by_motion(rows[name])}
+                scores[name][title] = {**figures(rows[name]), "by_motion": by_motion(rows[name])}
     return scores
 
 
 # %% ../../nbs/11_studies/16_benchmark.ipynb #d240efa8
 def trainings_of(
     systems: tuple,  # names, or name:argument
-) -> dict:  # label -> pairs and minutes
+) -> dict:  # name -> pairs and minutes
     "What the trained systems have seen."
     found = {}
     for system in systems:
         name, _, argument = system.partition(":")
         if SYSTEMS[name].takes == "file of a training":
             told = summary(argument)
-            found[label_of(system)] = {key: told[key] for key in ("pairs", "minutes", "budget")}
+            found[name_of(system, systems)] = {key: told[key] for key in ("pairs", "minutes", "budget")}
     return found
 
 
 # %% ../../nbs/11_studies/16_benchmark.ipynb #87bb6745
 def run_benchmark(
     systems: tuple[str, ...] = ("ours", "sift", "vessel-sift", "phase"),  # names, or name:argument
-    sets: tuple[str, ...] = ("generated", "pseudo-real"),  # generated, pseudo-real, folders of pairs
+    sets: tuple[str, ...] = ("generated", "near", "pseudo-real"),  # these, or folders of pairs
     out: str = "benchmark.json",  # file to write; pages for HTML and LaTeX are written beside it
     folder: str = "runs/benchmark",  # where predictions are kept
     n: int = 60,  # pairs of a set
@@ -714,20 +754,35 @@ UNITS = {
 }
 
 
+# %% ../../nbs/11_studies/16_benchmark.ipynb #cab280e9
+def draw_bins(
+    ax: Axes,
+    places: np.ndarray,  # (N,) where the bins are drawn
+    bins: list,  # of `figures_of_bin`
+    shown: str,  # right or median
+    name: str,  # of the system
+) -> None:
+    "A line through the bins of a system, and a bar for every interval."
+    values = np.array([part[shown] for part in bins], float)
+    edges = np.array([part[f"{shown} interval"] for part in bins], float)
+    line = ax.plot(places, values, marker=".", label=name)[0]
+    ax.vlines(places, edges[:, 0], edges[:, 1], color=line.get_color(), linewidth=0.8)
+
+
 # %% ../../nbs/11_studies/16_benchmark.ipynb #7559e973
 def draw_curves(
     scores: dict,  # system -> figures, of one set
 ) -> Figure:  # figure
-    "Right answers against every kind of motion; for the residual the median error."
+    "Right answers against every kind of motion, with intervals; for the residual the median error."
     kinds = [kind for kind in BINS if any(kind in found["by_motion"] for found in scores.values())]
     fig = new_figure(300 * len(kinds), 300)
     axes = fig.subplots(1, len(kinds), squeeze=False)
     for ax, kind in zip(axes[0], kinds):
-        for name, found in scores.items():
+        shown = "median" if kind == "residual" else "right"
+        for k, (name, found) in enumerate(scores.items()):
             bins = found["by_motion"][kind]
-            shown = "median" if kind == "residual" else "right"
-            values = [np.nan if part[shown] is None else part[shown] for part in bins]
-            ax.plot(range(len(bins)), values, marker=".", label=name)
+            beside = 0.05 * (k - len(scores) / 2)  # so that bars do not hide each other
+            draw_bins(ax, np.arange(len(bins)) + beside, bins, shown, name)
         ticks = [f"{part['from']:g}-{part['to']:.3g}" for part in bins]
         ax.set(xticks=range(len(bins)), xlabel=f"{kind}, {UNITS[kind]}")
         ax.set_xticklabels(ticks, fontsize=7)
