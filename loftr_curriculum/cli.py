@@ -671,6 +671,9 @@ def _add_register(parser: ArgumentParser) -> None:
         "transform.tfm and inverse.tfm (ITK), landmarks.csv (BigWarp), matches.csv; transform_bent.tfm and "
         "inverse_bent.tfm where the map bends, transform_mm.tfm where both images state their spacing",
     )
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace the answer for another pair that the folder holds"
+    )
     _add_matcher(parser)
     parser.add_argument(
         "--fixed_mask",
@@ -738,7 +741,7 @@ def _say_unsure() -> None:
 
 # %% ../nbs/12_cli/00_cli.ipynb #fb7e95f9
 def _register(args: Namespace) -> int:
-    from .io.files import refuse_to_overwrite
+    from .io.files import refuse_to_overwrite, same_file
     from .io.images import with_frame
     from .io.lock import only_run
     from .model.config import Guidance
@@ -748,6 +751,7 @@ def _register(args: Namespace) -> int:
         earlier_answer,
         outputs_of,
         refuse_foreign,
+        refuse_other_pair,
         write_registration,
     )
 
@@ -757,6 +761,12 @@ def _register(args: Namespace) -> int:
     config = settings(RegistrationConfig, args)
     guidance = Guidance(args.vessel_soft_lambda)
     fixed, moving = with_frame([args.fixed, args.moving], args.frame)
+    if not args.overwrite:
+        refuse_other_pair(args.out, fixed, moving)
+    if same_file(fixed, moving):
+        print(f"{fixed}: given as fixed and as moving image", file=sys.stderr)
+    if sys.stderr.isatty():
+        print(f"registering {moving} onto {fixed} ...", file=sys.stderr, flush=True)
     with only_run(args.out):
         earlier = earlier_answer(args.out)
         answer = register(

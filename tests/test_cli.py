@@ -334,10 +334,25 @@ def test_an_answer_that_is_replaced_is_named(pair, sees, tmp_path, capsys):
     words = ("--out", tmp_path / "out", *QUICK)
     assert run("register", fixed, moving, *words) == 0
     assert "replaces" not in capsys.readouterr().out
-    assert run("register", fixed, fixed, *words) == 0
-    assert f"\nreplaces the answer for {fixed} and {moving}\n" in capsys.readouterr().out
     assert run("register", fixed, moving, *words) == 0
-    assert f"\nreplaces the answer for {fixed} and {fixed}\n" in capsys.readouterr().out
+    assert f"\nreplaces the answer for {fixed} and {moving}\n" in capsys.readouterr().out
+
+
+def test_an_answer_for_another_pair_is_replaced_only_where_it_is_told_to(
+    pair, sees, tmp_path, capsys, complains
+):
+    fixed, moving, _ = pair
+    words = ("--out", tmp_path / "out", *QUICK)
+    assert run("register", fixed, moving, *words) == 0
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    capsys.readouterr()
+    said = complains("register", fixed, fixed, *words)
+    assert f"{tmp_path}/out: holds the answer for another pair (moving: {moving})" in said
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
+    assert run("register", fixed, fixed, *words, "--overwrite") == 0
+    shown = capsys.readouterr()
+    assert f"\nreplaces the answer for {fixed} and {moving}\n" in shown.out
+    assert f"{fixed}: given as fixed and as moving image\n" in shown.err
 
 
 def test_the_verdict_is_the_exit_code(pair, sees, tmp_path, capsys):
@@ -360,11 +375,12 @@ def test_fresh_starts_are_announced_at_a_terminal_alone(pair, sees, tmp_path, ca
     fixed, moving, _ = pair
     words = ("register", fixed, moving, "--out", tmp_path / "o", *QUICK)
     unsure = (*words, "--ok-inliers", "100000")
-    for command, terminal, lines in ((unsure, True, 1), (unsure, False, 0), (words, True, 0)):
+    for command, terminal, retried in ((unsure, True, 1), (unsure, False, 0), (words, True, 0)):
         monkeypatch.setattr(sys.stderr, "isatty", (lambda: True) if terminal else (lambda: False))
         assert run(*command) == (3 if command is unsure else 0)
         out, err = capsys.readouterr()
-        assert err.count("\n") == lines == err.count("first passes were unsure; trying fresh starts")
+        assert err.count("first passes were unsure; trying fresh starts") == retried
+        assert err.count("registering ") == terminal and err.count("\n") == retried + terminal
         assert "fresh starts" not in out
 
 

@@ -60,6 +60,29 @@ def a_result(moving, T=None, n=40, verdict=Verdict.OK, fixed_size=(90, 120)):
     )
 
 
+def test_an_interrupted_answer_leaves_the_earlier_one(tmp_path, monkeypatch):
+    from loftr_curriculum.report import registration
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    fixed, moving = scene((90, 120)), scene((70, 100))
+    write_registration(a_result(moving, np.eye(3)), fixed, moving, tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    monkeypatch.setattr(registration, "save_transform", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        write_registration(a_result(moving, None, verdict=Verdict.FAILED), fixed, moving, tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_a_very_dark_pair_is_drawn_so_that_one_can_judge_it(tmp_path):
+    fixed, moving = scene((90, 120)) // 16, scene((90, 120)) // 16
+    write_registration(a_result(moving, np.eye(3)), fixed, moving, tmp_path)
+    board = read_image(tmp_path / "checkerboard.png")
+    assert np.median(fixed) < 20 < 50 < np.median(board)
+    assert np.array_equal(read_image(tmp_path / "warped.png"), moving)
+
+
 @pytest.mark.parametrize("dtype, channels", [(np.uint8, 3), (np.uint8, 1), (np.uint16, 1)])
 def test_writes_all_files(dtype, channels, tmp_path):
     fixed, moving = scene((90, 120)), scene((70, 100), dtype, channels)
@@ -163,12 +186,12 @@ def test_many_lines_are_thinned_and_few_are_not():
 
 
 def test_checkerboard_shows_the_fixed_image_where_nothing_was_seen():
-    a, b = np.full((80, 160), 10, np.uint8), np.full((80, 160, 3), 200, np.uint8)
+    a, b = np.full((80, 160), 90, np.uint8), np.full((80, 160, 3), 200, np.uint8)
     seen = np.zeros((80, 160), bool)
-    assert (checkerboard(a, b, seen=seen) == 10).all()
+    assert (checkerboard(a, b, seen=seen) == 90).all()
     seen[:, :80] = True
     board = checkerboard(a, b, tiles=8, seen=seen)
-    assert (board[:, 80:] == 10).all() and (board[:, :80] == 200).mean() == 0.5
+    assert (board[:, 80:] == 90).all() and (board[:, :80] == 200).mean() == 0.5
 
 
 @pytest.mark.parametrize(

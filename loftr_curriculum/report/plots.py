@@ -4,10 +4,14 @@
 
 # %% auto #0
 __all__ = [
+    "BLACK",
+    "DIM",
+    "READABLE",
     "PHASES",
     "new_figure",
     "save_figure",
     "figure_pixels",
+    "lighter",
     "for_display",
     "in_colour",
     "Canvas",
@@ -80,20 +84,39 @@ def figure_pixels(
     return np.ascontiguousarray(np.asarray(canvas.buffer_rgba())[..., :3])
 
 
+# %% ../../nbs/08_report/00_plots.ipynb #5bf32433
+BLACK = 3  # of 255; nothing was seen at darker pixels
+DIM = 0.1  # median brightness; darker images are brightened
+READABLE = 0.25  # the median brightness of a brightened image
+
+
+def lighter(
+    image: np.ndarray,  # (h, w) or (h, w, 3) uint8
+) -> np.ndarray:  # the same shape, uint8
+    "A very dark image, lifted by an exponent; any other, and a black one, as it is."
+    seen = image[image >= BLACK]
+    level = np.median(seen) / 255 if seen.size else 1.0
+    if level >= DIM:
+        return image
+    exponent = np.log(READABLE) / np.log(level)
+    table = np.uint8(255 * (np.arange(256) / 255) ** exponent + 0.5)
+    return table[image]
+
+
 # %% ../../nbs/08_report/00_plots.ipynb #c2d14a57
 def for_display(
     image: np.ndarray,  # (H, W) or (H, W, 3), uint8, uint16, bool or float
     long_side: int = 640,  # px; longer images are shrunk
 ) -> np.ndarray:  # (h, w) or (h, w, 3) uint8
-    "An image as 8 bits, small enough to draw."
+    "An image as 8 bits, small enough to draw; one that is too dark to judge is brightened."
     image = np.asarray(image)
     if max(image.shape[:2]) > long_side:
         image = resize_image(image, fit_size(image.shape[:2], long_side))
-    if image.dtype == np.uint8:
-        return image
-    image = np.nan_to_num(image.astype(np.float32))
-    low, high = np.percentile(image, (0.5, 99.5))
-    return np.uint8(np.clip((image - low) / max(high - low, 1e-6), 0, 1) * 255 + 0.5)
+    if image.dtype != np.uint8:
+        image = np.nan_to_num(image.astype(np.float32))
+        low, high = np.percentile(image, (0.5, 99.5))
+        image = np.uint8(np.clip((image - low) / max(high - low, 1e-6), 0, 1) * 255 + 0.5)
+    return lighter(image)
 
 
 # %% ../../nbs/08_report/00_plots.ipynb #c1307037

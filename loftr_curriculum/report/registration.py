@@ -18,15 +18,18 @@ __all__ = [
     "outputs_of",
     "earlier_answer",
     "refuse_foreign",
+    "refuse_other_pair",
     "remove_earlier",
     "write_points",
     "write_map",
     "record_of",
-    "all_or_nothing",
+    "staged",
     "write_registration",
 ]
 
 # %% ../../nbs/08_report/01_registration.ipynb #09fcc2f1
+import shutil
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -42,7 +45,7 @@ from ..io.exports import (
     save_landmarks,
     save_matches_table,
 )
-from ..io.files import FileError, refuse_to_overwrite
+from ..io.files import FileError, refuse_to_overwrite, same_file
 from ..io.images import write_image
 from ..io.inputs import storable
 from ..io.transforms import TransformRecord, load_transform, save_transform
@@ -179,6 +182,23 @@ def refuse_foreign(
             )
 
 
+# %% ../../nbs/08_report/01_registration.ipynb #7e3a6dbb
+def refuse_other_pair(
+    out_dir: str | Path,  # folder
+    fixed: str | Path,  # image file as it was named
+    moving: str | Path,  # image file as it was named
+) -> None:
+    "FileError where the folder holds the map of another pair; answers of old versions name no pair."
+    earlier = earlier_answer(out_dir)
+    held = {} if earlier is None or earlier.matrix is None else earlier.inputs
+    for side, image in (("fixed", fixed), ("moving", moving)):
+        if side in held and not same_file(held[side], image):
+            raise FileError(
+                f"{out_dir}: holds the answer for another pair ({side}: {held[side]}); "
+                "choose another folder, or add --overwrite"
+            )
+
+
 # %% ../../nbs/08_report/01_registration.ipynb #2432fcb0
 def remove_earlier(
     transform: Path,  # transform.json of the folder
@@ -244,16 +264,23 @@ def record_of(
 
 # %% ../../nbs/08_report/01_registration.ipynb #7c2f874e
 @contextmanager
-def all_or_nothing(
-    out: Path,  # folder that holds no files of a registration yet
-) -> Iterator[None]:
-    "Inside, the files of an answer are written; where that is interrupted, none of them stays."
+def staged(
+    out: Path,  # folder of the answer, made where it is missing
+) -> Iterator[Path]:
+    "A folder inside `out`: what is written there replaces the earlier answer at the end."
+    place = out / f".{uuid.uuid4().hex[:8]}"
     try:
-        yield
-    except BaseException:
-        for path in outputs_of(out):
-            path.unlink(missing_ok=True)
-        raise
+        place.mkdir(parents=True)
+    except OSError as error:
+        raise type(error)(error.errno, error.strerror, str(out / FILES[0])) from None
+    try:
+        yield place
+        remove_earlier(out / FILES[0])
+        others_first = sorted(place.iterdir(), key=lambda path: path.name == FILES[0])
+        for path in others_first:
+            path.replace(out / path.name)
+    finally:
+        shutil.rmtree(place, ignore_errors=True)
 
 
 # %% ../../nbs/08_report/01_registration.ipynb #09730513
@@ -271,7 +298,8 @@ def write_registration(
     transform.tfm and inverse.tfm its affine and the inverse of that. Where both images state their spacing,
     transform_mm.tfm is the whole map in millimetres.
 
-    Each file is written atomically. An earlier answer in the folder is replaced.
+    An earlier answer in the folder is replaced once all files are written; an interruption leaves
+    it as it was.
     FileError, before anything is written, where one of them is an input, or is there and was not written by
     a registration.
     """
@@ -281,12 +309,10 @@ def write_registration(
     refuse_to_overwrite(outputs_of(out), list(inputs.values()))
     refuse_foreign(out)
     fixed, moving = open_image(fixed, "fixed"), open_image(moving, "moving")
-    out.mkdir(parents=True, exist_ok=True)
-    transform, matches = out / FILES[0], out / FILES[-1]
-    remove_earlier(transform)
-    with all_or_nothing(out):
+    with staged(out) as place:
+        transform, matches = place / FILES[0], place / FILES[-1]
         save_figure(matches, draw_matches(result, fixed, moving))
-        written = [] if result.moving_to_fixed is None else write_map(result, fixed, moving, out)
+        written = [] if result.moving_to_fixed is None else write_map(result, fixed, moving, place)
         written.append(matches)
         save_transform(transform, record_of(result, written, inputs))
-    return [transform, *written]
+    return [out / path.name for path in (transform, *written)]
