@@ -10,6 +10,7 @@ __all__ = [
     "RATIO",
     "SIDE",
     "answer_of_matches",
+    "estimate_nothing",
     "estimate_words",
     "estimate_sift",
     "vessel_words",
@@ -62,6 +63,15 @@ def answer_of_matches(
     if implausible:
         return Answer(None, implausible[0], inliers)
     return Answer(Affine(found.fixed_to_moving).inverse(), support=inliers)
+
+
+# %% ../../nbs/10_baselines/02_classical.ipynb #c0cfbab8
+def estimate_nothing(
+    fixed: np.ndarray,  # (H, W) or (H, W, 3)
+    moving: np.ndarray,  # of any size
+) -> Answer:
+    "The moving image stretched to the size of the fixed one."
+    return Answer(Affine(resize_matrix(moving.shape[:2], fixed.shape[:2])))
 
 
 # %% ../../nbs/10_baselines/02_classical.ipynb #65231e70

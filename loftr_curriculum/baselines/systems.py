@@ -39,6 +39,7 @@ SYSTEMS = {
     "regression": System(
         "direct regression of an affine", "networks:regression_system", "file of a training"
     ),
+    "nothing": System("no registration: what the pairs begin with", "classical:estimate_nothing", ready=True),
     "sift": System("SIFT, CLAHE, MAGSAC", "classical:estimate_sift", ready=True),
     "vessel-sift": System("SIFT on vesselness, MAGSAC", "classical:estimate_vessel_sift", ready=True),
     "phase": System("log-polar phase correlation of vesselness", "classical:estimate_phase", ready=True),

@@ -15,6 +15,8 @@ __all__ = [
     "KEEPS",
     "COLUMNS",
     "UNITS",
+    "HALF",
+    "STYLE",
     "Case",
     "motion_facts",
     "generated_bank",
@@ -54,9 +56,16 @@ __all__ = [
     "benchmark_text",
     "html_table",
     "latex_table",
-    "write_pages",
     "draw_bins",
     "draw_curves",
+    "breaks_from",
+    "breaks_in_words",
+    "findings",
+    "write_curves",
+    "html_page",
+    "latex_figure",
+    "latex_page",
+    "write_pages",
 ]
 
 # %% ../../nbs/11_studies/16_benchmark.ipynb #a4bb70a0
@@ -92,7 +101,7 @@ from ..io.files import FileError, atomic_path, read_json, write_json
 from ..io.images import read_image
 from ..model.weights import PACKAGED
 from ..registration.workers import leave_with_parent
-from ..report.plots import new_figure
+from ..report.plots import new_figure, save_figure
 from ..retina.config import GENERATOR_VERSION, MODES, EyeConfig, seeds_of
 from ..retina.world import WorldBank
 from .bending import bent_pair, residual_of
@@ -728,22 +737,6 @@ def latex_table(
     )
 
 
-# %% ../../nbs/11_studies/16_benchmark.ipynb #36ee40c6
-def write_pages(
-    found: dict,  # of `run_benchmark`
-    out: Path,  # of the record; the suffix is replaced
-) -> None:
-    "Write an HTML page and a LaTeX file with all tables."
-    style = "table{border-collapse:collapse;margin:2em}td,th{padding:.2em .8em;text-align:right}"
-    tables = tables_of(found)
-    body = "".join(html_table(*table) for table in tables)
-    page = f'<!doctype html><meta charset="utf-8"><title>Benchmark</title><style>{style}</style>{body}'
-    texts = {".html": page, ".tex": "\n\n".join(latex_table(*table) for table in tables) + "\n"}
-    for suffix, text in texts.items():
-        with atomic_path(out.with_suffix(suffix)) as temporary:
-            Path(temporary).write_text(text, encoding="utf-8")
-
-
 # %% ../../nbs/11_studies/16_benchmark.ipynb #b8a71fa3
 UNITS = {
     "rotation": "degrees",
@@ -793,3 +786,116 @@ def draw_curves(
     fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="lower center", ncols=len(scores), fontsize=7)
     fig.tight_layout(rect=(0, 0.08, 1, 1))
     return fig
+
+
+# %% ../../nbs/11_studies/16_benchmark.ipynb #c9736f34
+HALF = 0.5  # share of right answers below which a system counts as broken
+
+
+def breaks_from(
+    bins: list,  # of `figures_of_bin`, the easiest first
+) -> float | None:  # lower edge of the first broken bin; None: it never breaks
+    "Where a system stops to be right."
+    return next((part["from"] for part in bins if part["right"] < HALF), None)
+
+
+def breaks_in_words(
+    by_kind: dict,  # of `by_motion`
+) -> str:
+    "Every kind of motion at which a system breaks, and from where."
+    told = []
+    for kind in ("rotation", "shift", "scale"):
+        edge = breaks_from(by_kind[kind])
+        if edge is not None:
+            told.append(f"{kind} from {edge:g} {UNITS[kind]}")
+    return ", ".join(told) or "nothing that was asked"
+
+
+# %% ../../nbs/11_studies/16_benchmark.ipynb #0971b2f1
+def findings(
+    scores: dict,  # set -> system -> figures
+) -> str:
+    "A line for every system: near pairs, all pairs, and where it breaks."
+    lines = []
+    for name, found in scores["generated"].items():
+        near = scores["near"][name]
+        median = "no median" if near["median"] is None else f"median {near['median']:.1f} px"
+        breaks = breaks_in_words(found["by_motion"])
+        lines.append(
+            f"- `{name}`: right in {near['right']:.0%} of the near pairs ({median}) and in "
+            f"{found['right']:.0%} of those over the whole range; breaks at {breaks}"
+        )
+    return "\n".join(lines)
+
+
+# %% ../../nbs/11_studies/16_benchmark.ipynb #de968719
+def write_curves(
+    found: dict,  # of `run_benchmark`
+    out: Path,  # of the record
+) -> dict[str, str]:  # set -> name of its picture, a PNG file beside the record
+    "Draw the curves of every set whose motion is known."
+    pictures = {}
+    for name, scores in found["scores"].items():
+        if not any(one.get("by_motion") for one in scores.values()):
+            continue
+        path = out.with_name(f"{out.stem}-{name}.png")
+        save_figure(path, draw_curves(scores))
+        pictures[name] = path.name
+    return pictures
+
+
+# %% ../../nbs/11_studies/16_benchmark.ipynb #e814cc85
+STYLE = "table{border-collapse:collapse;margin:2em}td,th{padding:.2em .8em;text-align:right}"
+
+
+def html_page(
+    found: dict,  # of `run_benchmark`
+    pictures: dict,  # of `write_curves`
+) -> str:
+    "A page with all tables and curves."
+    head = f'<!doctype html><meta charset="utf-8"><title>Benchmark</title><style>{STYLE}</style>'
+    tables = [html_table(*table) for table in tables_of(found)]
+    figures = [
+        f'<figure><img src="{escape(file)}" alt=""><figcaption>{escape(name)}</figcaption></figure>'
+        for name, file in pictures.items()
+    ]
+    return "\n".join([head, *tables, *figures])
+
+
+# %% ../../nbs/11_studies/16_benchmark.ipynb #25ace3af
+def latex_figure(
+    title: str,
+    file: str,  # picture
+) -> str:
+    "A figure for a paper; needs the package graphicx."
+    return "\n".join(
+        [
+            r"\begin{figure}",
+            rf"\includegraphics[width=\linewidth]{{{file}}}",
+            rf"\caption{{{title.replace('_', chr(92) + '_')}}}",
+            r"\end{figure}",
+        ]
+    )
+
+
+# %% ../../nbs/11_studies/16_benchmark.ipynb #54a25f60
+def latex_page(
+    found: dict,  # of `run_benchmark`
+    pictures: dict,  # of `write_curves`
+) -> str:
+    "All tables and curves for a paper."
+    tables = [latex_table(*table) for table in tables_of(found)]
+    figures = [latex_figure(name, file) for name, file in pictures.items()]
+    return "\n\n".join([*tables, *figures]) + "\n"
+
+
+# %% ../../nbs/11_studies/16_benchmark.ipynb #366cee44
+def write_pages(
+    found: dict,  # of `run_benchmark`
+    out: Path,  # of the record; the suffix is replaced
+) -> None:
+    "Write an HTML page and a LaTeX file with all tables and curves, and the pictures that both show."
+    pictures = write_curves(found, out)
+    for suffix, text in {".html": html_page(found, pictures), ".tex": latex_page(found, pictures)}.items():
+        with atomic_path(out.with_suffix(suffix)) as temporary:
+            Path(temporary).write_text(text, encoding="utf-8")
