@@ -87,7 +87,7 @@ def figure_pixels(
 # %% ../../nbs/08_report/00_plots.ipynb #5bf32433
 BLACK = 3  # of 255; nothing was seen at darker pixels
 DIM = 0.1  # median brightness; darker images are brightened
-READABLE = 0.25  # the median brightness of a brightened image
+READABLE = 0.35  # the median brightness of a brightened image
 
 
 def lighter(
