@@ -635,6 +635,19 @@ def _matcher(args: Namespace) -> "Matcher":
         raise ValueError(f"device {args.device!r} or weights {args.weights!r}: {why}") from None
 
 
+# %% ../nbs/12_cli/00_cli.ipynb #0030d129
+def _name_files(
+    answer: "Registration",
+    fixed: str,  # file
+    moving: str,  # file
+) -> "Registration":
+    "The answer; reasons that are about one image alone name its file."
+    from .registration.frames import with_file
+
+    files = {"fixed": fixed, "moving": moving}
+    return replace(answer, reasons=tuple(with_file(reason, files) for reason in answer.reasons))
+
+
 # %% ../nbs/12_cli/00_cli.ipynb #775a6ec2
 def _doubt_weights(
     answer: "Registration",
@@ -732,10 +745,15 @@ def _replaced(
 
 
 # %% ../nbs/12_cli/00_cli.ipynb #87d1c7d0
-def _say_unsure() -> None:
+def _say_unsure(
+    pair: str = "",  # of a triplet; empty: there is one pair
+) -> None:
     "One line on standard error, before fresh starts."
+    who = f"{pair}: " if pair else ""
     print(
-        "the first passes were unsure; trying fresh starts, turned ones too ...", file=sys.stderr, flush=True
+        f"{who}the first passes were unsure; trying fresh starts, turned ones too ...",
+        file=sys.stderr,
+        flush=True,
     )
 
 
@@ -779,7 +797,7 @@ def _register(args: Namespace) -> int:
             guidance=guidance,
             on_retry=_say_unsure if sys.stderr.isatty() else None,
         )
-        answer = _doubt_weights(answer, args.weights)
+        answer = _doubt_weights(_name_files(answer, fixed, moving), args.weights)
         written = write_registration(answer, fixed, moving, args.out)
     print(*_in_words(answer, config), sep="\n")
     print(f"look at {args.out}: {', '.join(path.name for path in written)}")
@@ -1060,10 +1078,15 @@ def _triplet(args: Namespace) -> int:
     refuse_inputs(args.out, images)
     with only_run(args.out):
         triplet = register_triplet(
-            *images.values(), matcher=_matcher(args), config=settings(RegistrationConfig, args)
+            *images.values(),
+            matcher=_matcher(args),
+            config=settings(RegistrationConfig, args),
+            on_retry=_say_unsure if sys.stderr.isatty() else None,
         )
         write_triplet(triplet, images, args.out)
     for name, answer in triplet.answers.items():
+        moving, fixed = name.split("_to_")
+        answer = _name_files(answer, images[fixed], images[moving])
         print(f"{name}: {answer.verdict}", *(f"  because {reason}" for reason in answer.reasons), sep="\n")
     if triplet.cycle_px is not None:
         print(f"going round leads {triplet.cycle_px:.1f} px away at 512 px")
@@ -1250,6 +1273,18 @@ def _add_evaluate(parser: ArgumentParser) -> None:
     add_settings(parser, RegistrationConfig)
 
 
+# %% ../nbs/12_cli/00_cli.ipynb #581ff523
+def _scores_in_words(
+    scores: dict,  # of `evaluate_set`
+) -> str:
+    "One sentence: how many pairs, which share of them is below 10 px, and the median."
+    median = scores["landmark_median"]
+    middle = "half of them or more have no answer" if median is None else f"the median is {median:g} px"
+    return (
+        f"{scores['pairs']} pairs: {scores['landmark_SR@10']:.1%} have a landmark error below 10 px, {middle}"
+    )
+
+
 # %% ../nbs/12_cli/00_cli.ipynb #7c27c346
 def _evaluate(args: Namespace) -> int:
     from .evaluation.sets import evaluate_set
@@ -1263,6 +1298,7 @@ def _evaluate(args: Namespace) -> int:
     config = settings(RegistrationConfig, args)
     scores = evaluate_set(args.set, args.pred, matcher=matcher, config=config, per_pair=args.per_pair)
     print(json.dumps(scores, indent=1))
+    print(_scores_in_words(scores), file=sys.stderr)
     return 0
 
 

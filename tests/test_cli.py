@@ -371,6 +371,15 @@ def test_the_verdict_is_the_exit_code(pair, sees, tmp_path, capsys):
     assert "the registration failed" in capsys.readouterr().err
 
 
+def test_an_image_that_is_too_small_is_named_with_the_least_side(pair, sees, tmp_path, capsys):
+    fixed, _, _ = pair
+    write_image(tmp_path / "tiny.png", np.zeros((20, 40), np.uint8))
+    assert run("register", fixed, tmp_path / "tiny.png", "--out", tmp_path / "o") == 4
+    said = capsys.readouterr().out
+    assert f"the moving image {tmp_path / 'tiny.png'} of 40 x 20 pixels is too small" in said
+    assert "each side needs 32 px or more" in said
+
+
 def test_fresh_starts_are_announced_at_a_terminal_alone(pair, sees, tmp_path, capsys, monkeypatch):
     fixed, moving, _ = pair
     words = ("register", fixed, moving, "--out", tmp_path / "o", *QUICK)
@@ -579,7 +588,11 @@ def test_evaluate_prints_what_the_scorer_prints(tmp_path, capsys):
             check=True,
         )
         assert run("evaluate", "--set", tmp_path / "set", "--pred", tmp_path / "pred.json", *more) == 0
-        assert capsys.readouterr().out == theirs.stdout
+        out, err = capsys.readouterr()
+        assert out == theirs.stdout
+        assert re.fullmatch(
+            r"\d+ pairs: [\d.]+% have a landmark error below 10 px, the median is .+ px\n", err
+        )
 
 
 def test_evaluate_registers_with_weights_and_prints_nothing_but_json(untrained, tmp_path, capsys):

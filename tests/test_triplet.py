@@ -1,5 +1,6 @@
 """Guards of triplets: three answers on the command line, and what a contradiction does to them."""
 
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -66,6 +67,20 @@ def test_the_photograph_is_shown_to_the_backbone_once_a_size(images, monkeypatch
     counted = Counted(matcher, monkeypatch)
     register_triplet(*images.values(), matcher=matcher, config=CONFIG)
     assert counted.images == len(counted.views) + len(set(counted.views)) < 2 * len(counted.views)
+
+
+def test_fresh_starts_are_announced_for_each_pair_at_a_terminal_alone(images, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("loftr_curriculum.model.weights.load_matcher", lambda path, device: Sent())
+    files = [str(tmp_path / f"{name}.png") for name in images]
+    for path, image in zip(files, images.values()):
+        write_image(path, image)
+    retrying = (*QUICK[:-1], "[256]", "--ok-inliers", "100000")
+    for terminal in (True, False):
+        monkeypatch.setattr(sys.stderr, "isatty", lambda shown=terminal: shown)
+        assert main(["register-triplet", *files, "--out", str(tmp_path / "out"), *retrying]) == 3
+        said = capsys.readouterr().err.splitlines()
+        assert [line.partition(":")[0] for line in said] == (list(PAIRS) if terminal else [])
+        assert all("trying fresh starts" in line for line in said)
 
 
 def test_the_command_writes_three_answers_and_says_whether_they_agree(images, tmp_path, monkeypatch, capsys):

@@ -18,6 +18,7 @@ __all__ = [
     "place_in_file",
     "make_frame",
     "unusable",
+    "with_file",
     "mirror_map",
     "mirrored_frame",
     "View",
@@ -215,12 +216,28 @@ def unusable(
     height, width = frame.gray.shape
     seen = resize_image(frame.gray, frame.size)[frame.fov]
     if min(height, width, *frame.size) < config.min_side:
-        return [f"the {name} image of {width} x {height} pixels is too small or too narrow"]
+        large_enough = min(height, width) >= config.min_side
+        when = f" at {max(frame.size)} px on the long side" if large_enough else ""
+        least = f"each side needs {config.min_side} px or more{when}"
+        return [f"the {name} image of {width} x {height} pixels is too small or too narrow, {least}"]
     if len(seen) < config.min_side**2:
         return [f"the {name} image is black"]
     if not seen.std() > 1e-6:
         return [f"the {name} image has no structure"]
     return []
+
+
+# %% ../../nbs/06_registration/03_frames.ipynb #b1f25be8
+def with_file(
+    reason: str,  # a sentence
+    files: dict,  # "fixed", "moving" -> the image's file as it was named
+) -> str:
+    "The same reason; one that is about one image alone names its file."
+    for side, path in files.items():
+        start = f"the {side} image "
+        if reason.startswith(start):
+            return f"{start}{path} {reason.removeprefix(start)}"
+    return reason
 
 
 # %% ../../nbs/06_registration/03_frames.ipynb #548bda1d

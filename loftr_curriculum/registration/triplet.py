@@ -20,7 +20,9 @@ __all__ = [
 ]
 
 # %% ../../nbs/06_registration/14a_triplet.ipynb #bd9264da
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 
@@ -193,6 +195,7 @@ def register_triplet(
     *,
     matcher: object | None = None,  # as in `register`
     config: RegistrationConfig | None = None,  # None: its defaults
+    on_retry: Callable[[str], object] | None = None,  # called with one of PAIRS before its fresh starts
 ) -> Triplet:
     """Register OCT and angiogram onto the photograph, and the angiogram onto the OCT.
 
@@ -206,6 +209,9 @@ def register_triplet(
     answers, maps = {}, KeptMaps()
     for name in PAIRS:
         moving, fixed = name.split("_to_")
+        told = None if on_retry is None else partial(on_retry, name)
         with keep_maps(matcher, maps):
-            answers[name] = register(sides[fixed], sides[moving], matcher=matcher, config=config)
+            answers[name] = register(
+                sides[fixed], sides[moving], matcher=matcher, config=config, on_retry=told
+            )
     return judge_triplet(answers, config)

@@ -78,6 +78,7 @@ from ..io.files import FileError, how_to_install, split_number
 from ..io.lock import later
 from ..model.matcher import KeptMaps, keep_maps
 from .config import RegistrationConfig
+from .frames import with_file
 from .journal import Answer, error_row, map_line, result_row
 from .pair import Registration, Side, open_side, register, register_batch
 from .table import Pair
@@ -163,6 +164,8 @@ def finished(
     start = time.perf_counter()
     pictures = "" if job.pictures is None else job.pictures.of_pair(pair, result, fixed.pixels)
     row = result_row(pair, result, seconds + time.perf_counter() - start, memory_mb())
+    files = {"fixed": pair.fixed, "moving": pair.moving}
+    row["reasons"] = "; ".join(with_file(reason, files) for reason in result.reasons)
     if job.pictures is not None:
         row["pictures"] = job.pictures.folder_of(pair)
     return Answer(row, map_line(pair, result), pictures)
