@@ -5,6 +5,8 @@
 # %% auto #0
 __all__ = [
     "REQUIRED",
+    "UNEXPECTED",
+    "TOO_MANY",
     "UNKNOWN_KEY",
     "LONGEST",
     "EXIT",
@@ -206,6 +208,20 @@ def _expected_type(
     return "expected a list such as [a,b]" if found[1] == "tuple" else f"expected {found[1]}"
 
 
+# %% ../nbs/12_cli/00_cli.ipynb #b1114ac9
+UNEXPECTED = "unexpected: "
+TOO_MANY = re.compile(r"[Uu]nrecognized arguments: (.+)")
+
+
+def _too_many_words(
+    words: list[str],  # that no argument takes
+) -> str:
+    "What was not understood; where files are among it, a pattern was probably not in quotes."
+    told = " ".join(words[:3]) + (f" and {len(words) - 3} more" if len(words) > 3 else "")
+    hint = "put a pattern in quotes, as in 'cf/*.png'; without them the shell writes out all its files"
+    return f"{UNEXPECTED}{told}" + (f"; {hint}" if any(map(os.path.exists, words)) else "")
+
+
 # %% ../nbs/12_cli/00_cli.ipynb #d673a39e
 UNKNOWN_KEY = re.compile(  # how the parser complains about a key that it does not know
     r"""(?:Group '([\w.]+)' does not accept (?:option|nested key)|Option|Key)"""
@@ -226,6 +242,9 @@ def explain(
     if key:
         name = ".".join(filter(None, key.groups()))
         return f"unknown key {name}, the nearest is {nearest(name, known)}"
+    too_many = TOO_MANY.search(message)
+    if too_many:
+        return _too_many_words(too_many[1].split())
     one_line = " ".join(message.split())
     plain = re.sub(r'Parser key "([\w.]+)":', r"\1:", one_line)
     return re.sub(r"Expected a <class '(\w+)'>", _expected_type, plain)
@@ -340,6 +359,8 @@ def parse(
         message = explain(str(e), known)
     except RecursionError:
         message = "parsing config: nested too deeply, or within itself"
+    if message.startswith(UNEXPECTED):
+        message += f"; {' '.join(parser.format_usage().split())}"
     if "parsing config" in message:
         message += f" (in {', '.join(_files_after_config(argv))})"
     raise ValueError(message if len(message) < LONGEST else f"{message[:LONGEST]} ...")
@@ -924,6 +945,12 @@ def _pairs(args: Namespace) -> "FoundPairs":
         raise ValueError(
             "a table and --fixed, --moving, --match exclude each other; are the patterns in quotes?"
         )
+    table = Path(args.pairs or "")
+    if args.pairs is not None and (table.is_dir() or ("*" in args.pairs and not table.is_file())):
+        raise ValueError(
+            f"{args.pairs}: expected a table of pairs; images without a table are named with "
+            "--fixed 'cf/*.png' --moving 'fa/*.png' --match REGEX"
+        )
     if args.pairs is not None:
         return FoundPairs(read_batch(args.pairs), [])
     if not all(patterns):
@@ -1154,7 +1181,7 @@ def _add_warp(parser: ArgumentParser) -> None:
 # %% ../nbs/12_cli/00_cli.ipynb #6d797107
 def _check_sizes(
     record: "TransformRecord",
-    transform: str,  # the file's name, for messages
+    transform: str,  # the file's name and the pair's id, for messages
     size: tuple[int, int],  # height and width of the image
     image: str,  # the file's name, for messages
 ) -> None:
@@ -1162,7 +1189,8 @@ def _check_sizes(
     from .io.files import FileError
 
     if record.matrix is None:
-        raise FileError(f"{transform}: holds no transform, the registration failed")
+        why = f": {'; '.join(record.reasons)}" if record.reasons else ""
+        raise FileError(f"{transform}: holds no transform, the registration failed{why}")
     if record.fixed_size is None:
         raise FileError(f"{transform}: expected fixed_size, the height and width of the fixed image")
     if record.moving_size not in (None, size):
@@ -1224,7 +1252,8 @@ def _warp(args: Namespace) -> int:
         raise FileError(f"{args.out}: exists already; name another file, or add --overwrite")
     record = _transform_of(args.transform, args.id)
     image = read_image(with_frame([args.image], args.frame)[0])
-    _check_sizes(record, args.transform, image.shape[:2], args.image)
+    which = args.transform if args.id is None else f"{args.transform}: {args.id}"
+    _check_sizes(record, which, image.shape[:2], args.image)
     write_image(args.out, warp_to_fixed(image, map_of_record(record), record.fixed_size, args.mode))
     for line in _to_heed(record, image, args.mode):
         print(line, file=sys.stderr)

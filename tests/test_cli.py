@@ -163,7 +163,7 @@ def test_lists_and_flags_are_taken_as_people_write_them(words, flag):
         ("register a --out c", "required: MOVING"),
         ("register a b", "required: --out"),
         ("synth a --pairs --size 3", "size must be at least 128"),
-        ("train something", "rguments: something"),
+        ("train something", "unexpected: something; usage"),
         ("train --epochs 1.5", "epochs: expected int"),
         ("train --data.size 100", "size must be a multiple of 32"),
         ("train --val-real {tmp}/none", "{tmp}/none"),

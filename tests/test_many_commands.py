@@ -42,6 +42,33 @@ def test_two_folders_are_tried_dry_then_registered_then_warped(folders, capsys):
         np.testing.assert_array_equal(read_image("warped.png"), read_image("out/pairs/7/warped.png"))
 
 
+def test_warp_names_the_pair_without_an_answer_and_why(tmp_path, capsys):
+    write_batch(tmp_path, 1)
+    write_image(tmp_path / "img" / "black.png", np.zeros((99, 99), np.uint8))
+    with open(tmp_path / "pairs.csv", "a") as table:
+        table.write("black,img/f.png,img/black.png\nlost,img/f.png,img/none.png\n")
+    out = tmp_path / "out"
+    assert run("register-many", tmp_path / "pairs.csv", "--out", out, *QUICK) == 4
+    image = tmp_path / "img" / "m.png"
+    for id, why in (("black", "the moving image img/black.png is black"), ("lost", "none.png: no such file")):
+        capsys.readouterr()
+        assert run("warp", image, out, "--id", id, "--out", tmp_path / "w.png") == 2
+        said = capsys.readouterr().err
+        assert f"{out}: {id}: holds no transform, the registration failed: " in said and why in said
+    assert (
+        run(
+            *("register-many", tmp_path / "pairs.csv", "--out", tmp_path / "d"),
+            *QUICK,
+            "--ok-inliers",
+            "5000",
+        )
+        == 4
+    )
+    capsys.readouterr()
+    assert run("warp", image, tmp_path / "d", "--id", "p0", "--out", tmp_path / "w.png") == 0
+    assert re.search(r"the map is doubtful: \d+ binned matches agree", capsys.readouterr().err)
+
+
 def test_answered_pairs_that_get_no_pictures_are_counted(tmp_path, capsys):
     write_batch(tmp_path, 2)
     write_image(tmp_path / "img" / "black.png", np.zeros((99, 99), np.uint8))
@@ -133,6 +160,16 @@ def test_shards_are_registered_and_merged(tmp_path, capsys):
         ("register-many --fixed cf/* --moving none/* --match x --out out", "none/*: no files"),
         ("register-many --fixed cf/* --moving fa/* --match x --out out", "no image has a partner"),
         ("register-many wrong.csv --out out", "moving missing; found 'Id;Fixed'"),
+        ("register-many cf --out out", "cf: expected a table of pairs; images without a table"),
+        ("register-many cf/*.png --out out", "cf/*.png: expected a table of pairs"),
+        (
+            "register-many cf/7_cf.png cf/8_cf.png --out out",
+            "unexpected: cf/8_cf.png; put a pattern in quotes",
+        ),
+        (
+            "register-many a b c d e --out out",
+            "unexpected: b c d and 1 more; usage: loftr-curriculum register-many",
+        ),
         ("warp fa/7_fa.png cf --id 7 --out x.png", "no such file"),
     ],
 )

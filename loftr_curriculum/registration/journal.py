@@ -51,6 +51,7 @@ __all__ = [
     "sizes_in",
     "record_in_maps",
     "record_in_transforms",
+    "reasons_in",
     "load_batch_transform",
     "Answer",
     "append_line",
@@ -66,7 +67,7 @@ import importlib.util
 import json
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from io import StringIO
 from pathlib import Path
@@ -462,6 +463,17 @@ def record_in_transforms(
     return TransformRecord(matrix, verdict=said.get("verdict"), **sizes_in(said))
 
 
+# %% ../../nbs/06_registration/12_journal.ipynb #5f4de0e2
+def reasons_in(
+    path: Path,  # results.csv
+    id: str,  # of the pair
+) -> tuple:  # one text, or nothing
+    "Why a pair has no answer that is ok, as its row says; nothing where there is no row."
+    row = read_results(path).get(id) if path.is_file() else None
+    why = row and (row["error"] or row["reasons"])
+    return (why,) if why else ()
+
+
 # %% ../../nbs/06_registration/12_journal.ipynb #bcda5c3e
 def load_batch_transform(
     path: str | Path,  # folder of a batch, its transforms.json or its maps.jsonl
@@ -469,12 +481,12 @@ def load_batch_transform(
 ) -> TransformRecord:
     "The transform of one pair of a batch, the whole map where it bends; FileError where it is not there."
     path = Path(path)
-    if path.is_dir() or path.name in (MAPS, TRANSFORMS):
-        folder = path if path.is_dir() else path.parent
-        if (folder / MAPS).is_file():
-            return record_in_maps(folder / MAPS, id)
-        path = folder / TRANSFORMS
-    return record_in_transforms(path, id)
+    if not path.is_dir() and path.name not in (MAPS, TRANSFORMS):
+        return record_in_transforms(path, id)
+    folder = path if path.is_dir() else path.parent
+    whole = (folder / MAPS).is_file()
+    record = record_in_maps(folder / MAPS, id) if whole else record_in_transforms(folder / TRANSFORMS, id)
+    return replace(record, reasons=reasons_in(folder / RESULTS, id))
 
 
 # %% ../../nbs/06_registration/12_journal.ipynb #1486eb1c
