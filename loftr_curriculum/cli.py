@@ -880,6 +880,13 @@ def _add_work(parser: ArgumentParser) -> None:
         help="part of the table that this job does, such as 3/8; it writes into a folder of its own",
     )
     parser.add_argument(
+        "--redo",
+        type=str | None,
+        default=None,
+        help="ids of pairs that are registered anew, with commas between them; each keeps its old answer "
+        "until the new one is written",
+    )
+    parser.add_argument(
         "--merge", action="store_true", help="put the answers of all shards together, no more"
     )
     parser.add_argument(
@@ -958,23 +965,6 @@ def _pairs(args: Namespace) -> "FoundPairs":
     return find_pairs(*patterns)
 
 
-# %% ../nbs/12_cli/00_cli.ipynb #fb39d071
-def _is_done(
-    pairs: "list[Pair]",
-    out: Path,  # folder of the batch
-    shard: "Shard | None",  # the part that this job does; None: all
-) -> bool:
-    "Has every pair an answer already?"
-    from .registration.journal import RESULTS, read_results
-
-    if shard is not None:
-        pairs, out = shard.part(pairs), shard.folder(out)
-    if not (out / RESULTS).is_file():
-        return False
-    rows = read_results(out / RESULTS)
-    return all(pair.id in rows and not rows[pair.id]["error"] for pair in pairs)
-
-
 # %% ../nbs/12_cli/00_cli.ipynb #5d0c1a7e
 def _rows_of_before(
     folder: Path,  # of the batch, or of the shard
@@ -997,29 +987,110 @@ def _folder(
     return Path(out) if shard is None else shard.folder(Path(out))
 
 
-# %% ../nbs/12_cli/00_cli.ipynb #1ea117fa
-def _tell_without_pictures(
-    pairs: "list[Pair]",
+# %% ../nbs/12_cli/00_cli.ipynb #b27b39de
+def _ids(
+    redo: str | None,  # as it was written
+    pairs: "list[Pair]",  # the whole table
+) -> tuple[str, ...]:
+    "The ids of pairs that shall be registered anew; ValueError where one is not in the table."
+    from .registration.many import check_redo
+
+    whole = redo in [pair.id for pair in pairs]  # an id may have a comma
+    ids = (redo,) if whole else tuple(id.strip() for id in (redo or "").split(",") if id.strip())
+    check_redo(ids, pairs)
+    return ids
+
+
+# %% ../nbs/12_cli/00_cli.ipynb #95172dfb
+def _refuse_stale(
+    row: dict | None,  # of the answer of before; None: there is none
     folder: Path,  # of the batch, or of the shard
     pictures: "BatchPictures",
 ) -> None:
-    "Prints a line where pairs that have an answer get no pictures."
-    from .registration.journal import RESULTS, read_results
+    "ValueError where a pair would have a new answer beside pictures of the old one, or a decision on it."
+    from .registration.review import REVIEW, read_review
 
-    if not pictures.save or not (folder / RESULTS).is_file():
+    if row is None:
         return
-    rows = read_results(folder / RESULTS)
-    answered = [rows[pair.id] for pair in pairs if pair.id in rows and not rows[pair.id]["error"]]
-    n = sum(map(pictures.lacks, answered))
+    left = pictures.left_behind(row)
+    if left:
+        raise ValueError(f"redo {row['id']}: the old answer has pictures; add --save {','.join(left)}, too")
+    if row["id"] in read_review(folder):
+        raise ValueError(
+            f"redo {row['id']}: {folder / REVIEW} has a decision on the old answer; take its line out first"
+        )
+
+
+# %% ../nbs/12_cli/00_cli.ipynb #779f3c92
+def _tell_changed(
+    answered: dict[str, dict],  # id -> row of the answer that stays
+    pairs: "list[Pair]",
+) -> None:
+    "Prints a line where files have changed since their pairs were answered."
+    from .registration.many import changed_files, redo_flag
+
+    changed = changed_files(answered, pairs)
+    if changed:
+        told = ", ".join(f"{path} of {id}" for id, path in list(changed.items())[:5])
+        more = f" and {len(changed) - 5} more" if len(changed) > 5 else ""
+        stays = "the answers of before stay"
+        print(f"changed since it was registered: {told}{more}; {stays}; {redo_flag(changed)}", flush=True)
+
+
+# %% ../nbs/12_cli/00_cli.ipynb #3ecd27b7
+def _tell_without_pictures(
+    answered: "Iterable[dict]",  # rows of answers that stay
+    pictures: "BatchPictures",
+) -> None:
+    "Prints a line where pairs that have an answer get no pictures."
+    n = sum(map(pictures.lacks, answered)) if pictures.save else 0
     if n:
         print(
             f"{n} pairs that have an answer already get no pictures, --save draws while it registers; "
-            "to have them, register into another folder",
+            "to have them, register into another folder, or those pairs anew (--redo ID,ID)",
             flush=True,
         )
 
 
 # %% ../nbs/12_cli/00_cli.ipynb #1e6cd5ec
+def _look_before(
+    pairs: "list[Pair]",  # of this job
+    folder: Path,  # of the batch, or of the shard
+    pictures: "BatchPictures",
+    config: "RegistrationConfig",
+    redo: tuple[str, ...],  # ids
+) -> None:
+    "Refuses and tells, before the weights are loaded, what the answers of before are not, or have not."
+    from .registration.journal import (
+        RESULTS,
+        read_results,
+        refuse_foreign_results,
+    )
+    from .registration.many import (
+        answered_already,
+        config_of,
+        refuse_other_files,
+        refuse_other_settings,
+    )
+
+    if not (folder / RESULTS).exists():
+        return
+    refuse_foreign_results(folder / RESULTS)
+    rows = read_results(folder / RESULTS)
+    refuse_other_settings(folder, config_of(config))
+    refuse_other_files(folder, rows, pairs, redo)
+    for id in redo:
+        _refuse_stale(rows.get(id), folder, pictures)
+    answered = answered_already(pairs, rows, redo)
+    _tell_changed(answered, pairs)
+    _tell_without_pictures(answered.values(), pictures)
+    if len(answered) == len(pairs):
+        print(
+            "every pair has an answer already; with the same weights nothing is left to register", flush=True
+        )
+
+
+# %% ../nbs/12_cli/00_cli.ipynb #962d2435
 def _register_or_merge(
     args: Namespace,
     found: "FoundPairs",
@@ -1028,26 +1099,32 @@ def _register_or_merge(
 ) -> dict[str, int]:  # number of pairs by verdict
     "Does what the command was asked for: put the shards together, or register what has no answer yet."
     from .registration.config import RegistrationConfig
-    from .registration.many import merge_shards, register_many
+    from .registration.journal import RESULTS, read_results
+    from .registration.many import answered_already, merge_shards, register_many
 
+    if args.merge and args.redo:
+        raise ValueError("--merge registers nothing: leave out --redo, or leave out --merge")
     if args.merge:
         count = merge_shards(args.pairs or found.pairs, args.out, pictures, args.parquet)
-        _tell_without_pictures(found.pairs, Path(args.out), pictures)
+        rows = read_results(Path(args.out) / RESULTS)
+        _tell_without_pictures(answered_already(found.pairs, rows).values(), pictures)
         return count
-    _tell_without_pictures(found.pairs, _folder(args.out, shard), pictures)
-    if _is_done(found.pairs, Path(args.out), shard):
-        print("every pair has an answer already, nothing is left to register", flush=True)
+    redo = _ids(args.redo, found.pairs)
+    config = settings(RegistrationConfig, args)
+    pairs = found.pairs if shard is None else shard.part(found.pairs)
+    _look_before(pairs, _folder(args.out, shard), pictures, config, redo)
     return register_many(
         args.pairs or found.pairs,
         args.out,
         matcher=_matcher(args),
-        config=settings(RegistrationConfig, args),
+        config=config,
         workers=_workers(args),
         batch=args.batch or (1 if args.device == "cpu" else 8),
         parquet=args.parquet,
         scheduler=args.scheduler,
         shard=shard,
         pictures=pictures,
+        redo=redo,
     )
 
 

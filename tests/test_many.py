@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 from test_registration import QUICK, UprightSift, a_pair
 
+from loftr_curriculum.geometry import affine_of
 from loftr_curriculum.io.files import FileError
-from loftr_curriculum.io.images import write_image
+from loftr_curriculum.io.images import read_image, write_image
 from loftr_curriculum.registration import RegistrationConfig, register, register_many
 from loftr_curriculum.registration.journal import (
     FIELDS,
@@ -23,8 +24,9 @@ from loftr_curriculum.registration.journal import (
     load_batch_transform,
     read_maps,
     read_results,
+    row_matrix,
 )
-from loftr_curriculum.registration.many import Shard, merge_shards
+from loftr_curriculum.registration.many import Shard, changed_files, merge_shards
 from loftr_curriculum.registration.table import Pair, find_pairs, read_batch
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -167,7 +169,7 @@ def test_a_folder_with_other_results_is_refused(tmp_path):
     matcher = UprightSift()
     register_many(tmp_path / "pairs.csv", tmp_path / "out", matcher=matcher, progress=False)
     before = (tmp_path / "out" / "results.csv").read_bytes()
-    with pytest.raises(ValueError, match="other settings"):
+    with pytest.raises(ValueError, match='other settings .transform was "auto" and is "similarity".; choose'):
         register_many(
             tmp_path / "pairs.csv",
             tmp_path / "out",
@@ -175,10 +177,64 @@ def test_a_folder_with_other_results_is_refused(tmp_path):
             config=RegistrationConfig(transform="similarity"),
             progress=False,
         )
-    (tmp_path / "pairs.csv").write_text("id,fixed,moving\np0,img/m.png,img/f.png\n")
-    with pytest.raises(ValueError, match="another table.*p0"):
+    with pytest.raises(ValueError, match="other settings .the weights are others.; choose"):
+        register_many(tmp_path / "pairs.csv", tmp_path / "out", matcher=Sent(), progress=False)
+    (tmp_path / "pairs.csv").write_text("id,fixed,moving\np0,img/f.png,img/f.png\n")
+    with pytest.raises(
+        ValueError, match="p0 was registered with img/m.png, the table now names img/f.png; .*--redo p0"
+    ):
         register_many(tmp_path / "pairs.csv", tmp_path / "out", matcher=matcher, progress=False)
     assert (tmp_path / "out" / "results.csv").read_bytes() == before
+    (tmp_path / "out" / "settings.json").unlink()
+    with pytest.raises(ValueError, match="results.csv without settings.json"):
+        register_many(tmp_path / "pairs.csv", tmp_path / "out", matcher=matcher, progress=False)
+    assert (tmp_path / "out" / "results.csv").read_bytes() == before
+
+
+def test_a_pair_that_could_not_be_read_may_name_another_file(tmp_path):
+    write_batch(tmp_path, 1)
+    table, out = tmp_path / "pairs.csv", tmp_path / "out"
+    plain = dict(matcher=UprightSift(), config=QUICK, progress=False)
+    table.write_text("id,fixed,moving\np0,img/f.png,img/mm.png\n")
+    assert register_many(table, out, **plain)["unreadable"] == 1
+    table.write_text("id,fixed,moving\np0,img/f.png,img/m.png\n")
+    assert register_many(table, out, **plain)["ok"] == 1
+    assert read_results(out / "results.csv")["p0"]["moving"] == "img/m.png"
+
+
+def test_a_pair_is_registered_anew_and_keeps_its_answer_until_then(tmp_path):
+    write_batch(tmp_path, 2)
+    table, out = tmp_path / "pairs.csv", tmp_path / "out"
+    plain = dict(config=QUICK, progress=False)
+    register_many(table, out, matcher=UprightSift(), **plain)
+    before, files = read_results(out / "results.csv"), (out / "results.csv", out / "transforms.json")
+    kept = [path.read_bytes() for path in files]
+
+    class Ended(UprightSift):
+        def match(self, *args, **rest):
+            raise KeyboardInterrupt
+
+    Ended.__name__ = "UprightSift"
+    with pytest.raises(KeyboardInterrupt):
+        register_many(table, out, matcher=Ended(), redo=["p1"], **plain)
+    assert [path.read_bytes() for path in files] == kept
+    image = (tmp_path / "img" / "m.png").read_bytes()
+    (tmp_path / "img" / "m.png").write_bytes(image[:300])
+    with pytest.raises(FileError, match="could not be registered anew and keep their answers .p1: .*m.png"):
+        register_many(table, out, matcher=UprightSift(), redo=["p1"], **plain)
+    assert [path.read_bytes() for path in files] == kept
+    write_image(tmp_path / "img" / "m.png", read_image(tmp_path / "img" / "f.png"))
+    assert set(changed_files(before, read_batch(table))) == {"p0", "p1"}
+    matcher = UprightSift()
+    assert register_many(table, out, matcher=matcher, redo=["p1"], **plain)["ok"] == 2
+    assert matcher.calls == 3
+    after = read_results(out / "results.csv")
+    assert list(after) == ["p0", "p1"] and after["p0"] == before["p0"]
+    assert abs(float(after["p1"]["m01"])) < 0.01 < abs(float(before["p1"]["m01"]))
+    maps = read_maps(out / "maps.jsonl")
+    np.testing.assert_allclose(affine_of(maps["p1"]), row_matrix(after["p1"]), atol=1e-6)
+    with pytest.raises(ValueError, match="redo nobody: no pair of the table"):
+        register_many(table, out, matcher=matcher, redo=["nobody"], **plain)
 
 
 def test_a_large_table_costs_little_beside_the_registrations(tmp_path, monkeypatch):
@@ -787,6 +843,18 @@ def test_files_of_something_else_stay_as_they_are(name, tmp_path):
         register_many(tmp_path / "pairs.csv", out, matcher=UprightSift(), progress=False)
     assert [path.name for path in out.iterdir()] == [name]
     assert (out / name).read_text() == "not yours\n"
+
+
+@pytest.mark.parametrize("text", ["", "patient,score\n1,2", "id,fixed,moving\na,f.png,m.png"])
+def test_results_of_another_program_are_told_and_not_touched(text, tmp_path):
+    write_batch(tmp_path, 1)
+    out = tmp_path / "out"
+    register_many(tmp_path / "pairs.csv", out, matcher=UprightSift(), progress=False)
+    (out / "results.csv").write_text(text)
+    before = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in out.iterdir()}
+    with pytest.raises(FileError, match="results.csv: was not written by this program and stays as it is"):
+        register_many(tmp_path / "pairs.csv", out, matcher=UprightSift(), progress=False)
+    assert {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in out.iterdir()} == before
 
 
 def test_a_folder_in_which_nobody_may_write_is_noticed_before_the_work(tmp_path):

@@ -10,6 +10,7 @@ from test_many import Sent, write_batch
 from loftr_curriculum.io.files import read_json
 from loftr_curriculum.io.images import read_image, write_image
 from loftr_curriculum.registration.journal import read_results
+from loftr_curriculum.registration.review import Decision, write_review
 
 QUICK = ("--long-side", "256", "--second-long-sides", "[256,256]", "--retry-long-sides", "[]")
 
@@ -67,6 +68,51 @@ def test_warp_names_the_pair_without_an_answer_and_why(tmp_path, capsys):
     capsys.readouterr()
     assert run("warp", image, tmp_path / "d", "--id", "p0", "--out", tmp_path / "w.png") == 0
     assert re.search(r"the map is doubtful: \d+ binned matches agree", capsys.readouterr().err)
+
+
+def test_a_corrected_file_is_told_and_its_pair_registered_anew(tmp_path, capsys):
+    write_batch(tmp_path, 2)
+    table, out, image = tmp_path / "pairs.csv", tmp_path / "out", tmp_path / "img" / "m.png"
+    table.write_text(table.read_text().replace("p1,img/f.png,img/m.png", "007,img/f.png,img/x.png"))
+    write_image(tmp_path / "img" / "x.png", read_image(image))
+    words = ("register-many", table, "--out", out, *QUICK)
+    assert run(*words) == 0
+    write_image(tmp_path / "img" / "x.png", np.zeros((99, 99), np.uint8))
+    capsys.readouterr()
+    assert run(*words) == 0
+    said = capsys.readouterr().out
+    assert "changed since it was registered: img/x.png of 007; the answers of before stay" in said
+    assert "to register anew add --redo 007\n" in said
+    assert run(*words, "--redo", "007") == 4
+    said = capsys.readouterr().out
+    assert "1 ok, 0 doubtful, 1 failed" in said and "changed" not in said and "already" not in said
+    assert run(*words) == 4
+    assert "changed" not in capsys.readouterr().out
+    table.write_text(table.read_text().replace("img/x.png", "img/m.png"))
+    assert run(*words) == 2
+    said = capsys.readouterr()
+    assert said.out == "" and "007 was registered with img/x.png, the table now names img/m.png" in said.err
+    assert run(*words, "--transform", "similarity") == 2
+    said = capsys.readouterr()
+    assert said.out == "" and 'other settings (transform was "auto" and is "similarity"); choose' in said.err
+    assert run(*words, "--redo", "007, p0") == 0
+    assert "2 ok, 0 doubtful" in capsys.readouterr().out
+
+
+def test_a_new_answer_gets_no_old_pictures_and_no_old_decision(tmp_path, complains, capsys):  # noqa: F811
+    write_batch(tmp_path, 2)
+    out = tmp_path / "out"
+    words = ("register-many", tmp_path / "pairs.csv", "--out", out, *QUICK)
+    assert run(*words, "--save", "overlay") == 0
+    capsys.readouterr()
+    assert "the old answer has pictures; add --save overlay" in complains(*words, "--redo", "p0")
+    write_review(out, [Decision("p1", "accepted")])
+    again = (*words, "--save", "overlay", "--redo")
+    assert "review.csv has a decision on the old answer" in complains(*again, "p1")
+    assert "redo p7: no pair of the table has this id" in complains(*again, "p0,p7")
+    assert "--merge registers nothing" in complains(*words, "--merge", "--redo", "p0")
+    assert run(*again, "p0") == 0
+    assert [path.name for path in (out / "pairs" / "p0").iterdir()] == ["overlay.png"]
 
 
 def test_answered_pairs_that_get_no_pictures_are_counted(tmp_path, capsys):

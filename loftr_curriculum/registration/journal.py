@@ -8,6 +8,7 @@ __all__ = [
     "MATRIX",
     "SIZES",
     "NUMBERS",
+    "STAMPS",
     "ABOUT",
     "FIELDS",
     "OURS",
@@ -38,6 +39,8 @@ __all__ = [
     "row_matrix",
     "row_sizes",
     "whole_lines",
+    "refuse_foreign_columns",
+    "refuse_foreign_results",
     "read_results",
     "write_results",
     "need_pyarrow",
@@ -88,11 +91,14 @@ RESULTS = "results.csv"
 MATRIX = tuple(f"m{r}{c}" for r in range(3) for c in range(3))
 SIZES = ("fixed_height", "fixed_width", "moving_height", "moving_width")  # px
 NUMBERS = columns_of()  # of Evidence
+STAMPS = ("fixed_stamp", "moving_stamp")  # of the image files, see `workers.stamp_text`
 ABOUT = ("seconds", "memory_mb", "reasons", "error", "pictures")  # memory: largest so far of its process
-FIELDS = COLUMNS + ("verdict",) + NUMBERS + ABOUT + SIZES + MATRIX
+FIELDS = COLUMNS + ("verdict",) + NUMBERS + ABOUT + STAMPS + SIZES + MATRIX
 OURS = frozenset(FIELDS)  # other columns are those of the user's table
 NEEDED = COLUMNS + ("verdict", "error") + MATRIX  # without these a table is no journal
-WORDS = COLUMNS + ("verdict", "model", "reasons", "error", "pictures")  # columns that hold no numbers
+WORDS = (
+    COLUMNS + ("verdict", "model", "reasons", "error", "pictures") + STAMPS
+)  # columns that hold no numbers
 
 
 # %% ../../nbs/06_registration/12_journal.ipynb #710df1e2
@@ -280,6 +286,28 @@ def whole_lines(
     return text[: text.rfind("\n") + 1].splitlines()
 
 
+# %% ../../nbs/06_registration/12_journal.ipynb #ddcd0427
+def refuse_foreign_columns(
+    path: str | Path,  # that the error names
+    names: Iterable,  # of its columns
+) -> None:
+    "FileError where the columns are not those of a batch."
+    if not set(NEEDED) <= set(names):
+        known = f"expected the columns {', '.join(NEEDED)}"
+        raise FileError(f"{path}: was not written by this program and stays as it is; {known}")
+
+
+# %% ../../nbs/06_registration/12_journal.ipynb #be2bec24
+def refuse_foreign_results(
+    path: Path,  # results.csv
+) -> None:
+    "FileError where the table is there and its first line is not that of a batch; only this line is read."
+    if path.is_file():
+        with open(path, "rb") as file:
+            first = file.readline().decode("utf-8-sig", "replace")
+        refuse_foreign_columns(path, [as_meant(name) for name in next(csv.reader([first]), [])])
+
+
 # %% ../../nbs/06_registration/12_journal.ipynb #5dd02a37
 def read_results(
     path: str | Path,  # results.csv of a batch, finished or interrupted
@@ -287,8 +315,7 @@ def read_results(
     "The rows of a journal, those of earlier versions too; a torn last line is left out."
     lines = csv.DictReader(whole_lines(path), restval="")
     lines.fieldnames = [as_meant(name) for name in lines.fieldnames or ()]
-    if not set(NEEDED) <= set(lines.fieldnames):
-        raise FileError(f"{path}: expected the results of a batch with the columns {', '.join(FIELDS)}")
+    refuse_foreign_columns(path, lines.fieldnames)
     empty = dict.fromkeys(FIELDS, "")
     texts = [name for name in lines.fieldnames if name in TEXTS or name not in OURS]
     rows = {}

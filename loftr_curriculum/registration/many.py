@@ -8,14 +8,23 @@ __all__ = [
     "ANEW",
     "SHARDS",
     "fingerprint",
+    "config_of",
     "settings_of",
     "images_of",
     "same_settings",
     "refuse_foreign",
+    "other_values",
+    "what_differs",
+    "refuse_other_settings",
     "start_folder",
     "as_the_table_says",
     "mend_folder",
+    "is_answered",
+    "answered_already",
+    "redo_flag",
+    "other_files",
     "refuse_other_files",
+    "changed_files",
     "ids_in_order",
     "write_summary",
     "Throttle",
@@ -29,7 +38,8 @@ __all__ = [
     "working_matcher",
     "open_folder",
     "write_in_order",
-    "answered_already",
+    "check_redo",
+    "tell_lost",
     "register_many",
     "own_settings",
     "shard_folders",
@@ -41,10 +51,12 @@ __all__ = [
 import hashlib
 import json
 import re
+import shlex
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 from tqdm.auto import tqdm
@@ -59,6 +71,7 @@ from .journal import (
     PARQUET,
     PICTURES,
     RESULTS,
+    STAMPS,
     TRANSFORMS,
     carried,
     count_pairs,
@@ -68,6 +81,7 @@ from .journal import (
     need_pyarrow,
     other_columns,
     read_results,
+    refuse_foreign_results,
     transforms_of,
     whole_lines,
     write_down,
@@ -75,12 +89,13 @@ from .journal import (
     write_results,
 )
 from .pair import shipped_matcher
-from .table import check_pairs, read_batch
+from .table import Pair, check_pairs, read_batch
 from .workers import (
     Job,
     WorkerPool,
     answers_as_they_come,
     check_workers,
+    has_changed,
     make_pool,
     one_thread,
 )
@@ -103,12 +118,20 @@ SETTINGS = "settings.json"
 ANEW = "choose another folder, or remove it to start again"
 
 
+def config_of(
+    config: RegistrationConfig,
+) -> dict:
+    "The settings of a batch without its weights, as JSON gives them back."
+    return json.loads(json.dumps({"config": asdict(config)}))
+
+
+# %% ../../nbs/06_registration/14_many.ipynb #d3783597
 def settings_of(
     matcher: object,
     config: RegistrationConfig,
 ) -> dict:
     "What the rows of one batch have in common, as JSON gives it back."
-    return json.loads(json.dumps({"config": asdict(config), "matcher": fingerprint(matcher)}))
+    return config_of(config) | {"matcher": fingerprint(matcher)}
 
 
 # %% ../../nbs/06_registration/14_many.ipynb #7dbc8b5f
@@ -142,6 +165,51 @@ def refuse_foreign(
         raise FileError(f"{out}: holds {', '.join(foreign)} without {RESULTS}, of something else; {ANEW}")
 
 
+# %% ../../nbs/06_registration/14_many.ipynb #da04ccee
+def other_values(
+    before: dict,  # of a configuration, as JSON gives it back
+    now: dict,  # of another one
+    prefix: str = "",  # of the names
+) -> list:  # a text for every setting that differs
+    "What differs between two configurations, nested ones included."
+    told = []
+    for name in {**before, **now}:
+        old, new = before.get(name), now.get(name)
+        if isinstance(old, dict) and isinstance(new, dict):
+            told += other_values(old, new, f"{prefix}{name}.")
+        elif old != new:
+            told.append(f"{prefix}{name} was {json.dumps(old)} and is {json.dumps(new)}")
+    return told
+
+
+# %% ../../nbs/06_registration/14_many.ipynb #36132784
+def what_differs(
+    out: Path,  # folder of a batch
+    settings: dict,  # of this batch, with the weights or without
+) -> list:  # a text for every difference
+    "In what the batch in the folder was registered otherwise."
+    found = read_json(out / SETTINGS)
+    found = found if isinstance(found, dict) else {}
+    told = other_values(found.get("config") or {}, settings["config"] or {})
+    if "matcher" in settings and found.get("matcher") != settings["matcher"]:
+        told.append("the weights are others")
+    return told
+
+
+# %% ../../nbs/06_registration/14_many.ipynb #c5508add
+def refuse_other_settings(
+    out: Path,  # folder of a batch, with its results
+    settings: dict,  # of this batch, with the weights or without
+) -> None:
+    "FileError that names what differs where the folder's batch was registered otherwise."
+    if not (out / SETTINGS).exists():
+        raise FileError(f"{out}: holds {RESULTS} without {SETTINGS}, so nobody knows its settings; {ANEW}")
+    differ = what_differs(out, settings)
+    if differ:
+        told = f"{out}: was registered with other settings ({'; '.join(differ)})"
+        raise FileError(f"{told}; choose another folder (--out), or go on here with those of before")
+
+
 # %% ../../nbs/06_registration/14_many.ipynb #e50bf7d9
 def start_folder(
     out: Path,  # folder of a batch
@@ -153,8 +221,8 @@ def start_folder(
         refuse_foreign(out)
         write_json(out / SETTINGS, settings | images_of(pairs))
         write_results(out / RESULTS, [])
-    elif not same_settings(out, settings):
-        raise FileError(f"{out}: holds the results of other settings or weights; {ANEW}")
+    else:
+        refuse_other_settings(out, settings)
 
 
 # %% ../../nbs/06_registration/14_many.ipynb #9006dd0c
@@ -185,20 +253,80 @@ def mend_folder(
     return rows
 
 
+# %% ../../nbs/06_registration/14_many.ipynb #ccccf54e
+def is_answered(
+    row: dict | None,  # of FIELDS
+) -> bool:
+    "Was the pair answered? Not where its files could not be read."
+    return row is not None and not row["error"]
+
+
+# %% ../../nbs/06_registration/14_many.ipynb #2b8839c8
+def answered_already(
+    pairs: list,  # of Pair
+    rows: dict,  # {id: dict of FIELDS}
+    redo: Collection = (),  # ids of pairs that are registered anew
+) -> dict:  # {id: dict of FIELDS}
+    "The rows that stay: those of pairs that were answered, not of files that could not be read."
+    ids = [pair.id for pair in pairs if pair.id not in redo]
+    return {id: rows[id] for id in ids if is_answered(rows.get(id))}
+
+
+# %% ../../nbs/06_registration/14_many.ipynb #7080c702
+def redo_flag(
+    ids: Collection,  # of pairs
+) -> str:
+    "How to have pairs registered anew."
+    more = ",..." if len(ids) > 5 else ""
+    return f"to register anew add {shlex.join(['--redo', ','.join(list(ids)[:5]) + more])}"
+
+
+# %% ../../nbs/06_registration/14_many.ipynb #5cb4dc0a
+def other_files(
+    pair: Pair,
+    row: dict,  # of FIELDS, of this id
+) -> str:
+    "What the table names instead of the files that were registered; empty where they are the same."
+    told = [
+        f"{row[side]}, the table now names {getattr(pair, side)}"
+        for side in ("fixed", "moving")
+        if row[side] != getattr(pair, side)
+    ]
+    return f"{pair.id} was registered with {' and with '.join(told)}" if told else ""
+
+
 # %% ../../nbs/06_registration/14_many.ipynb #d401adc9
 def refuse_other_files(
     out: Path,  # folder of a batch
     rows: dict,  # {id: dict of FIELDS}
     pairs: list,  # of Pair
+    redo: Collection = (),  # ids of pairs that are registered anew
 ) -> None:
-    "FileError where an id stands for other files in the journal than in the table."
-    other = [
-        pair.id
-        for pair in pairs
-        if pair.id in rows and (rows[pair.id]["fixed"], rows[pair.id]["moving"]) != (pair.fixed, pair.moving)
-    ]
+    "FileError where an id that was answered stands for other files in the journal than in the table."
+    answered = answered_already(pairs, rows, redo)
+    told = {pair.id: other_files(pair, rows[pair.id]) for pair in pairs if pair.id in answered}
+    other = {id: sentence for id, sentence in told.items() if sentence}
     if other:
-        raise FileError(f"{out}: holds results of another table (id {', '.join(other[:5])}); {ANEW}")
+        more = f" and {len(other) - 3} more" if len(other) > 3 else ""
+        why = f"{'; '.join(list(other.values())[:3])}{more}"
+        raise FileError(f"{out}: {why}; {redo_flag(other)}, or choose another folder (--out)")
+
+
+# %% ../../nbs/06_registration/14_many.ipynb #4410668d
+def changed_files(
+    rows: dict,  # {id: dict of FIELDS}
+    pairs: list,  # of Pair
+) -> dict:  # {id: names of the files}
+    "Files that are others than when their pairs were answered; one that is gone is none of them."
+    changed = {}
+    for pair in pairs:
+        row = rows.get(pair.id)
+        if is_answered(row):
+            stamped = zip((pair.fixed, pair.moving), STAMPS, pair.files)
+            other = [file for file, name, path in stamped if has_changed(row[name], path)]
+            if other:
+                changed[pair.id] = " and ".join(other)
+    return changed
 
 
 # %% ../../nbs/06_registration/14_many.ipynb #b153f519
@@ -303,14 +431,20 @@ def answer_all(
     *,
     batch: int = 1,  # pairs that are handed out together
     extra: tuple = (),  # names of the other columns of results.csv
-) -> None:
-    "Write the answers down as they come."
+) -> list:  # rows of pairs that could not be tried anew
+    "Write the answers down as they come; an earlier answer stays where its pair could not be tried anew."
+    lost = []
     with progress.bar:
         for answer in answers_as_they_come(pool, todo, batch):
-            write_down(out, answer, extra)
-            rows[answer.row["id"]] = answer.row
-            progress.add(answer.row)
+            id = answer.row["id"]
+            if answer.row["error"] and is_answered(rows.get(id)):
+                lost.append(answer.row)
+            else:
+                write_down(out, answer, extra)
+                rows[id] = answer.row
+            progress.add(rows[id])
             save()
+    return lost
 
 
 # %% ../../nbs/06_registration/14_many.ipynb #04a713d1
@@ -392,6 +526,7 @@ def open_folder(
     pictures: object | None,  # as in `register_many`
 ) -> dict:  # {id: dict of FIELDS}: what was done before
     "Make the folder ready, or find out that it may go on; FileError where it holds something else."
+    refuse_foreign_results(out / RESULTS)
     remove_unfinished(out, (SETTINGS, RESULTS, TRANSFORMS, MAPS))
     start_folder(out, settings, pairs)
     if pictures is not None:
@@ -414,13 +549,28 @@ def write_in_order(
         write_parquet(out / PARQUET, ordered, extra)
 
 
-# %% ../../nbs/06_registration/14_many.ipynb #2b8839c8
-def answered_already(
-    pairs: list,  # of Pair
-    rows: dict,  # {id: dict of FIELDS}
-) -> dict:  # {id: dict of FIELDS}
-    "The rows that stay: those of pairs that were answered, not of files that could not be read."
-    return {pair.id: rows[pair.id] for pair in pairs if pair.id in rows and not rows[pair.id]["error"]}
+# %% ../../nbs/06_registration/14_many.ipynb #db95f295
+def check_redo(
+    redo: Collection,  # ids
+    pairs: list,  # of Pair, the whole table
+) -> None:
+    "ValueError where a pair that shall be registered anew is not in the table."
+    unknown = sorted(set(redo) - {pair.id for pair in pairs})
+    if unknown:
+        raise ValueError(f"redo {', '.join(unknown[:5])}: no pair of the table has this id")
+
+
+# %% ../../nbs/06_registration/14_many.ipynb #605dd824
+def tell_lost(
+    out: Path,  # folder of a batch
+    lost: list,  # rows of pairs that could not be tried anew
+) -> None:
+    "FileError where an earlier answer had to stay."
+    if lost:
+        why = "; ".join(f"{row['id']}: {row['error']}" for row in lost[:5])
+        raise FileError(
+            f"{out}: {len(lost)} pairs could not be registered anew and keep their answers ({why})"
+        )
 
 
 # %% ../../nbs/06_registration/14_many.ipynb #c6fd638c
@@ -438,30 +588,34 @@ def register_many(
     shard: Shard | None = None,  # the part of the table that is done; None: all of it
     pictures: object | None = None,  # a `BatchPictures` of the room `report`; None: no report.html
     parquet: bool = False,  # also write results.parquet at the end; needs pyarrow
+    redo: Collection = (),  # ids of pairs that are registered anew, as after a file was corrected
 ) -> dict:  # number of pairs by verdict, and `unreadable`; together all pairs
     """Register every pair of a table.
 
     Writes `transforms.json` {id: 3x3 moving to fixed, or null; "verdicts": {id: how far to believe it}},
     `maps.jsonl` with the whole maps, and `results.csv`, whose rows end with the other columns of the table.
-    Started again with the same arguments it goes on
-    where it stopped; a kill loses the pairs that were under way. A pair that cannot be read or registered
-    has a row that says why and never stops the batch. Raises FileError (a ValueError), before any work, for
-    a faulty table and for a folder that holds the results of another batch or in which another process
-    registers; ValueError where no scheduler answers or the matcher cannot be sent to other processes.
-    SIGTERM and SIGHUP stop it as Ctrl-C does, with the transforms so far written.
+    Started again with the same arguments it goes on where it stopped; a kill loses the pairs that were under
+    way. A pair that cannot be read or registered has a row that says why and never stops the batch. The
+    answer of a pair of `redo` stays until the new one is written whole, and for good where the pair could not
+    be tried, which is a FileError at the end. Raises FileError (a ValueError), before any work, for a faulty
+    table and for a folder that holds the results of another batch or in which another process registers;
+    ValueError where no scheduler answers, the matcher cannot be sent to other processes, or an id of `redo`
+    is not in the table. SIGTERM and SIGHUP stop it as Ctrl-C does, with the transforms so far written.
     """
     pairs, config, out = pairs_of(table), config or RegistrationConfig(), Path(out)
     check_workers(workers, batch)
     if parquet:
         need_pyarrow()
     refuse_own_files(table, out)
+    check_redo(redo, pairs)
     if shard is not None:
         pairs, out = shard.part(pairs), shard.folder(out)
     matcher = working_matcher(matcher)
     with end_in_order(), only_run(out):
         rows = open_folder(out, settings_of(matcher, config), pairs, pictures)
-        refuse_other_files(out, rows, pairs)
-        done = answered_already(pairs, rows)
+        refuse_other_files(out, rows, pairs, redo)
+        done = answered_already(pairs, rows, redo)
+        lost = []
         todo = [pair for pair in pairs if pair.id not in done]
         throttle = Throttle(save_every)
 
@@ -474,10 +628,12 @@ def register_many(
                 with one_thread(), make_pool(job, min(workers, len(todo)), scheduler) as pool:
                     shown = Progress(done, len(pairs), progress)
                     extra = other_columns(pairs, rows.values())
-                    answer_all(pool, todo, out, rows, shown, lambda: throttle(save), batch=batch, extra=extra)
+                    due = partial(throttle, save)
+                    lost = answer_all(pool, todo, out, rows, shown, due, batch=batch, extra=extra)
         finally:
             save()
         write_in_order(out, pairs, rows, parquet)
+        tell_lost(out, lost)
         return count_pairs(rows, [pair.id for pair in pairs])
 
 
@@ -501,7 +657,8 @@ def shard_folders(
     settings = own_settings(folders[0])
     for folder in folders:
         if not same_settings(folder, settings):
-            raise FileError(f"{folder}: holds the results of other settings or weights than {folders[0]}")
+            differ = "; ".join(what_differs(folder, settings))
+            raise FileError(f"{folder}: was registered with other settings than {folders[0]} ({differ})")
     return folders
 
 

@@ -5,6 +5,7 @@
 # %% auto #0
 __all__ = [
     "MOST_KEPT",
+    "PART",
     "THREADS",
     "GIVEN_BACK",
     "JOBS",
@@ -13,6 +14,9 @@ __all__ = [
     "DIED",
     "memory_mb",
     "stamp_of",
+    "sample_of",
+    "stamp_text",
+    "has_changed",
     "LastFixed",
     "Job",
     "finished",
@@ -47,6 +51,7 @@ __all__ = [
 ]
 
 # %% ../../nbs/06_registration/13_workers.ipynb #b238d5d6
+import hashlib
 import multiprocessing
 import os
 import pickle
@@ -79,7 +84,7 @@ from ..io.lock import later
 from ..model.matcher import KeptMaps, keep_maps
 from .config import RegistrationConfig
 from .frames import with_file
-from .journal import Answer, error_row, map_line, result_row
+from .journal import STAMPS, Answer, error_row, map_line, result_row
 from .pair import Registration, Side, open_side, register, register_batch
 from .table import Pair
 
@@ -108,6 +113,48 @@ def stamp_of(
     except OSError:
         return None
     return path, about.st_mtime_ns, about.st_size
+
+
+# %% ../../nbs/06_registration/13_workers.ipynb #3221a5a4
+PART = 1 << 16  # bytes
+
+
+def sample_of(
+    path: Path,  # image file, or one image of it as `file.tif[2]`
+) -> str:
+    "A short hash of the beginning, the middle and the end of a file."
+    file = split_number(path)[0]
+    size = file.stat().st_size
+    digest = hashlib.sha256()
+    with open(file, "rb") as content:
+        for start in (0, size // 2, max(0, size - PART)):
+            content.seek(start)
+            digest.update(content.read(PART))
+    return digest.hexdigest()[:16]
+
+
+# %% ../../nbs/06_registration/13_workers.ipynb #68c5ed14
+def stamp_text(
+    path: Path,  # image file, or one image of it as `file.tif[2]`
+) -> str:  # size in bytes, date in nanoseconds, hash; empty where there is no file
+    "What a row says of one of its files."
+    stamp = stamp_of(path)
+    return "" if stamp is None else f"{stamp[2]} {stamp[1]} {sample_of(path)}"
+
+
+# %% ../../nbs/06_registration/13_workers.ipynb #8b595a5a
+def has_changed(
+    text: str,  # of `stamp_text`, when it was registered; empty: unknown
+    path: Path,
+) -> bool:
+    "Is it another file now? Not where nothing was known of it, or where it is gone."
+    now = stamp_of(path)
+    if not text or now is None:
+        return False
+    size, date, sample = text.split()
+    if size != str(now[2]):
+        return True
+    return date != str(now[1]) and sample != sample_of(path)
 
 
 # %% ../../nbs/06_registration/13_workers.ipynb #e81eb2d1
@@ -166,6 +213,7 @@ def finished(
     row = result_row(pair, result, seconds + time.perf_counter() - start, memory_mb())
     files = {"fixed": pair.fixed, "moving": pair.moving}
     row["reasons"] = "; ".join(with_file(reason, files) for reason in result.reasons)
+    row |= dict(zip(STAMPS, map(stamp_text, pair.files)))
     if job.pictures is not None:
         row["pictures"] = job.pictures.folder_of(pair)
     return Answer(row, map_line(pair, result), pictures)

@@ -242,6 +242,12 @@ class BatchPictures:
         folder = self.out / row["pictures"]
         return any(not row["pictures"] or not (folder / f"{name}.png").is_file() for name in drawn)
 
+    def left_behind(self, row: dict) -> list:
+        "Names of files in the pair's folder that would not be drawn again. Of a dict of FIELDS."
+        folder = self.out / row["pictures"]
+        there = [name for name in SAVED if row["pictures"] and (folder / f"{name}.png").is_file()]
+        return [name for name in there if name not in self.save]
+
     def refuse_foreign(self, out: Path) -> None:
         "FileError where report.html is there and is not one of ours."
         refuse_foreign_page(Path(out) / REPORT)
