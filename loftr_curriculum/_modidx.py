@@ -2958,6 +2958,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                          'loftr_curriculum/report/page.py'),
                                               'loftr_curriculum.report.page.kind_filters': ( '08_report/page.html#kind_filters',
                                                                                              'loftr_curriculum/report/page.py'),
+                                              'loftr_curriculum.report.page.meanings_as_html': ( '08_report/page.html#meanings_as_html',
+                                                                                                 'loftr_curriculum/report/page.py'),
                                               'loftr_curriculum.report.page.page_parts': ( '08_report/page.html#page_parts',
                                                                                            'loftr_curriculum/report/page.py')},
             'loftr_curriculum.report.plots': { 'loftr_curriculum.report.plots.Canvas': ( '08_report/plots.html#canvas',

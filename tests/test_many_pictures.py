@@ -14,13 +14,20 @@ import pytest
 from test_many import Sent, write_batch
 from test_registration import QUICK
 
-from loftr_curriculum.geometry import centre, similarity, warp_image
+from loftr_curriculum.geometry import Affine, centre, similarity, warp_image
 from loftr_curriculum.io.files import FileError
 from loftr_curriculum.io.images import read_image, write_image
-from loftr_curriculum.registration import register, register_many
+from loftr_curriculum.model.config import Matches
+from loftr_curriculum.registration import RegistrationConfig, register, register_many
+from loftr_curriculum.registration.frames import View, make_frame, unusable
 from loftr_curriculum.registration.journal import FIELDS, PICTURES, read_results
 from loftr_curriculum.registration.many import Shard, merge_shards
+from loftr_curriculum.registration.pair import other_eye
+from loftr_curriculum.registration.passes import PassRequest, finish_pass
+from loftr_curriculum.registration.registrar import MIRRORED
+from loftr_curriculum.registration.verdict import CLOSES, CRITERIA
 from loftr_curriculum.report.batch import BatchPictures, as_text, write_report
+from loftr_curriculum.report.page import REASON_MEANINGS
 from loftr_curriculum.retina.config import EyeConfig, seeds_of
 from loftr_curriculum.retina.world import make_world
 
@@ -108,6 +115,30 @@ def test_the_page_holds_all_pairs_and_asks_nobody(tmp_path):
     assert [row["id"] for row in rows] == ["<b>&</script>", "p0", "p1"]
     assert page_data(page, "p1")["aligned"] and page.count("<script") == page.count("</script>") == 4
     assert not re.search(r"https?:|src=|<b>", page) and "default-src 'none'" in page
+
+
+def reasons_of_a_pass():
+    "What a pass says that finds no map, and one that finds a mirrored one."
+    points = np.random.default_rng(0).uniform(0, 255, (200, 2))
+    plane = np.zeros((256, 256), np.float32)
+    view = View(plane, plane >= 0, None, Affine(np.eye(3)))
+    request = PassRequest(view, view, 5.0)
+    mirrored = Matches(points, points * (-1, 1) + (255, 0), np.ones(200))
+    passes = [finish_pass(request, m, plane >= 0, RegistrationConfig()) for m in (mirrored[:0], mirrored)]
+    return [reason for found in passes for reason in found.reasons]
+
+
+def test_every_reason_is_explained_on_the_page():
+    config, sides = RegistrationConfig(), {"fixed": {"laterality": "L"}, "moving": {"laterality": "R"}}
+    flat = [np.full(size, grey, np.uint8) for size, grey in (((20, 40), 90), ((99, 99), 0), ((99, 99), 90))]
+    reasons = [unusable(make_frame(image, None, 512), "fixed", config)[0] for image in flat]
+    reasons += [*reasons_of_a_pass(), MIRRORED, other_eye(sides)]
+    reasons += [s for c in (*CRITERIA, CLOSES) for s in (c.sentence, c.infinite, c.missing) if s]
+    explained = {reason: [words for words, _ in REASON_MEANINGS if words in reason] for reason in reasons}
+    assert [reason for reason, words in explained.items() if not words] == []
+    assert {words for found in explained.values() for words in found} == {
+        words for words, _ in REASON_MEANINGS
+    }
 
 
 def test_the_page_of_shards_leads_to_the_pairs_folders(tmp_path):

@@ -159,6 +159,7 @@ def finish_pass(
     wrong = check_transform(fixed_to_moving.matrix, fov0.shape, config.limits)
     if wrong:
         agree = f"{inliers} of {len(kept)} binned matches agree"
-        reason = f"{agree}, on a transform that is not plausible: {', '.join(wrong)}"
+        unlike = "not plausible between two images of one eye"
+        reason = f"{agree}, on a transform that is {unlike}: {', '.join(wrong)}"
         return Pass(m, kept, None, inliers, (reason,))
     return Pass(m, kept, fixed_to_moving, inliers, ())

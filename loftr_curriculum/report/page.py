@@ -8,11 +8,18 @@ __all__ = [
     "STYLE",
     "LISTING",
     "LOOKING",
+    "KIND_MEANINGS",
+    "WRONG_MATCHES",
+    "NO_VESSELS",
+    "FEW",
+    "ELSEWHERE",
+    "REASON_MEANINGS",
     "TITLE",
     "HEAD",
     "BODY",
     "doubt",
     "facts_of",
+    "meanings_as_html",
     "embedded",
     "kind_filters",
     "page_parts",
@@ -21,6 +28,7 @@ __all__ = [
 # %% ../../nbs/08_report/04_page.ipynb #56c4f793
 import json
 from collections.abc import Iterable
+from html import escape
 
 from ..registration.journal import OURS, kind_of
 
@@ -76,6 +84,8 @@ td.why { max-width: 32em; color: #555; }
 .look { all: unset; cursor: zoom-in; display: flex; gap: 4px; }
 .look img { height: 96px; max-width: 144px; object-fit: contain; background: #000; }
 nav { padding: 10px 16px; }
+details { padding: 4px 16px; }
+summary { cursor: pointer; }
 dialog { border: 1px solid #999; border-radius: 6px; padding: 12px 16px; width: min(94vw, 900px); }
 dialog::backdrop { background: rgba(0, 0, 0, .55); }
 .stage { position: relative; height: 62vh; background: #000; display: flex; gap: 4px; }
@@ -259,6 +269,80 @@ document.addEventListener("keydown", event => {
 choose();
 """
 
+# %% ../../nbs/08_report/04_page.ipynb #da263189
+KIND_MEANINGS = (  # verdict, what it says and what to do
+    ("ok", "the vessels of the aligned images agree, and so do the matches: use it, look at samples"),
+    ("doubtful", "there is an answer, and at least one reason against it: look at the pair"),
+    ("failed", "there is no answer that deserves the name: use nothing, look at both images"),
+    (
+        "unreadable",
+        "the pair could not be tried: mend what the reason names, the same command tries it again",
+    ),
+    (
+        "binned matches",
+        "the best few matches of every part of the fixed image, so that no rich corner decides",
+    ),
+    ("px at 512 px", "pixels of an image whose long side is 512 px"),
+)
+
+# %% ../../nbs/08_report/04_page.ipynb #0c6a0c18
+WRONG_MATCHES = "the matches are wrong, or these are not two images of one eye"
+NO_VESSELS = (
+    "the network found nothing that both images show: a wrong file, or an image without visible vessels"
+)
+FEW = "few points were found: low contrast, or a small overlap"
+ELSEWHERE = "a second look, begun elsewhere, came to another answer: one of the two is wrong"
+REASON_MEANINGS = (  # words of a reason, what they mean
+    ("no transform could be found among", NO_VESSELS),
+    (
+        "on a transform that is not plausible",
+        "the map that fits would mirror the image, make it much larger or smaller, stretch it along one axis "
+        f"or tilt it strongly; two images of one eye do not differ so: {WRONG_MATCHES}",
+    ),
+    ("chance alone can do that", f"no more points fit one map than by chance: {NO_VESSELS}"),
+    ("the images would share only", "under this map hardly anything is seen by both images"),
+    (
+        "links every point with the same place",
+        "the network did not look at the images; believe nothing of it",
+    ),
+    ("two passes differ by", ELSEWHERE),
+    ("the second pass found no transform", "a second look could not confirm the answer"),
+    ("there was no second pass", "nothing confirms the answer: a setting has switched second looks off"),
+    ("another start leads to an answer", ELSEWHERE),
+    ("probably two different eyes", "the vessels of the aligned images do not lie on each other"),
+    (
+        "by its vessels the answer is right",
+        "the vessels agree in part; the map may be off by more than 10 px",
+    ),
+    ("one side of the overlap disagrees", "the map fits one half of the vessels only"),
+    ("the overlap is too small to be sure", "too few places show vessels in both images to compare them"),
+    ("binned matches agree, at least", FEW),
+    ("of the binned matches in the overlap agree", "many points were linked wrongly"),
+    ("agreeing matches lie in", "one part of the image is held by no match; the map may be off there"),
+    ("seems to be mirrored", "flipped, it fits: look whether the file was exported mirrored"),
+    ("the files say that", "both files name the eye, and not the same one: look whether they were mixed up"),
+    (
+        "is too small or too narrow",
+        "there are too few pixels to see vessels; take the image in its full size",
+    ),
+    ("is black", "nothing can be seen in it: look at the file"),
+    ("has no structure", "all its pixels are alike: look at the file"),
+    ("going round the three images", "of a triplet: one of its three answers is wrong"),
+    ("no place is seen by all three images", "of a triplet: one of its three answers is wrong"),
+)
+
+
+# %% ../../nbs/08_report/04_page.ipynb #65986b73
+def meanings_as_html() -> str:
+    "The words of the page and what they mean, folded away."
+    lines = [
+        f"<tr><td>{escape(words)}</td><td>{escape(meaning)}</td></tr>"
+        for words, meaning in (*KIND_MEANINGS, *REASON_MEANINGS)
+    ]
+    told = "\n".join(lines)
+    return f"<details>\n<summary>what the words mean</summary>\n<table>\n{told}\n</table>\n</details>\n"
+
+
 # %% ../../nbs/08_report/04_page.ipynb #a843c1c1
 TITLE = "<title>Registered pairs</title>"
 HEAD = """<!doctype html>
@@ -341,6 +425,7 @@ def page_parts(
 ) -> Iterable:  # of str
     "The page piece by piece, since pictures may fill a hundred megabytes."
     yield HEAD.format(style=STYLE, title=f"{len(rows)} registered pairs", kinds=kind_filters(rows))
+    yield meanings_as_html()
     yield BODY
     facts = [facts_of(row) | {"number": number} for number, row in enumerate(rows)]
     yield embedded("rows", json.dumps(facts))
