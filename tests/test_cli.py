@@ -365,7 +365,8 @@ def test_the_verdict_is_the_exit_code(pair, sees, tmp_path, capsys):
     assert f"because {evidence['inliers']} binned matches agree, at least 100000 are expected" in said
     write_image(tmp_path / "black.png", np.zeros((200, 200), np.uint8))
     assert run("register", fixed, tmp_path / "black.png", "--out", tmp_path / "f") == 4
-    assert "failed: no transform\n  because the moving image is black" in capsys.readouterr().out
+    black = f"the moving image {tmp_path / 'black.png'} is black"
+    assert f"failed: no transform\n  because {black}" in capsys.readouterr().out
     assert read_json(tmp_path / "f/transform.json")["moving_to_fixed"] is None
     assert run("warp", moving, tmp_path / "f/transform.json", "--out", tmp_path / "w.png") == 2
     assert "the registration failed" in capsys.readouterr().err
