@@ -8,6 +8,9 @@ SHELL := /usr/bin/env bash
 VENV    ?= .venv
 DEMO    ?= demo_out
 BIN     := $(VENV)/bin
+# The package and what it needs to run: enough for `make demo`
+PACKAGE := $(VENV)/.package-done
+# The same with the tools of notebooks, tests and layout
 STAMP   := $(VENV)/.setup-done
 # JupyterLab, Playwright and Voila, which only tests/test_browser.py and tests/test_review.py need
 BROWSER := $(VENV)/.browser-done
@@ -28,7 +31,8 @@ help: ## print this list
 
 setup: $(STAMP) ## make .venv with the versions of constraints.txt (nothing to do the second time)
 
-$(STAMP): settings.ini setup.py pyproject.toml constraints.txt
+# $(1): what is installed, into a new environment where $(VENV) has none
+define install
 	@python=; \
 	for candidate in $(PYTHONS); do \
 	  if "$$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then python=$$candidate; break; fi; \
@@ -40,8 +44,16 @@ $(STAMP): settings.ini setup.py pyproject.toml constraints.txt
 	  echo "make setup: new environment $(VENV) with $$("$$python" --version)"; \
 	  "$$python" -m venv --clear "$(VENV)"; \
 	fi
-	"$(BIN)/python" -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	"$(BIN)/python" -m pip install --disable-pip-version-check -c constraints.txt -e '$(1)'
 	@touch "$@"
+endef
+
+$(PACKAGE): settings.ini setup.py pyproject.toml constraints.txt
+	$(call install,.)
+
+$(STAMP): settings.ini setup.py pyproject.toml constraints.txt
+	$(call install,.[dev])
+	@touch "$(PACKAGE)"
 
 $(BROWSER): $(STAMP)
 	"$(BIN)/python" -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev,browser,review]'
@@ -54,7 +66,7 @@ $(SITE): $(STAMP)
 # Flags of the demonstration, such as DEMO_FLAGS=--quick (no training) or DEMO_FLAGS='--epochs 16'
 DEMO_FLAGS ?=
 
-demo: setup ## register a pair and show it, then train in less than 5 minutes; DEMO_FLAGS=--quick trains nothing
+demo: $(PACKAGE) ## register a pair and show it, then train in less than 5 minutes; DEMO_FLAGS=--quick trains nothing
 	$(BIN)/loftr-curriculum demo --out $(DEMO) $(DEMO_FLAGS)
 
 train-weights: setup ## train what configs/weights.yaml and weights-2.yaml to -8.yaml say (hours; stop and go on at will), then put it into the package

@@ -7,6 +7,7 @@ import configparser
 import json
 import re
 import runpy
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -459,3 +460,14 @@ def test_readme_shows_make_targets_that_exist():
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     named = set(re.findall(r"^make ([a-z-]+)", (ROOT / "README.md").read_text(), re.MULTILINE))
     assert named and named <= targets
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+@pytest.mark.parametrize(("target", "installs_tools"), [("demo", False), ("setup", True), ("pytest", True)])
+def test_a_demonstration_installs_the_package_and_tests_install_their_tools(target, installs_tools, tmp_path):
+    "What make would do in a folder without an environment."
+    planned = subprocess.run(
+        ["make", "--dry-run", target, f"VENV={tmp_path}/venv"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert planned.returncode == 0, planned.stderr
+    assert re.findall(r"-e '(.*?)'", planned.stdout) == [".[dev]" if installs_tools else "."]
