@@ -466,7 +466,7 @@ def _what_to_try(folder: Path, names: list[str]) -> list[str]:
 
     name, ease = easiest(folder, names)
     first = f"{folder / 'images' / name}"
-    which = "one that is easy" if ease >= EASY else "the easiest, though none is known to be easy"
+    which = "an easy pair" if ease >= EASY else "the clearest pair (all of them may be hard)"
     one = _command_line("register", f"{first}_fixed.png", f"{first}_moving.png", "--out", f"{folder}_one")
     many = _command_line("register-many", f"{folder / 'pairs.csv'}", "--out", f"{folder}_batch")
     score = _command_line("evaluate", "--set", f"{folder}", "--pred", f"{folder}_batch")

@@ -904,7 +904,7 @@ def first_pair_of(folder, seed, capsys):
 def test_the_pair_that_a_practice_set_proposes_ends_ok(tmp_path, capsys):
     # the pair of this set that turns and scales least ends doubtful: its vessels hardly show
     status, said = first_pair_of(tmp_path / "eyes", 36, capsys)
-    assert status == 0 and said == "register one that is easy"
+    assert status == 0 and said == "register an easy pair"
 
 
 @pytest.mark.slow
