@@ -135,6 +135,33 @@ def test_help_names_every_file_of_an_answer():
     assert [path.name for path in outputs_of("registered") if path.name not in out] == []
 
 
+def first_cells(page):
+    "What stands between backticks in the first column of the tables of a guide."
+    text = (ROOT / "docs" / "guides" / page).read_text(encoding="utf-8")
+    return re.findall(r"`([^`]+)`", " ".join(re.findall(r"^\| (.*?) \|", text, re.MULTILINE)))
+
+
+def test_every_column_of_the_tables_is_explained():
+    from loftr_curriculum.io.exports import MATCH_COLUMNS
+    from loftr_curriculum.registration.journal import FIELDS, MATRIX
+
+    assert set(FIELDS) - set(MATRIX) <= set(first_cells("archive.md"))
+    assert {MATRIX[0], MATRIX[-1]} <= set(first_cells("archive.md"))
+    assert set(MATCH_COLUMNS) <= set(first_cells("register.md"))
+
+
+def test_every_reason_of_a_verdict_is_explained():
+    from loftr_curriculum.registration.registrar import MIRRORED
+    from loftr_curriculum.registration.verdict import CLOSES, CRITERIA
+
+    page = (ROOT / "docs" / "guides" / "verdict.md").read_text(encoding="utf-8")
+    said = [MIRRORED.partition(";")[0]]
+    for criterion in (*CRITERIA, CLOSES):
+        said += [criterion.sentence, criterion.infinite, criterion.missing]
+    parts = {part.strip(" %,") for sentence in said for part in re.split(r"\{.*?\}", sentence)}
+    assert sorted(part for part in parts if part not in page) == []
+
+
 def commands_in_guides():
     for page in PAGES:
         for block in re.findall(r"```(?:sh|bash)\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL):
