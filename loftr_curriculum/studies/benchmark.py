@@ -99,13 +99,13 @@ from ..evaluation.metrics import at_512, auc, mauc25
 from ..geometry import NEAR, Motion, decompose, overlap
 from ..io.files import FileError, atomic_path, read_json, write_json
 from ..io.images import read_image
-from ..model.weights import PACKAGED
+from ..model.weights import PACKAGED, load_matcher
 from ..registration.workers import leave_with_parent
 from ..report.plots import new_figure, save_figure
 from ..retina.config import GENERATOR_VERSION, MODES, EyeConfig, seeds_of
 from ..retina.world import WorldBank
 from .bending import bent_pair, residual_of
-from .card import sha256_of
+from .card import sha256_of, totals
 from .speed import resident_mb
 from .study import markdown_table, resample, this_machine
 
@@ -587,13 +587,16 @@ def score_benchmark(
 def trainings_of(
     systems: tuple,  # names, or name:argument
 ) -> dict:  # name -> pairs and minutes
-    "What the trained systems have seen."
+    "What the trained systems have seen, the shipped weights among them."
     found = {}
     for system in systems:
         name, _, argument = system.partition(":")
         if SYSTEMS[name].takes == "file of a training":
             told = summary(argument)
             found[name_of(system, systems)] = {key: told[key] for key in ("pairs", "minutes", "budget")}
+        elif system == "ours" and PACKAGED.is_file():
+            told = totals(load_matcher().facts)
+            found["ours"] = {"pairs": told["pairs"], "minutes": round(told["seconds"] / 60, 1)}
     return found
 
 
@@ -634,13 +637,14 @@ def run_benchmark(
 
 
 # %% ../../nbs/11_studies/16_benchmark.ipynb #2f645d4d
-COLUMNS = ("pairs", "no answer", "median px", "AUC@5", "AUC@10", "AUC@20", "mAUC25", "s", "MB")
+COLUMNS = ("pairs", "no answer", "median px", "AUC@5", "AUC@10", "AUC@20", "mAUC25", "s", "MB", "trained")
 
 
 # %% ../../nbs/11_studies/16_benchmark.ipynb #bd83a2e4
 def words_of(
     name: str,  # of a system
     found: dict,  # its figures on a set
+    trained: dict | None,  # of `trainings_of`; None: it learns nothing here
 ) -> list[str]:  # one for the name and for each of COLUMNS
     "A system's row of the table."
     low, high = found["AUC@10 interval"]
@@ -648,16 +652,18 @@ def words_of(
     words = [name, f"{found['pairs']}", f"{found['no_answer']}", median]
     words += [f"{found['AUC@5']:.3f}", f"{found['AUC@10']:.3f} ({low:.2f} to {high:.2f})"]
     words += [f"{found['AUC@20']:.3f}", f"{found['mauc25']:.3f}"]
-    return [*words, f"{found['seconds']:.2f}", f"{found['memory_mb']:.0f}"]
+    seen = f"{trained['pairs']:,} pairs, {trained['minutes']:.0f} min" if trained else "-"
+    return [*words, f"{found['seconds']:.2f}", f"{found['memory_mb']:.0f}", seen]
 
 
 # %% ../../nbs/11_studies/16_benchmark.ipynb #f4553c62
 def table_rows(
     scores: dict,  # system -> figures, of one set
+    trained: dict,  # of `trainings_of`
 ) -> list:  # rows of words
     "The figures of a set, the best system first."
     best_first = sorted(scores.items(), key=lambda item: -item[1]["mauc25"])
-    return [words_of(name, found) for name, found in best_first]
+    return [words_of(name, found, trained.get(name)) for name, found in best_first]
 
 
 # %% ../../nbs/11_studies/16_benchmark.ipynb #e1295a7d
@@ -686,7 +692,7 @@ def tables_of(
             head = ("system", "called ok", "threshold")
             tables.append(("strangers", head, stranger_rows(scores)))
         elif scores:
-            tables.append((name, ("system", *COLUMNS), table_rows(scores)))
+            tables.append((name, ("system", *COLUMNS), table_rows(scores, found["trained"])))
     return tables
 
 
