@@ -11,8 +11,12 @@ __all__ = [
     "asked_pairs",
     "pair_errors",
     "measure_refinement",
+    "medians_of",
+    "sets_of",
+    "is_best",
     "row_of",
     "in_words",
+    "finding",
 ]
 
 # %% ../../nbs/11_studies/20_refinement.ipynb #a24fce23
@@ -129,13 +133,38 @@ def measure_refinement(
     return found
 
 
+# %% ../../nbs/11_studies/20_refinement.ipynb #4151008b
+def medians_of(
+    rows: list,  # pairs of a set
+) -> dict:  # model -> px at 512
+    "Median error of every model."
+    return {name: float(np.median([row[name] for row in rows])) for name in MODELS}
+
+
+# %% ../../nbs/11_studies/20_refinement.ipynb #c34f09bc
+def sets_of(
+    found: dict,  # from `measure_refinement`
+) -> dict:  # name -> its rows
+    "The rows of every set, in the order in which they were measured."
+    names = dict.fromkeys(row["set"] for row in found["rows"])
+    return {name: [row for row in found["rows"] if row["set"] == name] for name in names}
+
+
+# %% ../../nbs/11_studies/20_refinement.ipynb #c3374a87
+def is_best(
+    medians: dict,  # of `medians_of`
+) -> bool:
+    "Does FractMorph leave less than every other map?"
+    return medians["fractmorph"] < min(medians[name] for name in MODELS if name != "fractmorph")
+
+
 # %% ../../nbs/11_studies/20_refinement.ipynb #b903719d
 def row_of(
     name: str,  # largest residual in px, or a folder
     rows: list,  # its pairs
 ) -> tuple:  # of words
     "A row of the table."
-    medians = {name: f"{np.median([row[name] for row in rows]):.2f}" for name in MODELS}
+    medians = {name: f"{median:.2f}" for name, median in medians_of(rows).items()}
     kept = f"{sum(row['kept'] for row in rows)} of {len(rows)}"
     told = (medians["affine"], medians["fractmorph"], kept, medians["quadratic"], medians["flow"])
     return name, f"{len(rows)}", *told
@@ -147,6 +176,20 @@ def in_words(
 ) -> str:
     "Median errors by strength of the residual, and of every folder."
     head = ("residual up to, px, or folder", "pairs", "affine", "fractmorph", "kept", "quadratic", "flow")
-    names = dict.fromkeys(row["set"] for row in found["rows"])
-    table = [row_of(name, [row for row in found["rows"] if row["set"] == name]) for name in names]
+    table = [row_of(name, rows) for name, rows in sets_of(found).items()]
     return markdown_table(head, table)
+
+
+# %% ../../nbs/11_studies/20_refinement.ipynb #9de918c7
+def finding(
+    found: dict,  # from `measure_refinement`
+) -> str:
+    "Where FractMorph was kept, what it did there, and whether its weights earn their place."
+    kept = [row for row in found["rows"] if row["kept"]]
+    told = f"FractMorph was kept in {len(kept)} of {len(found['rows'])} pairs"
+    if kept:
+        medians = medians_of(kept)
+        told += "; there the median is " + ", ".join(f"{medians[name]:.2f} px of {name}" for name in MODELS)
+    best = [name for name, rows in sets_of(found).items() if is_best(medians_of(rows))]
+    earned = f"it is the best map of {', '.join(best)}" if best else "it is the best map of no set"
+    return f"{told}; {earned}."
