@@ -150,6 +150,12 @@ def test_every_column_of_the_tables_is_explained():
     assert set(MATCH_COLUMNS) <= set(first_cells("register.md"))
 
 
+def test_every_preset_of_the_curriculum_is_explained():
+    from loftr_curriculum.training.config import CURRICULA
+
+    assert set(CURRICULA) <= set(first_cells("train.md"))
+
+
 def test_every_reason_of_a_verdict_is_explained():
     from loftr_curriculum.registration.registrar import MIRRORED
     from loftr_curriculum.registration.verdict import CLOSES, CRITERIA
