@@ -150,6 +150,19 @@ def test_every_column_of_the_tables_is_explained():
     assert set(MATCH_COLUMNS) <= set(first_cells("register.md"))
 
 
+def test_every_column_of_a_run_is_explained():
+    "Those of the two tables, and those that `diagnose` adds: before them, one a kind of probe, and `guided`."
+    from loftr_curriculum.evaluation.recording import TABLE, Recording, table
+    from loftr_curriculum.training.callbacks import COLUMNS
+
+    known = set(first_cells("train.md"))
+    assert {name for name, _, _ in (*COLUMNS, *TABLE)} <= known
+    recording = Recording(ROOT / "nbs/experiments/sick_run")  # its kinds have names of their own
+    printed = table(recording).splitlines()[0].split()
+    assert set(printed) - {*recording.kinds} <= known
+    assert {"generated", "held-out", "pseudo-real", "real"} <= known
+
+
 def test_every_preset_of_the_curriculum_is_explained():
     from loftr_curriculum.training.config import CURRICULA
 
