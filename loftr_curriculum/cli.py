@@ -520,6 +520,11 @@ def _synth(args: Namespace) -> int:
 def _add_train(parser: ArgumentParser) -> None:
     from .training.config import TrainConfig
 
+    parser.add_argument(
+        "--dry_run",
+        action="store_true",
+        help="check all files, say who is held out and what the run would take; write nothing",
+    )
     add_settings(parser, TrainConfig)
 
 
@@ -531,7 +536,7 @@ def _hush() -> None:
 
 
 # %% ../nbs/12_cli/00_cli.ipynb #7fe3a815
-def _what_next(run: "Run") -> list[str]:
+def _what_next(run: "Run", init: str | None) -> list[str]:
     "Where the weights are and what can be done with them, a line each."
     diagnose = _command_line("diagnose", str(run.out))
     use = _command_line("register", "FIXED", "MOVING", "--out", "DIR", "--weights", str(run.weights))
@@ -540,9 +545,9 @@ def _what_next(run: "Run") -> list[str]:
         said.append(f"nothing left to do: {run.out} has all its epochs; a larger --epochs goes on")
     said.append(f"weights: {run.weights}; logs: {run.out / 'logs'}; did the matches collapse: {diagnose}")
     if run.val.get("val/sr@10") == 0:
+        other = "with larger views (--data.size)" if init else "from the packaged weights (--init shipped)"
         said.append(
-            "nothing matches yet: no validation pair is registered to 10 px; train longer, "
-            "or start from the packaged weights (--init shipped)"
+            f"nothing matches yet: no validation pair is registered to 10 px; train longer, or {other}"
         )
     return [*said, f"use them: {use}"]
 
@@ -553,14 +558,17 @@ def _train(args: Namespace) -> int:
 
     # a bad setting is told before the slow imports
     config = settings(TrainConfig, args)
-    from .training.estimate import Announce
+    from .training.estimate import Announce, plan_of
     from .training.run import train
 
     _hush()
+    if args.dry_run:
+        print(*plan_of(config), sep="\n")
+        return 0
     run = train(config, progress=sys.stdout.isatty(), callbacks=[Announce(config)])
     if os.environ.get("LOCAL_RANK", "0") != "0":  # one process of several: the first speaks for all
         return 0
-    print(*_what_next(run), sep="\n")
+    print(*_what_next(run, config.init), sep="\n")
     return 0
 
 

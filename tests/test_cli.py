@@ -691,6 +691,46 @@ def test_synth_refuses_a_folder_of_somebody_else(tmp_path, complains):
     assert [p.name for p in tmp_path.iterdir()] == ["600_N"]
 
 
+def test_a_dry_run_of_training_checks_the_files_and_writes_nothing(triplets, tmp_path, capsys, complains):
+    out = tmp_path / "run"
+    words = ("train", "--dry-run", "--data.triplets", triplets, "--out", out, *TINY)
+    assert run(*words) == 0
+    said = capsys.readouterr().out
+    assert "triplets: 3 cases, all files are fine; 2 patients train, 1 are held out for validation\n" in said
+    assert "\nexpected on this machine: about " in said and not out.exists()
+    flat = tmp_path / "flat"
+    for path in triplets.glob("*/*.png"):
+        write_image(flat / path.name, read_image(path))
+    said = complains("train", "--data.triplets", flat, "--out", out, *TINY)
+    assert (
+        "expected one sub-folder per case, <case>/<case>_<modality>.png, found none; its 12 files look "
+        in said
+    )
+    assert "look like 3 cases: put those of each case into a folder of its name" in said
+    (tmp_path / "empty").mkdir()
+    said = complains("train", "--data.triplets", tmp_path / "empty", "--out", out, *TINY)
+    assert "found none" in said and "look like" not in said
+
+
+def test_one_name_for_all_patients_is_told(triplets, tmp_path, caplog):
+    words = ("train", "--dry-run", "--data.triplets", triplets, "--out", tmp_path / "run", *TINY)
+    assert run(*words, "--data.patient_pattern", "^(0)") == 0
+    assert "triplets: all 3 cases are of one patient, '0', by data.patient_pattern '^(0)'" in caplog.text
+    caplog.clear()
+    assert run(*words) == 0
+    assert "one patient" not in caplog.text
+
+
+@pytest.mark.parametrize("init", (None, "shipped"))
+def test_advice_names_no_weights_that_were_used(init, tmp_path):
+    from loftr_curriculum.cli import _what_next
+    from loftr_curriculum.training.run import Run
+
+    lost = Run(tmp_path, tmp_path / "weights.safetensors", {}, None, {"val/sr@10": 0.0}, True)
+    (said,) = [line for line in _what_next(lost, init) if line.startswith("nothing matches yet")]
+    assert ("--init shipped" in said) == (init is None)
+
+
 def test_training_mixes_triplets_and_generated_eyes(triplets, tmp_path, capsys, monkeypatch):
     "End to end; which share each of them gets is told in test_data."
     from loftr_curriculum.data.pairs import GeneratedSource
@@ -783,7 +823,7 @@ def test_train_on_triplets_then_read_the_weights(triplets, tmp_path, capsys, com
     card = json.loads(capsys.readouterr().out)
     assert card["config"] == json.loads(json.dumps(asdict(MatcherConfig(dims=(8, 16, 32), layers=1))))
     assert card["facts"]["config"]["data"]["triplets"] == str(triplets) and card["facts"]["epochs"] == 2
-    assert "another configuration (lr)" in complains(*words, "--lr", "0.5")
+    assert "and is 0.5); choose another folder" in complains(*words, "--lr", "0.5")
     assert "2 epochs already; --epochs can only grow" in complains(*words, "--epochs", "1")
     assert run(*words) == 0
     assert capsys.readouterr().out.startswith("nothing left to do")

@@ -17,6 +17,8 @@ __all__ = [
     "view_settings",
     "generated_source",
     "file_sources",
+    "patients_of",
+    "hold_out",
     "split_sources",
     "leave_soon",
     "set_up_worker",
@@ -26,6 +28,7 @@ __all__ = [
 # %% ../../nbs/04_data/06_module.ipynb #d6a31570
 import hashlib
 import json
+import logging
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -43,7 +46,7 @@ from ..retina.jobs import keep_memory
 from ..retina.modality import PLANES, planes_for
 from ..retina.world import WorldBank
 from .batch import PairBatch, collate_pairs
-from .config import DataConfig, held_out, shares_of
+from .config import DataConfig, held_out, patient_of, shares_of
 from .device import DeviceViews, RecipeBatch, collate_recipes
 from .landmarks import PairTableSource
 from .pairs import GeneratedSource, PairSample, PairSource
@@ -303,6 +306,36 @@ def file_sources(
     return out
 
 
+# %% ../../nbs/04_data/06_module.ipynb #dedb54db
+def patients_of(
+    sources: list,  # of (PairSource, share)
+    pattern: str,  # see `patient_of`
+) -> set:  # names
+    "The patients whose images a list of sources holds; generated eyes are none."
+    files = [source for source, _ in sources if not isinstance(source, GeneratedSource)]
+    return {patient_of(case, pattern) for source in files for case in source.cases}
+
+
+def hold_out(
+    what: str,  # triplets or pairs
+    source: PairSource,  # that reads files
+    config: DataConfig,  # patient_pattern and val_share
+) -> set:  # names of cases
+    "The cases of the held-out patients; a warning where all cases are of one patient."
+    cases = set(source.cases)
+    patients = {patient_of(case, config.patient_pattern) for case in cases}
+    if len(cases) > 1 and len(patients) == 1 and config.val_share > 0:
+        logging.getLogger(__name__).warning(
+            "%s: all %d cases are of one patient, %r, by data.patient_pattern %r; nobody is held out, "
+            "validation is on generated eyes",
+            what,
+            len(cases),
+            patients.pop(),
+            config.patient_pattern,
+        )
+    return held_out(cases, config.val_share, config.patient_pattern)
+
+
 # %% ../../nbs/04_data/06_module.ipynb #e14af3c8
 def split_sources(
     config: DataConfig,  # sources, shares and held-out patients
@@ -313,7 +346,7 @@ def split_sources(
     for name, source in file_sources(config).items():
         if shares[name] <= 0:
             continue
-        out = held_out(source.cases, config.val_share, config.patient_pattern)
+        out = hold_out(name, source, config)
         train.append((source.subset(set(source.cases) - out), shares[name]))
         if out:
             val.append((source.subset(out), shares[name]))
@@ -373,6 +406,7 @@ class PairDataModule(L.LightningDataModule):
         super().__init__()
         self.config = config
         self.train_pairs = self.val_pairs = self.views = None
+        self.patients = {"train": set(), "validation": set()}  # whose images are read from files
 
     def prepare_data(self) -> None:
         "Render what is missing in the cache, once per machine."
@@ -386,6 +420,10 @@ class PairDataModule(L.LightningDataModule):
             train, val = split_sources(self.config)
             self.train_pairs = TrainPairs(train, self.config)
             self.val_pairs = ValPairs(val, self.config)
+            self.patients = {
+                "train": patients_of(train, self.config.patient_pattern),
+                "validation": patients_of(val, self.config.patient_pattern),
+            }
 
     def _loader(self, dataset, sampler=None, collate=collate_pairs, kind=DataLoader):
         workers = self.config.workers

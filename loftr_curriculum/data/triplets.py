@@ -17,6 +17,7 @@ __all__ = [
     "shape_or_fault",
     "decode_all",
     "remedy_for",
+    "without_folders",
     "find_items",
     "raise_faults",
     "load_plane",
@@ -32,6 +33,7 @@ __all__ = [
 # %% ../../nbs/04_data/04_triplets.ipynb #97ed908e
 import logging
 import os
+import re
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -246,6 +248,21 @@ def remedy_for(
     return f"{', or '.join(ways)}; {others} fine"
 
 
+# %% ../../nbs/04_data/04_triplets.ipynb #10c69496
+def without_folders(
+    folder: Path,  # that holds no folder of a case
+) -> str:
+    "What was expected there, and what the files look like, where they look like cases."
+    expected = "expected one sub-folder per case, <case>/<case>_<modality>.png, found none"
+    name = re.compile(f"(.+)_({'|'.join((*MODALITIES, *MASKS))})")
+    names = list(filter(None, (name.fullmatch(path.stem) for path in folder.iterdir())))
+    cases = {found[1] for found in names}
+    if not cases:
+        return expected
+    put = "put those of each case into a folder of its name"
+    return f"{expected}; its {len(names)} files look like {len(cases)} cases: {put}"
+
+
 # %% ../../nbs/04_data/04_triplets.ipynb #cc2d1166
 def find_items(
     folder: str | Path,  # folder with one sub-folder per case
@@ -260,7 +277,7 @@ def find_items(
         raise FileError(f"{folder}: no such folder, expected one with a sub-folder per case")
     cases = sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
     if not cases:
-        raise FileError(f"{folder}: expected one sub-folder per case, found none")
+        raise FileError(f"{folder}: {without_folders(folder)}")
     faults = []
     items = [item for case in cases for item in _items_of(case, modes, faults)]
     files = [file for item in items for file in (item.fixed, item.moving, item.mask) if file]

@@ -669,7 +669,7 @@ def not_learned(
     return (
         f"{much} learned yet: {means[-1]:.0%} of the matches are right without guidance "
         f"(learned is {LEARNED:.0%} or more); "
-        "train longer, or start from the packaged weights (--init shipped). "
+        "train longer, or with larger views; the packaged weights are a start (--init shipped). "
     )
 
 

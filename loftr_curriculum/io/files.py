@@ -13,6 +13,7 @@ __all__ = [
     "read_json",
     "split_number",
     "same_file",
+    "other_values",
     "refuse_to_overwrite",
     "how_to_install",
 ]
@@ -167,6 +168,23 @@ def same_file(
     if one.exists() and other.exists():
         return one.samefile(other)
     return one.resolve() == other.resolve()
+
+
+# %% ../../nbs/02_io/00_files.ipynb #d75d01c3
+def other_values(
+    before: dict,  # of a configuration, as JSON gives it back
+    now: dict,  # of another one
+    prefix: str = "",  # of the names
+) -> list:  # a text for every setting that differs
+    "What differs between two configurations, nested ones included."
+    told = []
+    for name in {**before, **now}:
+        old, new = before.get(name), now.get(name)
+        if isinstance(old, dict) and isinstance(new, dict):
+            told += other_values(old, new, f"{prefix}{name}.")
+        elif old != new:
+            told.append(f"{prefix}{name} was {json.dumps(old)} and is {json.dumps(new)}")
+    return told
 
 
 # %% ../../nbs/02_io/00_files.ipynb #ad4740f0

@@ -13,7 +13,6 @@ __all__ = [
     "images_of",
     "same_settings",
     "refuse_foreign",
-    "other_values",
     "what_differs",
     "refuse_other_settings",
     "start_folder",
@@ -62,7 +61,14 @@ from pathlib import Path
 from tqdm.auto import tqdm
 
 from ..io.deprecated import deprecated_names
-from ..io.files import FileError, atomic_path, read_json, refuse_to_overwrite, write_json
+from ..io.files import (
+    FileError,
+    atomic_path,
+    other_values,
+    read_json,
+    refuse_to_overwrite,
+    write_json,
+)
 from ..io.lock import end_in_order, only_run, remove_unfinished
 from .config import RegistrationConfig
 from .journal import (
@@ -163,23 +169,6 @@ def refuse_foreign(
     foreign = [name for name in (TRANSFORMS, MAPS, PICTURES, PARQUET) if (out / name).exists()]
     if foreign:
         raise FileError(f"{out}: holds {', '.join(foreign)} without {RESULTS}, of something else; {ANEW}")
-
-
-# %% ../../nbs/06_registration/14_many.ipynb #da04ccee
-def other_values(
-    before: dict,  # of a configuration, as JSON gives it back
-    now: dict,  # of another one
-    prefix: str = "",  # of the names
-) -> list:  # a text for every setting that differs
-    "What differs between two configurations, nested ones included."
-    told = []
-    for name in {**before, **now}:
-        old, new = before.get(name), now.get(name)
-        if isinstance(old, dict) and isinstance(new, dict):
-            told += other_values(old, new, f"{prefix}{name}.")
-        elif old != new:
-            told.append(f"{prefix}{name} was {json.dumps(old)} and is {json.dumps(new)}")
-    return told
 
 
 # %% ../../nbs/06_registration/14_many.ipynb #36132784

@@ -419,9 +419,11 @@ def _course(config, facts):
 def _views(data):
     "What a run was shown."
     motion = data["motion"]
-    sizes = f"{data['start_size']} to {data['size']} px" if data.get("start_size") else f"{data['size']} px"
+    grows = data.get("start_size") and data.get("grow_epochs", 1)
+    sizes = f"{data['start_size']} to {data['size']} px" if grows else f"{data['size']} px"
+    eyes = f"{data['worlds']} eyes, " if "generated eyes" in _source(data) else ""
     return (
-        f"{data['worlds']} eyes, views of {sizes}, "
+        f"{eyes}views of {sizes}, "
         f"rotation to {motion['rotation_deg']:g} degrees, scale to {motion['scale']:g}"
     )
 

@@ -19,6 +19,8 @@ __all__ = [
     "in_words",
     "is_short",
     "how_short",
+    "patients_in_words",
+    "plan_of",
     "Announce",
 ]
 
@@ -31,8 +33,15 @@ import lightning.pytorch as pl
 import torch
 
 from ..data.batch import PairBatch, collate_pairs
-from ..data.config import DataConfig, shares_of
-from ..data.module import TrainPairs, cache_folder, size_at, view_settings
+from ..data.config import DataConfig, patient_of, shares_of
+from ..data.module import (
+    TrainPairs,
+    cache_folder,
+    file_sources,
+    hold_out,
+    size_at,
+    view_settings,
+)
 from ..data.pairs import GeneratedSource
 from ..model.weights import order_for_cpu
 from ..retina.config import seeds_of
@@ -225,6 +234,30 @@ def how_short(
     )
 
 
+# %% ../../nbs/09_training/10_estimate.ipynb #5479707f
+def patients_in_words(
+    train: set,  # of patients
+    held: set,  # of patients
+) -> str:
+    "How many patients train, and how many are held out."
+    return f"{len(train)} patients train, {len(held)} are held out for validation"
+
+
+# %% ../../nbs/09_training/10_estimate.ipynb #879bd1e2
+def plan_of(
+    config: TrainConfig,  # of a run
+) -> list[str]:  # lines
+    "Check all files as `train` does, and say what the run would use and take; nothing is written."
+    pattern = config.data.patient_pattern
+    told = []
+    for what, source in file_sources(config.data).items():
+        held = hold_out(what, source, config.data)
+        train = set(source.cases) - held
+        patients = [{patient_of(case, pattern) for case in cases} for cases in (train, held)]
+        told.append(f"{what}: {len(train | held)} cases, all files are fine; {patients_in_words(*patients)}")
+    return [*told, in_words(config, measure(config))]
+
+
 # %% ../../nbs/09_training/10_estimate.ipynb #aa36adeb
 class Announce(pl.Callback):
     "Tells time and memory of a run that begins."
@@ -237,6 +270,9 @@ class Announce(pl.Callback):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.ckpt_path is None and trainer.is_global_zero:
+            patients = trainer.datamodule.patients
+            if patients["train"]:
+                say(trainer, patients_in_words(patients["train"], patients["validation"]))
             if is_short(self.config):
                 say(trainer, how_short(self.config))
             say(trainer, in_words(self.config, measure(self.config), rendered=True))

@@ -54,7 +54,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from ..data.module import PairDataModule
-from ..io.files import FileError, read_json, write_json
+from ..io.files import FileError, other_values, read_json, write_json
 from ..io.lock import end_in_order, only_run, remove_unfinished
 from ..model.config import MatcherConfig
 from ..model.stages import TwoStageMatcher
@@ -208,24 +208,27 @@ def planned_phases(
 def differing(
     written: dict,  # of a TrainConfig, as the folder of a run has it
     mine: dict,  # of a TrainConfig
-) -> str:  # names with commas, empty where the run may go on
+) -> dict:  # name -> (value there, value here), empty where the run may go on
     "The fields that have to be the same and are not."
     theirs = what_counts(with_later_fields(written))
     ours = what_counts(mine)
-    return ", ".join(name for name in ours if theirs.get(name) != ours[name])
+    return {name: (theirs.get(name), ours[name]) for name in ours if theirs.get(name) != ours[name]}
 
 
 # %% ../../nbs/09_training/06_run.ipynb #d90b3e6f
 def why_not(
     config: TrainConfig,  # of the run, not longer than before
     written: dict,  # the configuration that the folder holds
-    differ: str,  # of `differing`
+    differ: dict,  # of `differing`
 ) -> str:  # empty where it may
     "Why a run cannot go on in its folder."
-    if differ == "epochs" and config.resume and "epochs" in written:
+    if set(differ) == {"epochs"} and config.resume and "epochs" in written:
         return f"holds a run of {written['epochs']} epochs already; --epochs can only grow"
     if differ:
-        return f"holds a run with another configuration ({differ}); choose another folder"
+        before = {name: there for name, (there, _) in differ.items()}
+        now = {name: here for name, (_, here) in differ.items()}
+        told = "; ".join(other_values(before, now))
+        return f"holds a run with another configuration ({told}); choose another folder"
     if not config.resume:
         return "holds a run already and resume is off; choose another folder"
     return ""
@@ -247,7 +250,7 @@ def claim_folder(
         return folder
     written = config_written(folder.config)
     differ = differing(written, mine)
-    if differ == "epochs" and config.resume and is_longer(config, written):
+    if set(differ) == {"epochs"} and config.resume and is_longer(config, written):
         write_json(folder.config, mine | {PLANNED: planned_epochs(config)})
         return folder
     why = why_not(config, written, differ)
