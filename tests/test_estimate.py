@@ -86,7 +86,7 @@ def test_a_run_is_made_longer_and_no_guidance_comes_back(config):
     ("change", "says"),
     [
         ({"epochs": 3}, "a run of 4 epochs already; --epochs can only grow"),
-        ({"epochs": 8, "seed": 1}, "epochs, seed"),
+        ({"epochs": 8, "seed": 1}, "epochs was 4 and is 8; seed was 0 and is 1"),
         ({"epochs": 8, "resume": False}, ""),
     ],
 )
