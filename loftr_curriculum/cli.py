@@ -434,13 +434,16 @@ def _add_synth(parser: ArgumentParser) -> None:
         help="write misaligned pairs with their true maps instead, to try registration on",
     )
     parser.add_argument(
-        "--cases", type=int | None, default=None, help="number of eyes; null: 100, or 5 with --pairs"
+        "--cases",
+        type=int | None,
+        default=None,
+        help="number of eyes; with --pairs of pairs; null: 100, with --pairs 5",
     )
     parser.add_argument(
         "--seed",
         type=int,
         default=0,
-        help="number of the first eye in the training range; case i is eye seed + i",
+        help="number of the first eye, of the training range; with --pairs of another range",
     )
     parser.add_argument("--size", type=int, default=512, help="side of the pictures, px")
     parser.add_argument(

@@ -33,7 +33,8 @@ class DataConfig:
 
     # held-out patients
     patient_pattern: str = r"^([^_]+)"  # group 1 (or the whole match) of a case's name is the patient
-    val_share: float = 0.15  # share of patients of `triplets` and `pairs` kept for validation
+    # share of patients of `triplets` and `pairs` kept for validation; 0, or one patient: on generated eyes
+    val_share: float = 0.15
 
     # generated eyes
     worlds: int = 400  # different eyes for training

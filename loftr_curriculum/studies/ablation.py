@@ -618,7 +618,7 @@ def told_of(
 def run_ablation(
     out: str = "curriculum_ablation.json",  # file to write, again after every run
     cache: str = "runs/ablation",  # folder of the runs; the same command goes on with what it finds there
-    real: str | None = "../shared/real_pairs",  # real pairs with landmarks; no such folder: none
+    real: str | None = None,  # folder of real pairs with landmarks
     workers: int = 2,  # processes of one thread each
     settings: Settings = Settings(),  # what is run
 ) -> dict:  # what was written
