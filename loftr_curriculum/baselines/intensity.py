@@ -26,6 +26,8 @@ __all__ = [
     "as_itk",
     "as_matrix",
     "climb",
+    "shared",
+    "is_somewhere",
     "best_affine",
     "affine_or_reason",
     "estimate_mutual_information",
@@ -155,12 +157,13 @@ def informative_shift(
     fixed: np.ndarray,  # `spectra` of the fixed image
     moving: np.ndarray,  # (SMALL, SMALL) uint8: the moving image, turned and scaled
     least: float,  # px that both must see
-) -> tuple[float, np.ndarray]:  # nats, (2,) shift px: moving image at p + shift shows what fixed shows at p
+) -> tuple[float, np.ndarray]:  # nats of all pixels, (2,) px: moving at p + shift shows what fixed shows at p
     "The best of all shifts of up to half a side."
     product = spectra(moving)[None] * fixed.conj()[:, None]
     joint = irfft2(product, (2 * SMALL, 2 * SMALL))
     joint = np.roll(joint, (SMALL // 2, SMALL // 2), (2, 3))[..., :SMALL, :SMALL]
-    values = np.where(joint.sum((0, 1)) >= least, information(joint), -np.inf)
+    seen = joint.sum((0, 1))
+    values = np.where(seen >= least, seen * information(joint), -np.inf)
     y, x = np.unravel_index(values.argmax(), values.shape)
     return float(values[y, x]), np.array([x, y]) - SMALL // 2
 
@@ -172,7 +175,7 @@ def start_at(
     levels1: np.ndarray,  # `small_levels` of the moving image
     spectra0: np.ndarray,  # `spectra` of the fixed image
     least: float,  # px that both must see
-) -> tuple[float, np.ndarray]:  # nats, and fixed -> moving (3, 3) between the small images
+) -> tuple[float, np.ndarray]:  # nats of all pixels, and fixed -> moving (3, 3) between the small images
     "The best of all shifts for one rotation and scale."
     move = similarity(turn, scale, (0, 0), centre(levels1.shape))
     flags = cv2.INTER_NEAREST | cv2.WARP_INVERSE_MAP
@@ -244,6 +247,27 @@ def climb(
     return -method.GetMetricValue(), as_matrix(transform)
 
 
+# %% ../../nbs/10_baselines/03_intensity.ipynb #2b9b79fd
+def shared(
+    fixed: Prepared,  # image 0
+    moving: Prepared,  # image 1
+    matrix: np.ndarray,  # (3, 3) fixed -> moving, prepared pixels
+) -> float:  # in [0, 1]
+    "Share of the fixed field of view that the moving image sees."
+    size = fixed.fov.shape[::-1]
+    flags = cv2.INTER_NEAREST | cv2.WARP_INVERSE_MAP
+    seen = cv2.warpAffine(moving.fov.astype(np.uint8), matrix[:2], size, flags=flags)
+    return float(seen[fixed.fov].mean()) if fixed.fov.any() else 0.0
+
+
+# %% ../../nbs/10_baselines/03_intensity.ipynb #ee778c6a
+def is_somewhere(
+    found: tuple[float, np.ndarray],  # of `climb`
+) -> bool:
+    "Did the images still overlap at the end?"
+    return bool(np.isfinite(found[0]))
+
+
 # %% ../../nbs/10_baselines/03_intensity.ipynb #2b902a73
 TRIED, KEPT = 12, 3  # starts that are optimised coarsely, and to the end
 
@@ -253,10 +277,15 @@ def best_affine(
     moving: Prepared,  # image 1
 ) -> tuple[float, np.ndarray]:  # mutual information, and fixed -> moving (3, 3) in prepared pixels
     "The highest maximum that is found from all starts; -inf where there is none."
+
+    def rank(found):
+        information, matrix = found
+        return information * shared(fixed, moving, matrix)
+
     first = [climb(fixed, moving, start, (4,), 25, 0.5) for start in starts(fixed, moving, TRIED)]
-    kept = sorted(first, key=lambda found: -found[0])[:KEPT]
+    kept = sorted(filter(is_somewhere, first), key=rank, reverse=True)[:KEPT]
     last = [climb(fixed, moving, matrix, (2, 1), 60, 0.3) for _, matrix in kept]
-    return max(last, key=lambda found: found[0], default=(-np.inf, np.eye(3)))
+    return max(filter(is_somewhere, last), key=rank, default=(-np.inf, np.eye(3)))
 
 
 # %% ../../nbs/10_baselines/03_intensity.ipynb #cc1c893d
