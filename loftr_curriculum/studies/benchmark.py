@@ -760,11 +760,13 @@ def draw_bins(
     bins: list,  # of `figures_of_bin`
     shown: str,  # right or median
     name: str,  # of the system
+    number: int,  # of the system: gives its colour and line
 ) -> None:
     "A line through the bins of a system, and a bar for every interval."
+    style = "-" if number < 10 else "--"  # there are ten colours
     values = np.array([part[shown] for part in bins], float)
     edges = np.array([part[f"{shown} interval"] for part in bins], float)
-    line = ax.plot(places, values, marker=".", label=name)[0]
+    line = ax.plot(places, values, style, color=f"C{number % 10}", marker=".", label=name)[0]
     ax.vlines(places, edges[:, 0], edges[:, 1], color=line.get_color(), linewidth=0.8)
 
 
@@ -781,7 +783,7 @@ def draw_curves(
         for k, (name, found) in enumerate(scores.items()):
             bins = found["by_motion"][kind]
             beside = 0.05 * (k - len(scores) / 2)  # so that bars do not hide each other
-            draw_bins(ax, np.arange(len(bins)) + beside, bins, shown, name)
+            draw_bins(ax, np.arange(len(bins)) + beside, bins, shown, name, k)
         ticks = [f"{part['from']:g}-{part['to']:.3g}" for part in bins]
         ax.set(xticks=range(len(bins)), xlabel=f"{kind}, {UNITS[kind]}")
         ax.set_xticklabels(ticks, fontsize=7)
