@@ -813,8 +813,6 @@ def _register(args: Namespace) -> int:
     fixed, moving = with_frame([args.fixed, args.moving], args.frame)
     if not args.overwrite:
         refuse_other_pair(args.out, fixed, moving)
-    if same_file(fixed, moving):
-        print(f"{fixed}: given as fixed and as moving image", file=sys.stderr)
     if sys.stderr.isatty():
         print(f"registering {moving} onto {fixed} ...", file=sys.stderr, flush=True)
     with only_run(args.out):
@@ -833,6 +831,8 @@ def _register(args: Namespace) -> int:
         written = write_registration(answer, fixed, moving, args.out)
     print(*_in_words(answer, config), sep="\n")
     print(f"look at {args.out}: {', '.join(path.name for path in written)}")
+    if same_file(fixed, moving):
+        print(f"{fixed}: given as fixed and as moving image", file=sys.stderr)
     if earlier is not None:
         print(_replaced(earlier))
     return EXIT[answer.verdict]

@@ -95,8 +95,3 @@ def test_a_run_is_not_made_shorter_nor_another_one(config, change, says):
     with pytest.raises(ValueError, match="another configuration|resume is off|only grow") as told:
         train(replace(config, **change), progress=False)
     assert says in str(told.value)
-
-
-def test_an_adaptive_curriculum_needs_recordings():
-    with pytest.raises(ValueError, match="v2.2-adaptive.*record_every > 0"):
-        TrainConfig(curriculum="v2.2-adaptive", record_every=0)

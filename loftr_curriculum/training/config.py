@@ -184,10 +184,6 @@ class TrainConfig:
                 object.__setattr__(self, name, value)
         check_choices(self)
         check_numbers(self)
-        if self.phases.adaptive and not self.record_every:
-            raise ValueError(
-                f"curriculum {self.curriculum!r} reads the recordings: expected record_every > 0"
-            )
 
     @property
     def phases(self) -> CurriculumConfig:
