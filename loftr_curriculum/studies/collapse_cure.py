@@ -59,7 +59,6 @@ __all__ = [
     "engine_in_words",
     "generator_is_varied",
     "which_is_lower",
-    "counted",
     "row_text",
     "vaccine_in_words",
     "reaches",
@@ -97,19 +96,21 @@ from ..report.plots import new_figure
 from ..retina.config import GENERATOR_VERSION
 from .ablation import say
 from .collapse_factors import (
-    BOTH,
     GAPS,
     LAST,
     LEARNED,
     PASSES,
     Job,
     Settings,
-    all_conditions,
     causes_of,
+    counted,
     differences_by_seed,
     do_jobs,
+    every_condition,
     gaps_of_illness,
     has_learned,
+    judged,
+    looked_at,
     one_run,
     patients,
     runs_of,
@@ -176,9 +177,9 @@ def chosen_conditions(
     before: Sequence[str] = (),  # that the record of the cure has already
 ) -> list[str]:
     "What is trained. Raises ValueError for a name that is none, and where nothing is named by anybody."
-    unknown = [name for name in named or () if name not in all_conditions()]
+    unknown = [name for name in named or () if name not in every_condition()]
     if unknown:
-        names = "; ".join(all_conditions())
+        names = "; ".join(every_condition())
         raise ValueError(f"conditions: no condition {'; '.join(unknown)}; there are {names}")
     chosen = [*before, *(named or (patients(factors) if factors else ()))]
     if not chosen:
@@ -210,11 +211,12 @@ def jobs_of(
     settings: Settings,
     conditions: Sequence[str],  # names
     cache: str | Path,  # folder of these settings
+    gaps: Sequence[str] = tuple(GAPS),  # that are looked at
 ) -> list[Job]:
     "Every arm of every condition, seed by seed."
-    every = all_conditions()
+    every = every_condition()
     return [
-        Job(settings, name, every[name], seed, str(cache), os.getpid(), curriculum=arm, along=True)
+        Job(settings, name, every[name], seed, str(cache), os.getpid(), False, arm, True, tuple(gaps))
         for seed in settings.seeds
         for name in conditions
         for arm in ARMS
@@ -266,9 +268,9 @@ def kept_of(
     "A run as the record holds it."
     epochs = job.settings.epochs
     marks = {name: epoch_at(share, epochs) for name, share in LANDMARKS.items()}
-    taught = {gap: {how: eyes_while_taught(run, gap, how, epochs) for how in PASSES} for gap in GAPS}
+    taught = {gap: {how: eyes_while_taught(run, gap, how, epochs) for how in PASSES} for gap in job.gaps}
     landmarks = {
-        name: {gap: {how: at_landmark(run, gap, how, epoch) for how in PASSES} for gap in GAPS}
+        name: {gap: {how: at_landmark(run, gap, how, epoch) for how in PASSES} for gap in job.gaps}
         for name, epoch in marks.items()
     }
     ends = {key: run[key] for key in ("seed", "epochs", "steps", "lam", "scaler", "seconds", "gaps")}
@@ -316,7 +318,7 @@ def varied_alone(
 ) -> list[str]:  # names of conditions of the factors
     "The conditions that differ from this one in the generator: one thing at a time, or all."
     beginnings = tuple(f"{name}, {factor} " for factor in GENERATOR)
-    every = all_conditions()
+    every = every_condition()
     return [other for other in every if other.startswith(beginnings) or other == f"{name}, healthy data"]
 
 
@@ -386,11 +388,16 @@ def generator_rows(
 
 
 # %% ../../nbs/11_studies/24_collapse_cure.ipynb #eb0d582f
-def told_of(settings: Settings) -> dict:
+def told_of(
+    settings: Settings,
+    factors: dict,  # from `run_factors` or `run_look`, or empty
+) -> dict:
     "What must not change while a record grows."
     return {
         "rule": RULE,
         "settings": asdict(settings),
+        "gaps": list(looked_at(factors)),
+        "judged": list(judged(factors)),
         "arms": list(ARMS),
         "generator": GENERATOR_VERSION,
         "threshold": THRESHOLD,
@@ -406,7 +413,7 @@ def known_of_conditions(
     return {
         "ill_under": {name: gaps_of_illness(factors, name) if factors else [] for name in conditions},
         "generator_alone": {
-            name: {gap: generator_rows(factors, name, gap) for gap in BOTH} for name in conditions
+            name: {gap: generator_rows(factors, name, gap) for gap in judged(factors)} for name in conditions
         },
     }
 
@@ -415,16 +422,18 @@ def known_of_conditions(
 def folder_of(
     settings: Settings,
     cache: str | Path,  # folder
+    gaps: Sequence[str] = tuple(GAPS),  # that are looked at
 ) -> Path:
     "The folder of runs with these settings; how many seeds there are makes no difference to a single run."
     told = {name: value for name, value in asdict(settings).items() if name != "seeds"}
-    return Path(cache).resolve() / f"cure-{key_of(told, GENERATOR_VERSION)}"
+    return Path(cache).resolve() / f"cure-{key_of(told, GENERATOR_VERSION, list(gaps))}"
 
 
 # %% ../../nbs/11_studies/24_collapse_cure.ipynb #116285df
 def run_cure(
     out: str = "collapse_cure.json",  # file to write, again after every run
-    factors: str = "collapse_study.json",  # record of `study collapse-factors`: patients and settings
+    # record of `study collapse-factors` or `collapse-look`: patients, gaps and settings
+    factors: str = "collapse_study.json",
     # folder of the runs; the generated eyes are shared with the factors
     cache: str = "runs/collapse_factors",
     *,
@@ -438,11 +447,12 @@ def run_cure(
     Raises ValueError where no condition is named, FileError where the file holds other settings."""
     known = read_factors(factors)
     settings = settings_like(known, seeds)
-    told = told_of(settings)
+    told = told_of(settings, known)
     record = begun(out, told)
     names = chosen_conditions(known, conditions, record.get("conditions", []))
     before = known_runs(record)
-    every = jobs_of(settings, names, folder_of(settings, cache))
+    gaps = looked_at(known)
+    every = jobs_of(settings, names, folder_of(settings, cache, gaps), gaps)
     missing = [job for job in every if not is_done(job, before)]
     missing = missing[: len(missing) if most is None else most]
     hours = len(missing) * settings.minutes / 60 / workers
@@ -534,7 +544,7 @@ def gaps_of(
     name: str,  # of a condition
 ) -> list[str]:
     "The gaps under which the factors call it ill; both where it was named by hand."
-    return result["ill_under"].get(name) or list(BOTH)
+    return result["ill_under"].get(name) or list(judged(result))
 
 
 # %% ../../nbs/11_studies/24_collapse_cure.ipynb #31e6ea39
@@ -763,7 +773,7 @@ def generator_is_varied(
     name: str,  # of a condition
 ) -> bool:
     "Does the condition train with many eyes, much motion and full randomisation already?"
-    condition = all_conditions()[name]
+    condition = every_condition()[name]
     return condition.eyes >= 480 and condition.motion != "small" and condition.style == "full"
 
 
@@ -778,14 +788,6 @@ def which_is_lower(
     if medicine.high < generator["low"]:
         return "the curriculum takes away more than the generator alone"
     return "the two are not told apart"
-
-
-# %% ../../nbs/11_studies/24_collapse_cure.ipynb #13916abe
-def counted(
-    states: Sequence[str],  # of runs
-) -> str:
-    "How many runs are in which state."
-    return ", ".join(f"{list(states).count(state)} {state}" for state in dict.fromkeys(states))
 
 
 # %% ../../nbs/11_studies/24_collapse_cure.ipynb #46a5a04a

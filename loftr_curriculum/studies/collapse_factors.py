@@ -9,12 +9,16 @@ __all__ = [
     "HEALTHY",
     "ILL",
     "PUBLISHED",
+    "LOOK_CENTRE",
+    "ASKED",
     "PAIRS",
     "SAME",
     "FADED",
     "GAPS",
     "SPOT_AT",
     "SPOT_SIGMA",
+    "OTHER_LOOK",
+    "ALL_GAPS",
     "FIRST",
     "PARTS",
     "LAST",
@@ -25,6 +29,8 @@ __all__ = [
     "Condition",
     "around",
     "all_conditions",
+    "look_conditions",
+    "every_condition",
     "Settings",
     "matcher_of",
     "eye_of",
@@ -34,6 +40,7 @@ __all__ = [
     "spot_at",
     "with_gap",
     "probe_with_gap",
+    "source_of_probes",
     "gap_probes",
     "ends_of_pass",
     "figures_of_probe",
@@ -53,11 +60,15 @@ __all__ = [
     "told_of",
     "settings_of",
     "restore",
+    "run_plan",
     "run_factors",
     "runs_found",
     "runs_of",
     "has_learned",
     "state_of",
+    "counted",
+    "judged",
+    "looked_at",
     "gaps_of_illness",
     "patients",
     "differences_by_seed",
@@ -116,6 +127,7 @@ from ..io.files import read_json, write_json
 from ..model.config import MatcherConfig
 from ..report.plots import new_figure
 from ..retina.config import GENERATOR_VERSION, EyeConfig, seeds_of
+from ..retina.randomise import apply_photometry
 from ..retina.world import WorldBank, run_jobs
 from ..training.config import TrainConfig
 from ..training.history import RunFolder
@@ -186,6 +198,30 @@ def all_conditions() -> dict[str, Condition]:
     varied_data = dict(eyes=HEALTHY.eyes, motion=HEALTHY.motion, style=HEALTHY.style, negatives=1.0)
     published = {"published": PUBLISHED, "published, healthy data": replace(PUBLISHED, **varied_data)}
     return {"ill": ILL, "healthy": HEALTHY, **ill, **healthy, **published}
+
+
+# %% ../../nbs/11_studies/23_collapse_factors.ipynb #5a1f0c14
+LOOK_CENTRE = "ill, motion full"  # centre of the conditions for pairs of another look
+ASKED = ("positions", "attention", "similarity", "norm", "negatives", "motion", "style")
+
+
+def look_conditions() -> dict[str, Condition]:
+    "Name -> condition: the centre, its varied generator, our network, what is healthy, then single factors."
+    centre = replace(ILL, motion="full")
+    network = dict(positions="rotary", attention="softmax", similarity="cosine", norm="group", negatives=1.0)
+    several = {
+        f"{LOOK_CENTRE}, healthy data": replace(centre, eyes=HEALTHY.eyes, style=HEALTHY.style),
+        f"{LOOK_CENTRE}, our network": replace(centre, **network),
+        "healthy": HEALTHY,
+    }
+    beginnings = tuple(f"{LOOK_CENTRE}, {factor} " for factor in ASKED)
+    single = {name: c for name, c in around(LOOK_CENTRE, centre).items() if name.startswith(beginnings)}
+    return {LOOK_CENTRE: centre, **several, **single}
+
+
+def every_condition() -> dict[str, Condition]:
+    "The conditions of either plan."
+    return all_conditions() | look_conditions()
 
 
 # %% ../../nbs/11_studies/23_collapse_factors.ipynb #10d97774
@@ -273,6 +309,7 @@ class Gap:
     fade: float = 1.0  # contrast of the lower half
     spot: float = 0.0  # height of the spot, in the whole range of grey
     prepared: bool = False  # done to what the network sees, after the preparation
+    other_look: bool = False  # both images are randomised and may have lesions
 
 
 # %% ../../nbs/11_studies/23_collapse_factors.ipynb #0ed0187a
@@ -286,6 +323,14 @@ GAPS = {
 }
 SPOT_AT = (0.5, 0.2)  # x, y of the spot, shares of the side
 SPOT_SIGMA = 0.05  # share of the side; two and a half of them are the spot's radius
+
+# %% ../../nbs/11_studies/23_collapse_factors.ipynb #5a1f0c12
+OTHER_LOOK = {
+    "other look": Gap(other_look=True),
+    "other look, both": Gap(FADED, 1.0, other_look=True),
+    "other look, both, prepared": Gap(FADED, 1.0, True, other_look=True),
+}
+ALL_GAPS = GAPS | OTHER_LOOK
 
 
 # %% ../../nbs/11_studies/23_collapse_factors.ipynb #900153ff
@@ -324,13 +369,15 @@ def with_gap(
 def probe_with_gap(
     frame: AlignedPlanes,  # of the eye
     recipe: PairRecipe,
-    name: str,  # of the gap
+    name: str,  # one of ALL_GAPS
 ) -> Probe:
     "A pair whose moving image has the gap."
-    gap, images = GAPS[name], []
+    gap, images = ALL_GAPS[name], []
     for k, view in enumerate(recipe.views):
         plane, half = (frame.plane0, frame.plane1)[k], frame.half[k]
         gray = cut(plane, half, view.frame_to_view, view.size, view.unbent) * np.float32(1 / 255)
+        if view.photometry is not None:
+            gray = apply_photometry(gray, view.fov, view.photometry)
         if k == 1 and not gap.prepared:
             gray = with_gap(gray, gap, float(gray[view.fov > 0].mean()), (0.0, 1.0))
         image = normalise(gray, view.fov)
@@ -344,17 +391,31 @@ def probe_with_gap(
 FIRST = 2000  # number of the first eye of the validation seeds that is looked at
 
 
-def gap_probes(settings: Settings) -> list[Probe]:
-    "Every eye with every gap, in turn."
+def source_of_probes(
+    settings: Settings,
+    other_look: bool,  # of both images
+) -> GeneratedSource:
+    "The eyes that are looked at."
     seeds = seeds_of("validation", settings.probes, FIRST)
-    bank = WorldBank(seeds, eye_of(settings, "one"), workers=1, progress=False)
-    source = GeneratedSource(bank, PAIRS, settings=ViewSettings(strength=0.0, optics=False))
+    eye = eye_of(settings, "full" if other_look else "one")
+    views = ViewSettings(strength=1.0 if other_look else 0.0, optics=False)
+    return GeneratedSource(WorldBank(seeds, eye, workers=1, progress=False), PAIRS, settings=views)
+
+
+def gap_probes(
+    settings: Settings,
+    gaps: Sequence[str] = tuple(GAPS),  # of ALL_GAPS
+) -> list[Probe]:
+    "Every eye with every gap, in turn."
+    looks = {ALL_GAPS[name].other_look for name in gaps}
+    sources = {look: source_of_probes(settings, look) for look in looks}
     probes = []
     for k in range(settings.probes):
-        rng = np.random.default_rng((FIRST, k))
-        recipe = source.recipe(k, rng, (settings.size,) * 2, MOTIONS["small"])
-        frame = frame_of_world(bank, recipe.world, recipe.mode)
-        probes += [probe_with_gap(frame, recipe, name) for name in GAPS]
+        for name in gaps:
+            source, rng = sources[ALL_GAPS[name].other_look], np.random.default_rng((FIRST, k))
+            recipe = source.recipe(k, rng, (settings.size,) * 2, MOTIONS["small"])
+            frame = frame_of_world(source.bank, recipe.world, recipe.mode)
+            probes.append(probe_with_gap(frame, recipe, name))
     return probes
 
 
@@ -451,12 +512,15 @@ def way_of_gap(
 
 
 # %% ../../nbs/11_studies/23_collapse_factors.ipynb #d5bbb81c
-def the_way(recording: Recording) -> dict:
+def the_way(
+    recording: Recording,
+    gaps: Sequence[str],  # of ALL_GAPS
+) -> dict:
     "Both engines in every epoch, and what every epoch looked like."
     return {
         "lam": [round(r.lam, 4) for r in recording.records],
         "scaler": [round(r.scaler, 4) for r in recording.records],
-        "way": {gap: way_of_gap(recording, gap) for gap in GAPS},
+        "way": {gap: way_of_gap(recording, gap) for gap in gaps},
     }
 
 
@@ -473,6 +537,7 @@ class Job:
     command: int  # process that wants to know
     pretrains: bool = False  # the run on pairs of one modality, from which the other starts
     curriculum: str = "v2.1"  # preset; this study has v2.1 alone
+    gaps: tuple[str, ...] = tuple(GAPS)  # that are looked at
     along: bool = False  # keep what every epoch looked like, guided too
 
     @property
@@ -558,11 +623,11 @@ def findings_of(
         "seed": job.seed,
         "epochs": len(recording.epochs),
         "steps": len(recording.epochs) * job.settings.steps,
-        "gaps": {gap: figures_of_gap(recording, gap) for gap in GAPS},
+        "gaps": {gap: figures_of_gap(recording, gap) for gap in job.gaps},
         "seconds": round(seconds),
         "threads": torch.get_num_threads(),
     }
-    return found | the_way(recording) if job.along else found
+    return found | the_way(recording, job.gaps) if job.along else found
 
 
 # %% ../../nbs/11_studies/23_collapse_factors.ipynb #9474307c
@@ -600,14 +665,16 @@ def jobs_of(
     settings: Settings,
     cache: str | Path,  # folder of these settings
     only: Sequence[str] | None = None,  # names of conditions; None: all
+    plan: dict[str, Condition] | None = None,  # None: those of `all_conditions`
+    gaps: Sequence[str] = tuple(GAPS),  # that are looked at
 ) -> list[Job]:
     "Every condition with every seed, seed by seed. Raises ValueError for a name that is none."
-    conditions = all_conditions()
+    conditions = all_conditions() if plan is None else plan
     unknown = [name for name in only or () if name not in conditions]
     if unknown:
         raise ValueError(f"only: no condition {'; '.join(unknown)}; there are {'; '.join(conditions)}")
     return [
-        Job(settings, name, condition, seed, str(cache), os.getpid())
+        Job(settings, name, condition, seed, str(cache), os.getpid(), gaps=tuple(gaps))
         for seed in settings.seeds
         for name, condition in conditions.items()
         if only is None or name in only
@@ -622,7 +689,7 @@ def prepare(
     for job in {(job.condition.eyes, job.condition.style): job for job in jobs}.values():
         PairDataModule(job.config.data).prepare_data()
         if not probes_file(Path(job.cache)).is_file():
-            write_probes(Path(job.cache), gap_probes(job.settings))
+            write_probes(Path(job.cache), gap_probes(job.settings, job.gaps))
 
 
 # %% ../../nbs/11_studies/23_collapse_factors.ipynb #d1e2a98c
@@ -631,7 +698,7 @@ def run_in_words(
     run: dict,  # of `one_run`
 ) -> str:
     "How a run ended, in one line."
-    index = ", ".join(f"{gap} {run['gaps'][gap]['collapse_index']:.2f}" for gap in GAPS)
+    index = ", ".join(f"{gap} {found['collapse_index']:.2f}" for gap, found in run["gaps"].items())
     return f"{name}, seed {run['seed']}: index {index}; {run['steps']} steps, {run['seconds']} s"
 
 
@@ -685,6 +752,32 @@ def restore(
             write_json(job.result, run)
 
 
+# %% ../../nbs/11_studies/23_collapse_factors.ipynb #5a1f0c15
+def run_plan(
+    out: str,  # file to write, again after every run
+    told: dict,  # what must not change while the record grows
+    every: Sequence[Job],  # of the plan
+    chosen: Sequence[Job],  # of this call
+    most: int | None,  # new runs of this call; None: all that are missing
+    workers: int,  # processes of one thread each
+) -> dict:  # what was written
+    "Do the chosen runs that are missing. Raises FileError where the file holds a study with other settings."
+    before = begun(out, told).get("runs", [])
+    restore(every, before)
+    missing = [job for job in chosen if not job.result.is_file()]
+    missing = missing[: len(missing) if most is None else most]
+    done = sum(job.result.is_file() for job in every)
+    say(f"{len(every)} runs are planned, {done} are done, {len(missing)} follow")
+    say(told["rule"])
+    result = told | {"planned": len(every), "machine": this_machine(), "workers": workers}
+    result["runs"] = runs_found(every)
+    write_json(out, result)
+    for _ in do_jobs(missing, workers) if missing else ():
+        result["runs"] = runs_found(every)
+        write_json(out, result)
+    return read_json(out)
+
+
 # %% ../../nbs/11_studies/23_collapse_factors.ipynb #b5c59363
 def run_factors(
     out: str = "collapse_study.json",  # file to write, again after every run
@@ -699,22 +792,9 @@ def run_factors(
 
     Raises FileError where the file holds a study with other settings."""
     told = told_of(settings)
-    before = begun(out, told).get("runs", [])
     folder = Path(cache).resolve() / key_of(told)
     every, chosen = jobs_of(settings, folder), jobs_of(settings, folder, only)
-    restore(every, before)
-    missing = [job for job in chosen if not job.result.is_file()]
-    missing = missing[: len(missing) if most is None else most]
-    done = sum(job.result.is_file() for job in every)
-    say(f"{len(every)} runs are planned, {done} are done, {len(missing)} follow")
-    say(RULE)
-    result = told | {"planned": len(every), "machine": this_machine(), "workers": workers}
-    result["runs"] = runs_found(every)
-    write_json(out, result)
-    for _ in do_jobs(missing, workers) if missing else ():
-        result["runs"] = runs_found(every)
-        write_json(out, result)
-    return read_json(out)
+    return run_plan(out, told, every, chosen, most, workers)
 
 
 # %% ../../nbs/11_studies/23_collapse_factors.ipynb #5957d41b
@@ -756,8 +836,30 @@ def state_of(
     return "collapsed" if run["gaps"][gap]["collapse_index"] > threshold else "well"
 
 
+# %% ../../nbs/11_studies/23_collapse_factors.ipynb #13916abe
+def counted(
+    states: Sequence[str],  # of runs
+) -> str:
+    "How many runs are in which state."
+    return ", ".join(f"{list(states).count(state)} {state}" for state in dict.fromkeys(states))
+
+
 # %% ../../nbs/11_studies/23_collapse_factors.ipynb #eadc4953
 BOTH = ("both", "both, prepared")  # gaps that make a patient
+
+
+def judged(
+    result: dict,  # from `run_factors` or `run_look`
+) -> tuple[str, ...]:
+    "The gaps that make a patient of a record's conditions."
+    return tuple(result.get("judged", BOTH))
+
+
+def looked_at(
+    result: dict,  # from `run_factors` or `run_look`
+) -> tuple[str, ...]:
+    "The gaps of a record."
+    return tuple(result.get("gaps", GAPS))
 
 
 def gaps_of_illness(
@@ -769,7 +871,9 @@ def gaps_of_illness(
     if len(runs) < len(result["settings"]["seeds"]):
         return []
     threshold = result["threshold"]
-    return [gap for gap in BOTH if all(state_of(run, gap, threshold) == "collapsed" for run in runs)]
+    return [
+        gap for gap in judged(result) if all(state_of(run, gap, threshold) == "collapsed" for run in runs)
+    ]
 
 
 # %% ../../nbs/11_studies/23_collapse_factors.ipynb #2344fc60
@@ -788,11 +892,12 @@ def differences_by_seed(
     gap: str,  # one of GAPS
 ) -> dict[int, np.ndarray]:  # seed -> (eyes,)
     "Index of a condition minus that of its centre, for every seed that both have."
+    centre = name.rpartition(", ")[0]
 
     def index(run):
         return np.array(run["gaps"][gap]["by_eye"], float)
 
-    mine, theirs = runs_of(result, name), runs_of(result, name.partition(",")[0])
+    mine, theirs = runs_of(result, name), runs_of(result, centre)
     return {seed: index(mine[seed]) - index(theirs[seed]) for seed in mine if seed in theirs}
 
 
@@ -871,7 +976,7 @@ def who_collapses(
     if not learned:
         return ["No run has learned, so nothing can be said of collapse."]
     sentences = []
-    for gap in GAPS:
+    for gap in looked_at(result):
         ill = [run for run in learned if state_of(run, gap, threshold) == "collapsed"]
         highest = max(run["gaps"][gap]["collapse_index"] for run in learned)
         named = "; ".join(f"{run['name']} (seed {run['seed']})" for run in ill)
@@ -947,9 +1052,9 @@ def level_changed(
     name: str,  # of a condition
 ) -> tuple[str, str | float] | None:  # factor, level
     "The one thing in which a condition differs from its centre; None where it is none, or several."
-    conditions = all_conditions()
-    mine, centre = conditions.get(name), conditions.get(name.partition(",")[0])
-    if mine is None:
+    conditions = every_condition()
+    mine, centre = conditions.get(name), conditions.get(name.rpartition(", ")[0])
+    if mine is None or centre is None:
         return None
     differ = [f for f in asdict(mine) if getattr(mine, f) != getattr(centre, f)]
     return (differ[0], getattr(mine, differ[0])) if len(differ) == 1 else None
@@ -970,10 +1075,10 @@ def all_learned(
 def cause_under(
     result: dict,  # from `run_factors`
     name: str,  # of a condition
-    gap: str,  # one of BOTH
+    gap: str,  # one that is judged
 ) -> Cause | None:
     "A condition as a cause of collapse, where the record supports that."
-    centre, changed = name.partition(",")[0], level_changed(name)
+    centre, changed = name.rpartition(", ")[0], level_changed(name)
     if changed is None or not (all_learned(result, name) and all_learned(result, centre)):
         return None
     by_seed = differences_by_seed(result, name, gap)
@@ -992,7 +1097,7 @@ def causes_of(
     "What a record shows to raise the index."
     found = []
     for name in dict.fromkeys(run["name"] for run in result["runs"]):
-        here = [cause for gap in BOTH if (cause := cause_under(result, name, gap))]
+        here = [cause for gap in judged(result) if (cause := cause_under(result, name, gap))]
         if here:
             found.append(max(here, key=lambda cause: cause.rise))
     return tuple(found)

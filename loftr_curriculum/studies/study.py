@@ -119,6 +119,12 @@ STUDIES = {
         "studies.collapse_factors.in_words",
         resumes=True,
     ),
+    "collapse-look": Study(
+        "when plain training collapses on images of another look",
+        "studies.collapse_look.run_look",
+        "studies.collapse_look.in_words",
+        resumes=True,
+    ),
     "collapse-cure": Study(
         "whether the curriculum cures what collapses",
         "studies.collapse_cure.run_cure",
