@@ -4344,6 +4344,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                                       'loftr_curriculum/studies/collapse_factors.py'),
                                                            'loftr_curriculum.studies.collapse_factors.around': ( '11_studies/collapse_factors.html#around',
                                                                                                                  'loftr_curriculum/studies/collapse_factors.py'),
+                                                           'loftr_curriculum.studies.collapse_factors.cause_removed': ( '11_studies/collapse_factors.html#cause_removed',
+                                                                                                                        'loftr_curriculum/studies/collapse_factors.py'),
                                                            'loftr_curriculum.studies.collapse_factors.cause_under': ( '11_studies/collapse_factors.html#cause_under',
                                                                                                                       'loftr_curriculum/studies/collapse_factors.py'),
                                                            'loftr_curriculum.studies.collapse_factors.causes_of': ( '11_studies/collapse_factors.html#causes_of',

@@ -215,8 +215,9 @@ def jobs_of(
 ) -> list[Job]:
     "Every arm of every condition, seed by seed."
     every = every_condition()
+    look = dict(along=True, gaps=tuple(gaps))
     return [
-        Job(settings, name, every[name], seed, str(cache), os.getpid(), False, arm, True, tuple(gaps))
+        Job(settings, name, every[name], seed, str(cache), os.getpid(), curriculum=arm, **look)
         for seed in settings.seeds
         for name in conditions
         for arm in ARMS

@@ -84,6 +84,7 @@ __all__ = [
     "level_changed",
     "all_learned",
     "cause_under",
+    "cause_removed",
     "causes_of",
     "causes_text",
     "sickest",
@@ -1090,14 +1091,35 @@ def cause_under(
     return Cause(*changed, centre, gap, *figures, len(by_seed), gap in gaps_of_illness(result, name))
 
 
+# %% ../../nbs/11_studies/23_collapse_factors.ipynb #5a1f0c16
+def cause_removed(
+    result: dict,  # from `run_factors` or `run_look`
+    name: str,  # of a condition
+    gap: str,  # one that is judged
+) -> Cause | None:
+    "What a condition lacks beside a centre that is ill, as a cause, where the record supports that."
+    centre, changed = name.rpartition(", ")[0], level_changed(name)
+    if changed is None or gap not in gaps_of_illness(result, centre) or not all_learned(result, name):
+        return None
+    by_seed = differences_by_seed(result, name, gap)
+    rise = -difference(result, name, gap)
+    low, high = interval(rise)
+    if low <= 0 or max(d.mean() for d in by_seed.values()) >= 0:
+        return None
+    level = getattr(every_condition()[centre], changed[0])
+    figures = [round(float(v), 2) for v in (rise.mean(), low, high)]
+    return Cause(changed[0], level, name, gap, *figures, len(by_seed), True)
+
+
 # %% ../../nbs/11_studies/23_collapse_factors.ipynb #6a6a2153
 def causes_of(
     result: dict,  # from `run_factors`
-) -> tuple[Cause, ...]:  # one for each level and centre: the gap with the larger rise
+) -> tuple[Cause, ...]:  # one for each condition: the gap with the larger rise
     "What a record shows to raise the index."
     found = []
     for name in dict.fromkeys(run["name"] for run in result["runs"]):
-        here = [cause for gap in judged(result) if (cause := cause_under(result, name, gap))]
+        asked = [find(result, name, gap) for gap in judged(result) for find in (cause_under, cause_removed)]
+        here = [cause for cause in asked if cause]
         if here:
             found.append(max(here, key=lambda cause: cause.rise))
     return tuple(found)
@@ -1105,10 +1127,10 @@ def causes_of(
 
 # %% ../../nbs/11_studies/23_collapse_factors.ipynb #d9df15f3
 def causes_text(
-    result: dict,  # from `run_factors`
+    causes: Sequence[Cause],  # from `causes_of`, of one record or more
 ) -> str:
     "The causes as the cell with `CAUSES` has them."
-    rows = [f"    Cause{astuple(cause)!r}," for cause in causes_of(result)]
+    rows = [f"    Cause{astuple(cause)!r}," for cause in causes]
     return (
         "\n".join(["CAUSES: tuple[Cause, ...] = (", *rows, ")"]) if rows else "CAUSES: tuple[Cause, ...] = ()"
     )
@@ -1141,7 +1163,7 @@ def probes_to_show(
 
 # %% ../../nbs/11_studies/23_collapse_factors.ipynb #a4e835b3
 def pack_sick_run(
-    factors: str | Path = "collapse_study.json",  # record of the factors
+    factors: str | Path = "collapse_study.json",  # record of `run_factors` or `run_look`
     cache: str | Path = "runs/collapse_factors",  # folder of their runs
     out: str | Path = "sick_run",  # folder to write
 ) -> dict:  # what was packed
@@ -1151,9 +1173,10 @@ def pack_sick_run(
     if chosen is None:
         raise ValueError(f"{factors}: no condition is a patient, so there is no sick run to pack")
     name, seed, gap = chosen
-    settings = settings_of(result)
-    folder = Path(cache).resolve() / key_of({key: result[key] for key in told_of(settings)})
-    (job,) = [job for job in jobs_of(settings, folder, [name]) if job.seed == seed]
+    settings, condition = settings_of(result), every_condition()[name]
+    told = {key: result[key] for key in (*told_of(settings), "gaps", "judged") if key in result}
+    folder = Path(cache).resolve() / key_of(told)
+    job = Job(settings, name, condition, seed, str(folder), os.getpid(), gaps=looked_at(result))
     recording = Recording(RunFolder(job.folder).recording)
     epochs = pack(out, recording, probes_to_show(recording, gap))
     about = {"condition": name, "curriculum": "v2.1", "seed": seed, "gap": gap, "epochs": epochs}
