@@ -273,7 +273,7 @@ choose();
 KIND_MEANINGS = (  # verdict, what it says and what to do
     ("ok", "the vessels of the aligned images agree, and so do the matches: use it, look at samples"),
     ("doubtful", "there is an answer, and at least one reason against it: look at the pair"),
-    ("failed", "there is no answer that deserves the name: use nothing, look at both images"),
+    ("failed", "there is no answer: use nothing, look at both images"),
     (
         "unreadable",
         "the pair could not be tried: mend what the reason names, the same command tries it again",
