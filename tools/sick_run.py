@@ -1,7 +1,7 @@
 """Pack one sick run for the notebook with the slider.
 
 Usage (from the repository root): python tools/sick_run.py [--cache runs/collapse_factors]
-It takes the patient with the highest index of nbs/experiments/collapse_study.json, from its run in the
+It takes the patient with the highest index of nbs/experiments/collapse_look.json, from its run in the
 cache. Where the record has no patient, it is the matcher of one layer that collapses in `study small-cure`,
 trained here in seconds. At most a megabyte is written to nbs/experiments/sick_run.
 """
@@ -16,7 +16,7 @@ from loftr_curriculum.studies.small_cure import record_collapse
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--factors", default="nbs/experiments/collapse_study.json")
+    parser.add_argument("--factors", default="nbs/experiments/collapse_look.json")
     parser.add_argument("--cache", default="runs/collapse_factors")
     parser.add_argument("--out", default="nbs/experiments/sick_run")
     options = parser.parse_args()

@@ -318,9 +318,12 @@ def varied_alone(
     name: str,  # of a condition
 ) -> list[str]:  # names of conditions of the factors
     "The conditions that differ from this one in the generator: one thing at a time, or all."
-    beginnings = tuple(f"{name}, {factor} " for factor in GENERATOR)
-    every = every_condition()
-    return [other for other in every if other.startswith(beginnings) or other == f"{name}, healthy data"]
+    found = []
+    for other in every_condition():
+        centre, _, changed = other.rpartition(", ")
+        if centre == name and (changed.startswith(GENERATOR) or changed == "healthy data"):
+            found.append(other)
+    return found
 
 
 # %% ../../nbs/11_studies/24_collapse_cure.ipynb #4bc6500c
@@ -1039,7 +1042,7 @@ def illness_in_words(
     raised = "; ".join(f"{c.factor} {c.level} beside {c.beside} ({c.rise:+.2f})" for c in causes)
     so_far = "" if len(factors["runs"]) == factors["planned"] else " so far"
     return (
-        f"With {len(factors['runs'])} of {factors['planned']} runs done, plain training {when}{so_far}. "
+        f"with {len(factors['runs'])} of {factors['planned']} runs done, plain training {when}{so_far}. "
         f"Shown to raise the index: {raised or 'nothing'}{so_far}."
     )
 
@@ -1052,10 +1055,14 @@ def cure_of_place(
 ) -> str:
     "What the curriculum came to in one condition under one gap."
     on, end = outcome_while_on(result, name, "v2.2", gap), outcome(result, name, "v2.2", gap)
+    states = states_of(result, name, "v2.1", gap)
+    medicine = compare(result, name, gap, "v2.2")
+    beside = f" (index minus that of v2.1 {medicine.text})" if medicine else ""
     good = [arm for arm in GUIDED if outcome(result, name, arm, gap) == "cured"]
     engines = who_works(*(outcome(result, name, arm, gap) for arm in ("bias-only", "loss-only", "v2.2")))
     return (
-        f"In {name} under the gap {gap}: v2.2 while guidance is on: {on}; after weaning: {end}. "
+        f"In {name} under the gap {gap} plain training collapses with {states.count('collapsed')} of "
+        f"{len(states)} new seeds. v2.2 while guidance is on: {on}; after weaning: {end}{beside}. "
         f"Arms that cure: {', '.join(good) or 'none'}. Engines: {engines.lower()}."
     )
 
@@ -1064,10 +1071,14 @@ def cure_of_place(
 def paragraph(
     factors: dict,  # from `run_factors`
     cure: dict | None,  # from `run_cure`; None: not run
+    look: dict | None = None,  # from `run_look`; None: not run
 ) -> str:
     "Illness and cure in one paragraph."
+    ill = f"In the one style: {illness_in_words(factors)}"
+    if look is not None:
+        ill += f" On images of another look: {illness_in_words(look)}"
     if cure is None or not cure["runs"]:
-        return f"{illness_in_words(factors)} Whether the curriculum cures is not run yet."
+        return f"{ill} Whether the curriculum cures is not run yet."
     found = " ".join(cure_of_place(cure, *place) for place in places(cure))
     done = f"{len(cure['runs'])} of {cure['planned']} runs of the cure are done."
-    return f"{illness_in_words(factors)} {found} {done}"
+    return f"{ill} {found} {done}"
