@@ -53,6 +53,8 @@ def test_another_look_changes_both_images_and_keeps_motion_and_gap():
         assert np.abs(getattr(plain, f"image{k}").astype(float) - getattr(other, f"image{k}")).mean() > 5
     assert (other.image0 == both.image0).all() and (other.image1 != both.image1).any()
     assert np.allclose(plain.fixed_to_moving, other.fixed_to_moving)
+    for name in ("mask0", "mask1", "fov0", "fov1"):  # the same eyes
+        assert (getattr(plain, name) == getattr(other, name)).all()
     assert [probe.kind for probe in gap_probes(TINY, LOOKED_AT)] == list(LOOKED_AT)
 
 
@@ -81,5 +83,9 @@ def test_its_patient_is_cured_under_its_own_gaps(patient, tmp_path, monkeypatch)
 def test_its_sick_run_is_packed(patient, tmp_path):
     about = pack_sick_run(tmp_path / "look.json", tmp_path / "cache", tmp_path / "sick")
     assert about["condition"] == LOOK_CENTRE and about["gap"] in JUDGED
-    assert [probe.kind for probe in Recording(tmp_path / "sick").probes] == [about["gap"], "none"]
+    assert [probe.kind for probe in Recording(tmp_path / "sick").probes] == [
+        about["gap"],
+        "other look",
+        "none",
+    ]
     assert read_json(tmp_path / "sick" / "about.json") == json.loads(json.dumps(about))

@@ -2,12 +2,13 @@
 
 Usage (from the repository root): python tools/sick_run.py [--cache runs/collapse_factors]
 It takes the patient with the highest index of nbs/experiments/collapse_look.json, from its run in the
-cache. Where the record has no patient, it is the matcher of one layer that collapses in `study small-cure`,
-trained here in seconds. At most a megabyte is written to nbs/experiments/sick_run.
+cache. Where there is no record, or no patient in it, it is the matcher of one layer that collapses in
+`study small-cure`, trained here in seconds. At most a megabyte is written to nbs/experiments/sick_run.
 """
 
 import argparse
 import sys
+from pathlib import Path
 
 from loftr_curriculum.io.files import read_json
 from loftr_curriculum.studies.collapse_factors import pack_sick_run, patients
@@ -21,7 +22,7 @@ def main() -> None:
     parser.add_argument("--out", default="nbs/experiments/sick_run")
     options = parser.parse_args()
     try:
-        if patients(read_json(options.factors)):
+        if Path(options.factors).is_file() and patients(read_json(options.factors)):
             print(pack_sick_run(options.factors, options.cache, options.out))
         else:
             print(record_collapse(options.out))

@@ -127,10 +127,13 @@ def has_level(
 def likely_causes(
     config: dict,  # of a TrainConfig
     causes: Sequence[Cause] = CAUSES,
-) -> list[Cause]:  # the largest rise first
+) -> list[Cause]:  # the largest rise of every factor and level, the largest first
     "What a run has of what is shown to raise the index."
     mine = [cause for cause in causes if has_level(config, cause.factor, cause.level)]
-    return sorted(mine, key=lambda cause: -cause.rise)
+    largest = {}
+    for cause in sorted(mine, key=lambda cause: -cause.rise):
+        largest.setdefault((cause.factor, cause.level), cause)
+    return list(largest.values())
 
 
 # %% ../../nbs/07_evaluation/09_causes.ipynb #95fde92b

@@ -29,6 +29,7 @@ __all__ = [
     "known_runs",
     "is_done",
     "runs_kept",
+    "is_more_varied",
     "varied_alone",
     "both_ways",
     "Comparison",
@@ -100,6 +101,7 @@ from .collapse_factors import (
     LAST,
     LEARNED,
     PASSES,
+    Condition,
     Job,
     Settings,
     causes_of,
@@ -275,7 +277,8 @@ def kept_of(
         for name, epoch in marks.items()
     }
     ends = {key: run[key] for key in ("seed", "epochs", "steps", "lam", "scaler", "seconds", "gaps")}
-    return {"name": job.name, "arm": job.curriculum, **ends, "taught": taught, "landmarks": landmarks}
+    told = {"name": job.name, "arm": job.curriculum, "condition": asdict(job.condition)}
+    return told | ends | {"taught": taught, "landmarks": landmarks}
 
 
 # %% ../../nbs/11_studies/24_collapse_cure.ipynb #873af901
@@ -311,19 +314,33 @@ def runs_kept(
 
 
 # %% ../../nbs/11_studies/24_collapse_cure.ipynb #47b9159c
-GENERATOR = ("eyes", "motion", "style")  # factors of the generated pairs
+GENERATOR = {  # factors of the generated pairs, and their levels from one-sided to varied
+    "eyes": (10, 60, 480),
+    "motion": ("small", "usual", "full"),
+    "style": ("one", "full"),
+}
+
+
+def is_more_varied(
+    condition: Condition,
+    centre: Condition,
+) -> bool:
+    "Does the generator vary more, in one factor or several, and is all else the same?"
+    differ = {f for f in asdict(centre) if getattr(condition, f) != getattr(centre, f)}
+    if not differ or not differ <= {*GENERATOR}:
+        return False
+    return all(
+        GENERATOR[f].index(getattr(condition, f)) > GENERATOR[f].index(getattr(centre, f)) for f in differ
+    )
 
 
 def varied_alone(
     name: str,  # of a condition
 ) -> list[str]:  # names of conditions of the factors
-    "The conditions that differ from this one in the generator: one thing at a time, or all."
-    found = []
-    for other in every_condition():
-        centre, _, changed = other.rpartition(", ")
-        if centre == name and (changed.startswith(GENERATOR) or changed == "healthy data"):
-            found.append(other)
-    return found
+    "The conditions beside this one whose generator varies more, all else being the same."
+    every = every_condition()
+    beside = [other for other in every if other.rpartition(", ")[0] == name]
+    return [other for other in beside if is_more_varied(every[other], every[name])]
 
 
 # %% ../../nbs/11_studies/24_collapse_cure.ipynb #4bc6500c
@@ -821,8 +838,12 @@ def vaccine_in_words(
         known = missing or " The factors have no condition that differs from it in the generator alone."
         return f"{asked} Not answered.{known}"
     told, medicine = "; ".join(map(row_text, rows)), compare(result, name, gap, "v2.2")
-    best = min(rows, key=lambda row: row["mean"])
-    against = f"; v2.2 {medicine.text}: {which_is_lower(best, medicine)}" if medicine else ""
+    learned = [row for row in rows if "not learned" not in row["states"]]
+    against = "; none of them has learned, so nothing is compared"
+    if learned and medicine:
+        best = min(learned, key=lambda row: row["mean"])
+        against = f"; v2.2 {medicine.text}, beside the best of {len(learned)} that have learned: "
+        against += which_is_lower(best, medicine)
     return f"{asked} Plain training with {told}{against}.{missing}"
 
 

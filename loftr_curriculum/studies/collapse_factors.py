@@ -26,6 +26,7 @@ __all__ = [
     "WAY",
     "RULE",
     "BOTH",
+    "SPOT_AREA",
     "Condition",
     "around",
     "all_conditions",
@@ -78,7 +79,12 @@ __all__ = [
     "table_of",
     "how_much_is_done",
     "who_collapses",
+    "without_gap",
+    "how_it_collapses",
+    "patients_in_words",
     "factor_in_words",
+    "comparisons",
+    "counted_comparisons",
     "in_words",
     "draw_factors",
     "level_changed",
@@ -989,20 +995,88 @@ def who_collapses(
     return sentences
 
 
+# %% ../../nbs/11_studies/23_collapse_factors.ipynb #5a1f0c17
+def without_gap(
+    gap: str,  # one of ALL_GAPS
+) -> str:
+    "The gap's own look without any gap."
+    return "other look" if ALL_GAPS[gap].other_look else "none"
+
+
+SPOT_AREA = np.pi * (2.5 * SPOT_SIGMA) ** 2  # share of the image
+
+
+def how_it_collapses(
+    result: dict,  # from `run_factors` or `run_look`
+) -> list[str]:  # one sentence for each run that collapses under a judged gap
+    "Where the matches of the collapsed go, and what the same look does without a gap."
+    sentences = []
+    for run in result["runs"]:
+        for gap in judged(result):
+            if state_of(run, gap, result["threshold"]) != "collapsed":
+                continue
+            found, plain = run["gaps"][gap], run["gaps"][without_gap(gap)]
+            spot, weak = found["spot_share"], found["faded_share"]
+            ends = (
+                "nowhere, there are none"
+                if spot is None
+                else (f"{spot:.0%} in the spot ({SPOT_AREA:.0%} of the area), {weak:.0%} in the weak half")
+            )
+            sentences.append(
+                f"{run['name']}, seed {run['seed']}, gap {gap}: index {found['collapse_index']:.2f}, in the "
+                f"same look without a gap {plain['collapse_index']:.2f}; matches end: {ends}."
+            )
+    return sentences
+
+
+def patients_in_words(
+    result: dict,  # from `run_factors` or `run_look`
+) -> str:
+    "Which conditions are patients, and under which gaps."
+    ill = [f"{name} ({', '.join(gaps_of_illness(result, name))})" for name in patients(result)]
+    return f"Patients for the cure: {'; '.join(ill) or 'none'}."
+
+
 # %% ../../nbs/11_studies/23_collapse_factors.ipynb #b27ea7bf
 def factor_in_words(
     result: dict,  # from `run_factors`
     name: str,  # of a condition beside a centre
     gap: str = "both",
 ) -> str:  # empty where it cannot be compared
-    "What one factor changed, with its interval."
-    d = difference(result, name, gap)
-    if not len(d):
+    "What one factor changed, with its interval; no verdict of one seed, nor where nothing was learned."
+    by_seed = differences_by_seed(result, name, gap)
+    if not by_seed:
         return ""
+    d = np.mean(list(by_seed.values()), 0)
     low, high = interval(d)
-    seen = "no difference is shown" if low <= 0 <= high else ("higher" if d.mean() > 0 else "lower")
-    beside = f"beside its centre, gap {gap}, seeds: {len(runs_of(result, name))}"
+    sides = [runs_of(result, side)[seed] for seed in by_seed for side in (name, name.rpartition(", ")[0])]
+    if not all(has_learned(run, result["threshold"]) for run in sides):
+        seen = "not learned, no verdict"
+    elif len(by_seed) == 1:
+        seen = "one seed, no verdict"
+    else:
+        seen = "no difference is shown" if low <= 0 <= high else ("higher" if d.mean() > 0 else "lower")
+    beside = f"beside its centre, gap {gap}, seeds: {len(by_seed)}"
     return f"{name}: index {d.mean():+.2f} [{low:+.2f}, {high:+.2f}] {beside}: {seen}."
+
+
+def comparisons(
+    result: dict,  # from `run_factors` or `run_look`
+) -> list[str]:
+    "What every factor changed in the judged gaps."
+    names = dict.fromkeys(run["name"] for run in result["runs"])
+    told = [factor_in_words(result, name, gap) for name in names for gap in judged(result)]
+    return [text for text in told if text]
+
+
+def counted_comparisons(
+    result: dict,  # from `run_factors` or `run_look`
+) -> str:
+    "How many differences were looked at, and of what their intervals are."
+    return (
+        f"{len(comparisons(result))} comparisons were looked at, each with an interval of 95 % over the "
+        f"same {result['settings']['probes']} eyes; how much seeds differ is not in it."
+    )
 
 
 # %% ../../nbs/11_studies/23_collapse_factors.ipynb #2a99f79b
@@ -1010,17 +1084,8 @@ def in_words(
     result: dict,  # from `run_factors`
 ) -> str:
     "The table, and what it says."
-    names = [name for name in dict.fromkeys(run["name"] for run in result["runs"]) if "," in name]
-    compared = [text for name in names if (text := factor_in_words(result, name))]
-    ill = patients(result)
-    cure = (
-        f"Patients for the cure: {'; '.join(ill)}."
-        if ill
-        else "No condition is a patient for the cure so far."
-    )
-    lines = [how_much_is_done(result), *who_collapses(result), *compared, cure]
-    if compared:
-        lines.append(f"{len(compared)} comparisons were looked at, each with an interval of 95 % over eyes.")
+    lines = [how_much_is_done(result), *who_collapses(result), *how_it_collapses(result)]
+    lines += [*comparisons(result), counted_comparisons(result), patients_in_words(result)]
     return "\n".join([table_of(result), "", *lines])
 
 
@@ -1155,10 +1220,10 @@ def probes_to_show(
     recording: Recording,
     gap: str,  # one of GAPS
 ) -> list[int]:
-    "Numbers of two eyes under the gap, and of the first without one."
+    "Numbers of two eyes under the gap, and of the first in the same look without one, and in the one style."
     kinds = [probe.kind for probe in recording.probes]
     under = [k for k, kind in enumerate(kinds) if kind == gap][:2]
-    return [*under, kinds.index("none")]
+    return [*under, *(kinds.index(kind) for kind in dict.fromkeys((without_gap(gap), "none")))]
 
 
 # %% ../../nbs/11_studies/23_collapse_factors.ipynb #a4e835b3
