@@ -58,7 +58,7 @@ def test_another_look_changes_both_images_and_keeps_motion_and_gap():
     assert [probe.kind for probe in gap_probes(TINY, LOOKED_AT)] == list(LOOKED_AT)
 
 
-def test_the_study_runs_in_pieces_and_goes_on(go):
+def test_the_study_runs_in_pieces_goes_on_and_drops_nothing(go, tmp_path):
     assert go(0)["runs"] == []
     result = go()
     assert go() == result and result["planned"] == len(look_conditions())
@@ -67,6 +67,11 @@ def test_the_study_runs_in_pieces_and_goes_on(go):
     assert table_of(result).count("\n") == 2
     with pytest.raises(FileError, match="other settings"):
         go(settings=replace(TINY, steps=2))
+    result["runs"][0]["name"] = "a condition of before"
+    write_json(tmp_path / "look.json", result)
+    with pytest.raises(FileError, match="not in the plan: a condition of before"):
+        go()
+    assert read_json(tmp_path / "look.json")["runs"] == result["runs"]
 
 
 def test_its_patient_is_cured_under_its_own_gaps(patient, tmp_path, monkeypatch):

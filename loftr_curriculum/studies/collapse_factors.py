@@ -130,7 +130,7 @@ from ..evaluation.recording import (
     write_probes,
 )
 from ..geometry import Motion
-from ..io.files import read_json, write_json
+from ..io.files import FileError, read_json, write_json
 from ..model.config import MatcherConfig
 from ..report.plots import new_figure
 from ..retina.config import GENERATOR_VERSION, EyeConfig, seeds_of
@@ -768,8 +768,14 @@ def run_plan(
     most: int | None,  # new runs of this call; None: all that are missing
     workers: int,  # processes of one thread each
 ) -> dict:  # what was written
-    "Do the chosen runs that are missing. Raises FileError where the file holds a study with other settings."
+    """Do the chosen runs that are missing.
+
+    Raises FileError where the file holds a study with other settings, or runs that the plan has not."""
     before = begun(out, told).get("runs", [])
+    lost = {run["name"] for run in before} - {job.name for job in every}
+    if lost:
+        names = "; ".join(sorted(lost))
+        raise FileError(f"{out}: it has runs that are not in the plan: {names}; write to another file")
     restore(every, before)
     missing = [job for job in chosen if not job.result.is_file()]
     missing = missing[: len(missing) if most is None else most]
