@@ -617,7 +617,8 @@ def outcome(
     if c is None or c.seeds < 2:
         return "not known"
     if not is_ill(result, name, gap):
-        return "nothing to cure"
+        some = "collapsed" in states_of(result, name, "v2.1", gap)
+        return "not ill with every seed" if some else "nothing to cure"
     if c.verdict == "higher":
         return "worse"
     if not all(map(is_weaned, runs)):
@@ -709,8 +710,8 @@ def survival(
     end: str,  # outcome at the end
 ) -> str:
     "Both outcomes in one sentence."
-    if end in ("not known", "not weaned", "not learned", "nothing to cure"):
-        return f"Not answered: at the end {end}"
+    if end in ("not known", "not weaned", "not learned", "nothing to cure", "not ill with every seed"):
+        return f"Not answered by the rule: at the end {end}"
     if on in ("cured", "helped"):
         if end in ("cured", "helped"):
             return "Yes" if end == "cured" else "In part: it still helps, but some runs collapse"
