@@ -58,6 +58,8 @@ CAUSES: tuple[Cause, ...] = (
     Cause("motion", "usual", "ill", "both, prepared", 0.12, 0.1, 0.14, 2, False),
     Cause("motion", "full", "ill", "both", 0.27, 0.23, 0.33, 2, False),
     Cause("style", "one", "healthy", "both, prepared", 0.07, 0.01, 0.12, 2, False),
+    Cause("motion", "full", "ill, motion full, motion small", "other look, both", 0.25, 0.2, 0.3, 2, True),
+    Cause("style", "one", "ill, motion full, style full", "other look, both", 0.05, 0.0, 0.11, 2, True),
 )
 
 # %% ../../nbs/07_evaluation/09_causes.ipynb #b6cfcc60
