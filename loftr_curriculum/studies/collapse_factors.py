@@ -1102,12 +1102,13 @@ def draw_factors(
 ) -> Figure:
     "The index of every condition under some gaps, with the interval over eyes."
     names = list(dict.fromkeys(run["name"] for run in result["runs"]))
-    figure = new_figure(760, 70 + 22 * max(4, len(names)), 76)
+    row = max(22, 9 * len(gaps))  # px of a condition
+    figure = new_figure(760, 70 + row * max(4, len(names)), 76)
     axes = figure.add_subplot()
     for k, gap in enumerate(gaps):
         for y, name in enumerate(names):
             eyes = np.mean([run["gaps"][gap]["by_eye"] for run in runs_of(result, name).values()], 0)
-            at = y + 0.22 * (k - (len(gaps) - 1) / 2)
+            at = y + 0.7 / len(gaps) * (k - (len(gaps) - 1) / 2)
             axes.plot(interval(eyes), (at, at), color=f"C{k}", lw=1.5)
             axes.plot(eyes.mean(), at, "o", color=f"C{k}", ms=4, label=gap if y == 0 else None)
     axes.axvline(result["threshold"], color="k", lw=0.8, ls=":")
