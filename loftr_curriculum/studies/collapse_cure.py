@@ -105,6 +105,7 @@ from .collapse_factors import (
     Job,
     Settings,
     causes_of,
+    centre_of,
     counted,
     differences_by_seed,
     do_jobs,
@@ -339,7 +340,7 @@ def varied_alone(
 ) -> list[str]:  # names of conditions of the factors
     "The conditions beside this one whose generator varies more, all else being the same."
     every = every_condition()
-    beside = [other for other in every if other.rpartition(", ")[0] == name]
+    beside = [other for other in every if centre_of(other) == name]
     return [other for other in beside if is_more_varied(every[other], every[name])]
 
 

@@ -32,6 +32,7 @@ __all__ = [
     "all_conditions",
     "look_conditions",
     "every_condition",
+    "centre_of",
     "Settings",
     "matcher_of",
     "eye_of",
@@ -80,6 +81,7 @@ __all__ = [
     "how_much_is_done",
     "who_collapses",
     "without_gap",
+    "ends_in_words",
     "how_it_collapses",
     "patients_in_words",
     "factor_in_words",
@@ -226,9 +228,18 @@ def look_conditions() -> dict[str, Condition]:
     return {LOOK_CENTRE: centre, **several, **single}
 
 
+# %% ../../nbs/11_studies/23_collapse_factors.ipynb #5a1f0c21
 def every_condition() -> dict[str, Condition]:
     "The conditions of either plan."
     return all_conditions() | look_conditions()
+
+
+# %% ../../nbs/11_studies/23_collapse_factors.ipynb #5a1f0c22
+def centre_of(
+    name: str,  # of a condition
+) -> str:  # empty for one that stands beside nothing
+    "The name of the condition beside which it stands."
+    return name.rpartition(", ")[0]
 
 
 # %% ../../nbs/11_studies/23_collapse_factors.ipynb #10d97774
@@ -409,6 +420,7 @@ def source_of_probes(
     return GeneratedSource(WorldBank(seeds, eye, workers=1, progress=False), PAIRS, settings=views)
 
 
+# %% ../../nbs/11_studies/23_collapse_factors.ipynb #5a1f0c20
 def gap_probes(
     settings: Settings,
     gaps: Sequence[str] = tuple(GAPS),  # of ALL_GAPS
@@ -762,9 +774,12 @@ def restore(
 # %% ../../nbs/11_studies/23_collapse_factors.ipynb #5a1f0c15
 def run_plan(
     out: str,  # file to write, again after every run
+    cache: str,  # folder of the runs
     told: dict,  # what must not change while the record grows
-    every: Sequence[Job],  # of the plan
-    chosen: Sequence[Job],  # of this call
+    plan: dict[str, Condition],  # name -> condition
+    settings: Settings,  # how every condition is trained and looked at
+    *,
+    only: Sequence[str] | None,  # names of conditions; None: all of them
     most: int | None,  # new runs of this call; None: all that are missing
     workers: int,  # processes of one thread each
 ) -> dict:  # what was written
@@ -772,6 +787,8 @@ def run_plan(
 
     Raises FileError where the file holds a study with other settings, or runs that the plan has not."""
     before = begun(out, told).get("runs", [])
+    folder = Path(cache).resolve() / key_of(told)
+    every, chosen = (jobs_of(settings, folder, names, plan, looked_at(told)) for names in (None, only))
     lost = {run["name"] for run in before} - {job.name for job in every}
     if lost:
         names = "; ".join(sorted(lost))
@@ -804,10 +821,8 @@ def run_factors(
     """Train every condition with every seed, in as many calls as one likes, and keep what was found.
 
     Raises FileError where the file holds a study with other settings."""
-    told = told_of(settings)
-    folder = Path(cache).resolve() / key_of(told)
-    every, chosen = jobs_of(settings, folder), jobs_of(settings, folder, only)
-    return run_plan(out, told, every, chosen, most, workers)
+    told, plan = told_of(settings), all_conditions()
+    return run_plan(out, cache, told, plan, settings, only=only, most=most, workers=workers)
 
 
 # %% ../../nbs/11_studies/23_collapse_factors.ipynb #5957d41b
@@ -875,6 +890,7 @@ def looked_at(
     return tuple(result.get("gaps", GAPS))
 
 
+# %% ../../nbs/11_studies/23_collapse_factors.ipynb #5a1f0c23
 def gaps_of_illness(
     result: dict,  # from `run_factors`
     name: str,  # of a condition
@@ -905,12 +921,11 @@ def differences_by_seed(
     gap: str,  # one of GAPS
 ) -> dict[int, np.ndarray]:  # seed -> (eyes,)
     "Index of a condition minus that of its centre, for every seed that both have."
-    centre = name.rpartition(", ")[0]
 
     def index(run):
         return np.array(run["gaps"][gap]["by_eye"], float)
 
-    mine, theirs = runs_of(result, name), runs_of(result, centre)
+    mine, theirs = runs_of(result, name), runs_of(result, centre_of(name))
     return {seed: index(mine[seed]) - index(theirs[seed]) for seed in mine if seed in theirs}
 
 
@@ -1009,9 +1024,21 @@ def without_gap(
     return "other look" if ALL_GAPS[gap].other_look else "none"
 
 
+# %% ../../nbs/11_studies/23_collapse_factors.ipynb #5a1f0c24
 SPOT_AREA = np.pi * (2.5 * SPOT_SIGMA) ** 2  # share of the image
 
 
+def ends_in_words(
+    found: dict,  # figures of one gap of a run
+) -> str:
+    "Where the confident matches end."
+    if found["spot_share"] is None:
+        return "no match"
+    spot = f"{found['spot_share']:.0%} of the matches end in the spot ({SPOT_AREA:.0%} of the area)"
+    return f"{spot}, {found['faded_share']:.0%} in the weak half"
+
+
+# %% ../../nbs/11_studies/23_collapse_factors.ipynb #5a1f0c25
 def how_it_collapses(
     result: dict,  # from `run_factors` or `run_look`
 ) -> list[str]:  # one sentence for each run that collapses under a judged gap
@@ -1022,19 +1049,14 @@ def how_it_collapses(
             if state_of(run, gap, result["threshold"]) != "collapsed":
                 continue
             found, plain = run["gaps"][gap], run["gaps"][without_gap(gap)]
-            spot, weak = found["spot_share"], found["faded_share"]
-            ends = (
-                "nowhere, there are none"
-                if spot is None
-                else (f"{spot:.0%} in the spot ({SPOT_AREA:.0%} of the area), {weak:.0%} in the weak half")
-            )
             sentences.append(
                 f"{run['name']}, seed {run['seed']}, gap {gap}: index {found['collapse_index']:.2f}, in the "
-                f"same look without a gap {plain['collapse_index']:.2f}; matches end: {ends}."
+                f"same look without a gap {plain['collapse_index']:.2f}; {ends_in_words(found)}."
             )
     return sentences
 
 
+# %% ../../nbs/11_studies/23_collapse_factors.ipynb #5a1f0c26
 def patients_in_words(
     result: dict,  # from `run_factors` or `run_look`
 ) -> str:
@@ -1053,9 +1075,9 @@ def factor_in_words(
     by_seed = differences_by_seed(result, name, gap)
     if not by_seed:
         return ""
-    d = np.mean(list(by_seed.values()), 0)
+    d = difference(result, name, gap)
     low, high = interval(d)
-    sides = [runs_of(result, side)[seed] for seed in by_seed for side in (name, name.rpartition(", ")[0])]
+    sides = [runs_of(result, side)[seed] for seed in by_seed for side in (name, centre_of(name))]
     if not all(has_learned(run, result["threshold"]) for run in sides):
         seen = "not learned, no verdict"
     elif len(by_seed) == 1:
@@ -1066,6 +1088,7 @@ def factor_in_words(
     return f"{name}: index {d.mean():+.2f} [{low:+.2f}, {high:+.2f}] {beside}: {seen}."
 
 
+# %% ../../nbs/11_studies/23_collapse_factors.ipynb #5a1f0c27
 def comparisons(
     result: dict,  # from `run_factors` or `run_look`
 ) -> list[str]:
@@ -1126,7 +1149,7 @@ def level_changed(
 ) -> tuple[str, str | float] | None:  # factor, level
     "The one thing in which a condition differs from its centre; None where it is none, or several."
     conditions = every_condition()
-    mine, centre = conditions.get(name), conditions.get(name.rpartition(", ")[0])
+    mine, centre = conditions.get(name), conditions.get(centre_of(name))
     if mine is None or centre is None:
         return None
     differ = [f for f in asdict(mine) if getattr(mine, f) != getattr(centre, f)]
@@ -1151,7 +1174,7 @@ def cause_under(
     gap: str,  # one that is judged
 ) -> Cause | None:
     "A condition as a cause of collapse, where the record supports that."
-    centre, changed = name.rpartition(", ")[0], level_changed(name)
+    centre, changed = centre_of(name), level_changed(name)
     if changed is None or not (all_learned(result, name) and all_learned(result, centre)):
         return None
     by_seed = differences_by_seed(result, name, gap)
@@ -1170,7 +1193,7 @@ def cause_removed(
     gap: str,  # one that is judged
 ) -> Cause | None:
     "What a condition lacks beside a centre that is ill, as a cause, where the record supports that."
-    centre, changed = name.rpartition(", ")[0], level_changed(name)
+    centre, changed = centre_of(name), level_changed(name)
     if changed is None or gap not in gaps_of_illness(result, centre) or not all_learned(result, name):
         return None
     by_seed = differences_by_seed(result, name, gap)

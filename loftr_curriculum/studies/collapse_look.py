@@ -6,8 +6,6 @@
 __all__ = ["SEEDS", "LOOKED_AT", "JUDGED", "RULE", "told_of", "run_look", "row_of", "table_of", "in_words"]
 
 # %% ../../nbs/11_studies/23c_collapse_look.ipynb #6b2a0d03
-from pathlib import Path
-
 from ..evaluation.collapse import THRESHOLD
 from .collapse_factors import (
     LEARNED,
@@ -18,7 +16,6 @@ from .collapse_factors import (
     counted_comparisons,
     how_it_collapses,
     how_much_is_done,
-    jobs_of,
     judged,
     look_conditions,
     mean_known,
@@ -29,7 +26,7 @@ from .collapse_factors import (
     who_collapses,
 )
 from .collapse_factors import told_of as told_of_factors
-from .study import key_of, markdown_table
+from .study import markdown_table
 
 # %% ../../nbs/11_studies/23c_collapse_look.ipynb #6b2a0d06
 SEEDS = (202, 203)  # of weights and pairs
@@ -65,12 +62,8 @@ def run_look(
     """Train every condition with every seed, in as many calls as one likes, and keep what was found.
 
     Raises FileError where the file holds a study with other settings."""
-    told = told_of(settings)
-    folder = Path(cache).resolve() / key_of(told)
-    plan = look_conditions()
-    every = jobs_of(settings, folder, None, plan, LOOKED_AT)
-    chosen = jobs_of(settings, folder, only, plan, LOOKED_AT)
-    return run_plan(out, told, every, chosen, most, workers)
+    told, plan = told_of(settings), look_conditions()
+    return run_plan(out, cache, told, plan, settings, only=only, most=most, workers=workers)
 
 
 # %% ../../nbs/11_studies/23c_collapse_look.ipynb #6b2a0d12
